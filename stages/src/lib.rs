@@ -1,5 +1,29 @@
-//! The stages of Virta. (draft)
+//! The stages of Virta.
+//!
+//! Each is a plain core that works without the engine, and a thin adapter that makes it a stage.
+//!
+//! | stage | in | out | placement | limits |
+//! |---|---|---|---|---|
+//! | [`disk::read::PlanReads`] | – | parts of a raw file | one thread | – |
+//! | [`disk::read::ReadExtents`] | parts | [`extent::Classified`] | threads | a lease each |
+//! | [`zero::classify::Classify`] | [`extent::Extent`] | [`extent::Classified`] | cpu | none |
+//! | [`store::Keep`] | [`extent::Classified`] | [`extent::Placed`] | cpu | the store's memory |
+//! | [`disk::write::WriteImage`] | [`extent::Classified`] | [`extent::Placed`] | ring | writes in flight, index |
+//! | [`store::Collect`] | [`extent::Placed`] | the same, in guest order | one thread | index, extents held |
+//! | [`hash::HashLane`] | [`extent::Placed`], in order | – | one thread | lags by its port |
+//! | [`store::Emit`] | – | [`store::Chunk`] | one thread | – |
+//!
+//! Formats and protocols have their sources where they are written down: [`qcow2`].
+
+pub mod convert;
+pub mod disk;
+pub mod extent;
+pub mod hash;
+pub mod magic;
+pub mod progress;
 pub mod qcow2;
 pub mod read_at;
+pub mod store;
+pub mod text;
 pub mod units;
 pub mod zero;

@@ -132,10 +132,10 @@ impl ClusterBits {
     /// # Errors
     /// [`BadClusterSize`] for anything but a power of two from 512 to 2097152.
     pub const fn from_cluster_bytes(bytes: u64) -> Result<Self, BadClusterSize> {
-        if bytes.is_power_of_two() {
-            if let Some(bits) = Self::from_bits(bytes.trailing_zeros()) {
-                return Ok(bits);
-            }
+        if bytes.is_power_of_two()
+            && let Some(bits) = Self::from_bits(bytes.trailing_zeros())
+        {
+            return Ok(bits);
         }
         Err(BadClusterSize { bytes })
     }

@@ -153,7 +153,19 @@ fn assert_qemu_agrees(folder: &Path, raw: &[u8], file: &[u8], bits: ClusterBits)
     assert!(compare.status.success(), "compare: {}", String::from_utf8_lossy(&compare.stdout));
 
     let cluster_size = format!("cluster_size={}", bits.cluster_bytes());
-    let convert = qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-S", &bits.cluster_bytes().min(65536).to_string(), "-o", &cluster_size, raw_path, theirs]);
+    let convert = qemu_img(&[
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "-S",
+        &bits.cluster_bytes().min(65536).to_string(),
+        "-o",
+        &cluster_size,
+        raw_path,
+        theirs,
+    ]);
     assert!(convert.status.success(), "{}", String::from_utf8_lossy(&convert.stderr));
     let theirs = std::fs::metadata(&theirs_path).unwrap().len();
     assert!(to_u64(file.len()) <= theirs + (64 << 10).max(bits.cluster_bytes()), "ours {} theirs {theirs}", file.len());

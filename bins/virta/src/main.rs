@@ -1,1 +1,30 @@
-fn main() {}
+//! The command line of Virta.
+
+mod cli;
+mod convert;
+mod display;
+mod exit;
+mod habits;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    if let Some(hint) = habits::hint(std::env::args_os()) {
+        return exit::usage(&hint);
+    }
+    let cli = cli::Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return exit::failure(&error, 1),
+    };
+    let outcome = runtime.block_on(async {
+        match cli.command {
+            cli::Command::Convert(arguments) => convert::run(arguments).await,
+        }
+    });
+    // A name lookup or a connection that is still closing must not hold the exit up.
+    runtime.shutdown_background();
+    outcome
+}

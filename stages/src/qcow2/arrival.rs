@@ -43,6 +43,12 @@ impl Arrival {
         HostOffset(host_first * self.geometry.cluster_bits().cluster_bytes())
     }
 
+    /// Disk and cluster size.
+    #[must_use]
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
     /// Data clusters placed so far.
     #[must_use]
     pub const fn data_clusters(&self) -> u64 {

@@ -41,7 +41,9 @@ pub enum Qcow2Error {
         rule: &'static str,
     },
     /// The disk is larger than the cluster size can describe.
-    #[error("virtual size {virtual_bytes} is too large for {cluster_bytes}-byte clusters: at most {limit_bytes} (a larger cluster size allows more)")]
+    #[error(
+        "virtual size {virtual_bytes} is too large for {cluster_bytes}-byte clusters: at most {limit_bytes} (a larger cluster size allows more)"
+    )]
     TooLarge {
         /// Virtual size, bytes.
         virtual_bytes: u64,

@@ -5,8 +5,8 @@ use zerocopy::{FromBytes, IntoBytes, big_endian::U32, big_endian::U64};
 use super::{
     Qcow2Error,
     format::{
-        INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, L1_BYTES_MAX,
-        MAGIC, REFCOUNT_TABLE_BYTES_MAX, RawHeader, V2_HEADER_BYTES, V3_HEADER_BYTES,
+        INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, L1_BYTES_MAX, MAGIC,
+        REFCOUNT_TABLE_BYTES_MAX, RawHeader, V2_HEADER_BYTES, V3_HEADER_BYTES,
     },
 };
 use crate::units::{ClusterBits, HostOffset, to_usize};
@@ -111,7 +111,11 @@ impl Header {
         let virtual_bytes = raw.size.get();
         let l1_entries = raw.l1_size.get();
         let aligned = |field, value: u64| {
-            if value % cluster_bytes == 0 { Ok(HostOffset(value)) } else { Err(bad(field, value, "is not cluster aligned")) }
+            if value.is_multiple_of(cluster_bytes) {
+                Ok(HostOffset(value))
+            } else {
+                Err(bad(field, value, "is not cluster aligned"))
+            }
         };
         let l1_table = aligned("l1_table_offset", raw.l1_table_offset.get())?;
         let refcount_table = aligned("refcount_table_offset", raw.refcount_table_offset.get())?;

@@ -322,7 +322,9 @@ mod tests {
         for (bits, limit) in [(9, 128_u64 << 30), (12, 8 << 40), (16, 2 << 50)] {
             let bits = ClusterBits::from_bits(bits).unwrap();
             assert!(Geometry::new(limit, bits).is_ok());
-            assert!(matches!(Geometry::new(limit + 1, bits), Err(Qcow2Error::TooLarge { limit_bytes, .. }) if limit_bytes == limit));
+            assert!(
+                matches!(Geometry::new(limit + 1, bits), Err(Qcow2Error::TooLarge { limit_bytes, .. }) if limit_bytes == limit)
+            );
         }
     }
 }

@@ -108,10 +108,10 @@ impl<R: ReadAt> Qcow2<R> {
         }
         {
             let last = self.last_table.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some((cached, table)) = &*last {
-                if *cached == index {
-                    return Ok(Some(Arc::clone(table)));
-                }
+            if let Some((cached, table)) = &*last
+                && *cached == index
+            {
+                return Ok(Some(Arc::clone(table)));
             }
         }
         let mut table = vec![0; to_usize(cluster_bytes)];
@@ -213,10 +213,9 @@ impl<R: ReadAt> Qcow2<R> {
             let part = &mut buf[done..done + here];
             match mapping {
                 Mapping::Zero => part.fill(0),
-                Mapping::Data(host) => self
-                    .storage
-                    .read_exact_at(host.0, part)
-                    .map_err(|source| Qcow2Error::Io { host_offset: host.0, source })?,
+                Mapping::Data(host) => {
+                    self.storage.read_exact_at(host.0, part).map_err(|source| Qcow2Error::Io { host_offset: host.0, source })?
+                }
                 Mapping::Compressed { .. } => {
                     return Err(Qcow2Error::Unsupported { feature: "compressed clusters" });
                 }

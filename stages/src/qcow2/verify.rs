@@ -70,12 +70,22 @@ pub fn check<R: ReadAt>(image: &Qcow2<R>) -> Result<CheckReport, Qcow2Error> {
                     report.compressed_clusters += 1;
                 }
                 _ if entry.reserved_bits(header.version) != 0 => {
-                    return Err(Qcow2Error::Entry { table: "L2", index: cluster, entry: entry.word(), rule: "reserved bits are set" });
+                    return Err(Qcow2Error::Entry {
+                        table: "L2",
+                        index: cluster,
+                        entry: entry.word(),
+                        rule: "reserved bits are set",
+                    });
                 }
                 L2Kind::Unallocated | L2Kind::Zero { host: None } => {}
                 L2Kind::Data { host } | L2Kind::Zero { host: Some(host) } => {
                     if host.0 % cluster_bytes != 0 {
-                        return Err(Qcow2Error::Entry { table: "L2", index: cluster, entry: entry.word(), rule: "is not cluster aligned" });
+                        return Err(Qcow2Error::Entry {
+                            table: "L2",
+                            index: cluster,
+                            entry: entry.word(),
+                            rule: "is not cluster aligned",
+                        });
                     }
                     references.add(host.0, cluster_bytes)?;
                     report.data_clusters += 1;
@@ -88,7 +98,8 @@ pub fn check<R: ReadAt>(image: &Qcow2<R>) -> Result<CheckReport, Qcow2Error> {
     let mut table = vec![0; to_usize(u64::from(header.refcount_table_clusters) * cluster_bytes)];
     let table_at = header.refcount_table.0;
     image.storage().read_exact_at(table_at, &mut table).map_err(|source| Qcow2Error::Io { host_offset: table_at, source })?;
-    let blocks: Vec<RefcountTableEntry> = table.chunks_exact(8).map(|word| RefcountTableEntry::from_word(be_word(word))).collect();
+    let blocks: Vec<RefcountTableEntry> =
+        table.chunks_exact(8).map(|word| RefcountTableEntry::from_word(be_word(word))).collect();
     for (entry, index) in blocks.iter().zip(0_u64..) {
         let bad = |rule| Qcow2Error::Entry { table: "refcount table", index, entry: entry.word(), rule };
         if entry.reserved_bits() != 0 {

@@ -1,1 +1,119 @@
-//! x
+//! Cuts extents into runs of zero and data clusters.
+
+use engine::{Emitter, StageError, Transform};
+
+use super::is_zero;
+use crate::{
+    extent::{Classified, Extent, Fate, FateRun, Payload},
+    progress::Progress,
+    units::{ClusterBits, round_up, to_usize},
+};
+
+/// The fates of the clusters in `bytes`, which begin at a cluster boundary; the last may be partial.
+#[must_use]
+pub fn fates(bytes: &[u8], cluster_bits: ClusterBits) -> Vec<FateRun> {
+    let mut runs: Vec<FateRun> = Vec::new();
+    for cluster in bytes.chunks(to_usize(cluster_bits.cluster_bytes())) {
+        let fate = if is_zero(cluster) { Fate::Zero } else { Fate::Data };
+        match runs.last_mut() {
+            Some(last) if last.fate == fate => last.clusters += 1,
+            _ => runs.push(FateRun { clusters: 1, fate }),
+        }
+    }
+    runs
+}
+
+/// Classifies one extent. The lease goes back where every cluster is zero, and is frozen otherwise.
+///
+/// # Panics
+/// If the lease is shorter than the extent's whole clusters: the source's bug.
+#[must_use]
+pub fn classify(extent: Extent, cluster_bits: ClusterBits) -> Classified {
+    let guest = extent.guest;
+    let all_zero = || vec![FateRun { clusters: cluster_bits.clusters_for(guest.bytes()), fate: Fate::Zero }];
+    match extent.payload {
+        Payload::Zeros => Classified { guest, runs: all_zero(), payload: None },
+        Payload::Bytes(mut lease) => {
+            let bytes = to_usize(guest.bytes());
+            let padded = to_usize(round_up(guest.bytes(), cluster_bits.cluster_bytes()));
+            lease[bytes..padded].fill(0);
+            let runs = fates(&lease[..padded], cluster_bits);
+            let has_data = runs.iter().any(|run| run.fate == Fate::Data);
+            Classified { guest, runs, payload: has_data.then(|| lease.freeze(padded)) }
+        }
+    }
+}
+
+/// [`classify`] as a CPU stage.
+pub struct Classify {
+    /// Cluster size of the image to be.
+    pub cluster_bits: ClusterBits,
+    /// Told of what was found.
+    pub progress: Progress,
+}
+
+impl Transform for Classify {
+    type In = Extent;
+    type Out = Classified;
+    type Report = ();
+
+    fn apply(&mut self, extent: Extent, out: &mut Emitter<'_, Classified>) -> Result<(), StageError> {
+        let classified = classify(extent, self.cluster_bits);
+        self.progress.surveyed(&classified, self.cluster_bits);
+        out.emit(classified)
+    }
+
+    fn finish(self, _: &mut Emitter<'_, Classified>) -> Result<(), StageError> {
+        Ok(())
+    }
+}
+
+/// Guest bytes of the data runs of an extent, not counting what pads the last cluster.
+#[must_use]
+pub fn data_bytes(classified: &Classified, cluster_bits: ClusterBits) -> u64 {
+    let mut at = 0;
+    let mut data = 0;
+    for run in &classified.runs {
+        let end = at + run.clusters * cluster_bits.cluster_bytes();
+        if run.fate == Fate::Data {
+            data += end.min(classified.guest.bytes()) - at;
+        }
+        at = end;
+    }
+    debug_assert!(at >= classified.guest.bytes(), "runs cover the extent");
+    data
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::{BufferPool, CancelToken};
+
+    use super::*;
+    use crate::units::{GuestRange, to_u64};
+
+    #[test]
+    fn stale_bytes_behind_the_disks_end_never_reach_the_image() {
+        let pool = BufferPool::new(1, 1 << 21, 4096, &CancelToken::new());
+        let mut lease = pool.acquire_blocking().unwrap();
+        lease.fill(0xff); // what the last holder left
+        lease[..1000].fill(0);
+        lease[999] = 1;
+        let extent = Extent { guest: GuestRange::new(0, 1000), payload: Payload::Bytes(lease) };
+        let classified = classify(extent, ClusterBits::DEFAULT);
+        let payload = classified.payload.as_ref().unwrap();
+        assert_eq!(to_u64(payload.len()), 65536);
+        assert_eq!(payload.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 1);
+        assert_eq!(data_bytes(&classified, ClusterBits::DEFAULT), 1000);
+    }
+
+    #[test]
+    fn a_zero_extent_gives_its_lease_back() {
+        let pool = BufferPool::new(1, 1 << 21, 4096, &CancelToken::new());
+        let lease = pool.acquire_blocking().unwrap();
+        let extent = Extent { guest: GuestRange::new(1 << 21, 1 << 21), payload: Payload::Bytes(lease) };
+        let classified = classify(extent, ClusterBits::DEFAULT);
+        assert!(classified.payload.is_none());
+        assert_eq!(classified.runs, [FateRun { clusters: 32, fate: Fate::Zero }]);
+        assert_eq!(pool.available(), 1);
+    }
+}

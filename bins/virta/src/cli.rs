@@ -1,0 +1,192 @@
+//! What can be typed.
+
+use std::{num::NonZeroUsize, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use stages::{disk::IoMode, units::ClusterBits};
+
+/// Converts OpenStack snapshot images to compact qcow2 while they stream past: no scratch disk, nothing done twice.
+#[derive(Parser)]
+#[command(name = "virta", version, max_term_width = 110)]
+#[command(after_help = "Try it without a cloud: virta demo\nHelp on a command: virta help convert")]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Convert a raw image to qcow2: from Glance to Glance, from Glance to a file, from a file to a file
+    Convert(ConvertArgs),
+}
+
+#[derive(Args)]
+#[command(after_long_help = CONVERT_EXAMPLES)]
+pub struct ConvertArgs {
+    /// What to convert: a path, or glance:IMAGE (a name or an id)
+    pub source: String,
+    /// What to make: a path, or glance:NAME for a new image
+    pub destination: String,
+    #[command(flatten)]
+    pub tuning: Tuning,
+    /// Property of the new image, over the source's (may be repeated)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub property: Vec<(String, String)>,
+    /// Replace a local file; make a second image of a name that is taken. Never overwrites an image
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Flags that decide how much of the machine is used.
+#[derive(Args, Clone)]
+pub struct Tuning {
+    /// Parallel ranges to fetch, where the image store serves ranges
+    #[arg(long, value_name = "N", default_value = "4")]
+    pub connections: NonZeroUsize,
+    /// Threads for zero test and copying [default: one a core, at most 8]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<NonZeroUsize>,
+    /// Memory for everything in flight, stored and indexed [default: a quarter of what is free, at most 2G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// Cluster size of the image, a power of two from 512 to 2M. Larger clusters need less index
+    #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = parse_cluster_size)]
+    pub cluster_size: ClusterBits,
+    /// How local files are written: auto takes io_uring where it works
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub io: IoChoice,
+    /// Do not wait until a local file is on stable storage. A power cut may cost the image
+    #[arg(long)]
+    pub no_sync: bool,
+}
+
+/// Flags that decide what is shown.
+#[derive(Args, Clone)]
+pub struct OutputArgs {
+    /// Progress on stderr: auto is bars on a terminal and plain lines elsewhere
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub progress: ProgressChoice,
+    /// Write the report there, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// What is printed on stdout at the end
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", default_value = "table")]
+    pub format: FormatChoice,
+}
+
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum IoChoice {
+    Auto,
+    Uring,
+    Pwrite,
+}
+
+impl From<IoChoice> for IoMode {
+    fn from(choice: IoChoice) -> Self {
+        match choice {
+            IoChoice::Auto => Self::Auto,
+            IoChoice::Uring => Self::Uring,
+            IoChoice::Pwrite => Self::Pwrite,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum ProgressChoice {
+    Auto,
+    /// A line now and then
+    Plain,
+    /// JSON lines
+    Json,
+    None,
+}
+
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum FormatChoice {
+    Table,
+    Json,
+    /// The new image's id or path alone
+    Value,
+}
+
+const CONVERT_EXAMPLES: &str = "\
+Examples:
+  virta convert disk.raw disk.qcow2
+      a local raw image; holes cost nothing
+  virta convert glance:my-snapshot glance:my-snapshot-qcow2
+      the main job: a raw snapshot in Glance becomes a compact image in Glance, through memory alone
+  virta convert glance:my-snapshot my-snapshot.qcow2
+      the same into a local file
+
+The cloud is chosen as with `openstack`: --os-cloud, OS_CLOUD, clouds.yaml, or a sourced openrc file.
+
+SIZE takes K M G T and KiB MiB GiB TiB (1024) or kB MB GB TB (1000); a bare number is bytes.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 interrupted.";
+
+/// `64K`, `1GiB`, `5MB`, `512`.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: u64 = match unit.trim() {
+        "" | "B" => 1,
+        "K" | "k" | "KiB" => 1 << 10,
+        "M" | "MiB" => 1 << 20,
+        "G" | "GiB" => 1 << 30,
+        "T" | "TiB" => 1 << 40,
+        "kB" | "KB" => 1000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
+        other => return Err(format!("unit {other:?} is not known: use K M G T, KiB MiB GiB TiB, or kB MB GB TB")),
+    };
+    let bad = || format!("{text:?} is no size: write for example 64K, 512M, 1.5G");
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if !number.contains(|c: char| c.is_ascii_digit()) || fraction.contains('.') || fraction.len() > 9 {
+        return Err(bad());
+    }
+    let whole = if whole.is_empty() { 0 } else { whole.parse::<u64>().map_err(|_| bad())? };
+    let bytes = whole.checked_mul(factor).ok_or_else(|| format!("{text} is too large"))?;
+    if fraction.is_empty() {
+        return Ok(bytes);
+    }
+    let part = fraction.parse::<u128>().map_err(|_| bad())? * u128::from(factor)
+        / 10_u128.pow(u32::try_from(fraction.len()).map_err(|_| bad())?);
+    bytes.checked_add(u64::try_from(part).map_err(|_| bad())?).ok_or_else(|| format!("{text} is too large"))
+}
+
+fn parse_cluster_size(text: &str) -> Result<ClusterBits, String> {
+    ClusterBits::from_cluster_bytes(parse_size(text)?).map_err(|error| error.to_string())
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text:?} is not KEY=VALUE")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_read_as_documented() {
+        for (text, bytes) in
+            [("512", 512), ("64K", 65536), ("1.5G", 3 << 29), ("2MiB", 2 << 20), ("5kB", 5000), ("1 GB", 1_000_000_000)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "x", "1X", "-1", "1..2", "99999999999T", "."] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+        assert!(parse_cluster_size("48K").is_err());
+    }
+}

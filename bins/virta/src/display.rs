@@ -1,0 +1,254 @@
+//! Progress for people and programs: bars on a terminal, lines in a log, JSON lines on request. All on stderr.
+
+use std::{
+    io::IsTerminal,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use stages::{
+    convert::Notices,
+    progress::{Phase, Progress},
+    text::{printable, size},
+};
+
+use crate::{cli::ProgressChoice, exit};
+
+/// How often bars are drawn.
+const DRAW_EVERY: Duration = Duration::from_millis(100);
+/// How often a line is written to a log.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+/// How often a JSON line is written.
+const JSON_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Bars,
+    Plain,
+    Json,
+    None,
+}
+
+/// Shows a conversion. Dropping it clears the bars.
+pub struct Display {
+    kind: Kind,
+    bars: MultiProgress,
+    warnings: Mutex<Vec<String>>,
+    stop: Arc<AtomicBool>,
+    task: Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+impl Display {
+    /// Starts to show `progress`.
+    pub fn start(choice: ProgressChoice, progress: &Progress) -> Self {
+        let kind = match choice {
+            ProgressChoice::Auto if std::io::stderr().is_terminal() => Kind::Bars,
+            ProgressChoice::Auto | ProgressChoice::Plain => Kind::Plain,
+            ProgressChoice::Json => Kind::Json,
+            ProgressChoice::None => Kind::None,
+        };
+        let bars = MultiProgress::new();
+        let stop = Arc::new(AtomicBool::new(false));
+        let task = (kind != Kind::None).then(|| {
+            let (progress, stop, bars) = (progress.clone(), Arc::clone(&stop), bars.clone());
+            tokio::spawn(async move {
+                let mut drawing = Drawing::new(kind, &bars);
+                while !stop.load(SeqCst) {
+                    drawing.draw(&progress);
+                    tokio::time::sleep(DRAW_EVERY).await;
+                }
+                drawing.finish();
+            })
+        });
+        Self { kind, bars, warnings: Mutex::default(), stop, task: Mutex::new(task) }
+    }
+
+    /// Stops drawing and clears the bars.
+    pub async fn finish(&self) {
+        self.stop.store(true, SeqCst);
+        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            let _ = task.await;
+        }
+    }
+
+    /// Warnings so far.
+    pub fn warnings(&self) -> Vec<String> {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Notices for Display {
+    fn note(&self, line: &str) {
+        let line = printable(line);
+        match self.kind {
+            Kind::Bars => {
+                if self.bars.println(&line).is_err() {
+                    exit::say(&line);
+                }
+            }
+            Kind::Plain => exit::say(&line),
+            Kind::Json => exit::say(&serde_json::json!({ "event": "note", "text": line }).to_string()),
+            Kind::None => {}
+        }
+    }
+
+    fn warn(&self, line: &str) {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
+        match self.kind {
+            Kind::None => exit::say(&format!("warning: {}", printable(line))), // a warning is never swallowed
+            _ => self.note(&format!("warning: {line}")),
+        }
+    }
+}
+
+struct Drawing {
+    kind: Kind,
+    read: ProgressBar,
+    hash: ProgressBar,
+    upload: ProgressBar,
+    verify: ProgressBar,
+    phase: Option<Phase>,
+    last_line: Instant,
+    started: Instant,
+}
+
+impl Drawing {
+    fn new(kind: Kind, bars: &MultiProgress) -> Self {
+        let unicode = ["LC_ALL", "LC_CTYPE", "LANG"]
+            .iter()
+            .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+            .is_some_and(|value| value.to_ascii_lowercase().contains("utf"));
+        let bar = |name: &str| {
+            let template = format!(
+                "{name:<9} {{bar:30}} {{percent:>3}}%  {{binary_bytes}} of {{binary_total_bytes}}  {{binary_bytes_per_sec}}  ETA {{eta}}  {{msg}}"
+            );
+            let bar = if kind == Kind::Bars { bars.add(ProgressBar::hidden()) } else { ProgressBar::hidden() };
+            if let Ok(style) = ProgressStyle::with_template(&template) {
+                bar.set_style(if unicode {
+                    style.progress_chars("█▉▊▋▌▍▎▏ ")
+                } else {
+                    style.progress_chars("#> ")
+                });
+            }
+            bar
+        };
+        let (read, hash, upload, verify) = (bar("reading"), bar("checking"), bar("uploading"), bar("verifying"));
+        let now = Instant::now();
+        Self { kind, read, hash, upload, verify, phase: None, last_line: now, started: now }
+    }
+
+    fn draw(&mut self, progress: &Progress) {
+        let phase = progress.phase();
+        let changed = self.phase != Some(phase);
+        self.phase = Some(phase);
+        match self.kind {
+            Kind::Bars => self.draw_bars(progress, phase),
+            Kind::Plain if changed || self.last_line.elapsed() >= LINE_EVERY => {
+                self.last_line = Instant::now();
+                if let Some(line) = plain_line(progress, phase, self.started.elapsed()) {
+                    exit::say(&line);
+                }
+            }
+            Kind::Json if changed || self.last_line.elapsed() >= JSON_EVERY => {
+                self.last_line = Instant::now();
+                exit::say(&json_line(progress, phase, self.started.elapsed()));
+            }
+            _ => {}
+        }
+    }
+
+    fn draw_bars(&self, progress: &Progress, phase: Phase) {
+        let show = |bar: &ProgressBar, total: u64, done: u64| {
+            if total > 0 {
+                bar.set_length(total);
+                bar.set_position(done.min(total));
+            }
+        };
+        let surveyed = progress.surveyed_bytes();
+        if phase != Phase::Preparing {
+            show(&self.read, progress.virtual_bytes(), surveyed);
+            self.read.set_message(format!("{}% zeros", percent(progress.zero_bytes(), surveyed)));
+        }
+        let hash_shown = progress.hash_expected() > 0 && phase != Phase::Preparing;
+        if hash_shown {
+            show(&self.hash, progress.hash_expected(), progress.hashed_bytes());
+            self.hash.set_message("source hash");
+        }
+        show(&self.upload, progress.image_bytes(), progress.uploaded_bytes());
+        if phase == Phase::Verifying {
+            show(&self.verify, progress.virtual_bytes(), progress.verified_bytes());
+        }
+    }
+
+    fn finish(&self) {
+        for bar in [&self.read, &self.hash, &self.upload, &self.verify] {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn percent(part: u64, whole: u64) -> u64 {
+    if whole == 0 { 0 } else { u64::try_from(u128::from(part) * 100 / u128::from(whole)).unwrap_or(100) }
+}
+
+/// A line for a log.
+fn plain_line(progress: &Progress, phase: Phase, elapsed: Duration) -> Option<String> {
+    let total = progress.virtual_bytes();
+    let read = || {
+        let surveyed = progress.surveyed_bytes();
+        let rate = rate(surveyed, elapsed);
+        format!(
+            "{}% read: {} of {}, {rate}, {}% zeros",
+            percent(surveyed, total),
+            size(surveyed),
+            size(total),
+            percent(progress.zero_bytes(), surveyed)
+        )
+    };
+    let hash = || match progress.hash_expected() {
+        0 => String::new(),
+        expected => format!("; source hash {}%", percent(progress.hashed_bytes(), expected)),
+    };
+    match phase {
+        Phase::Preparing => None,
+        Phase::Reading => Some(read()),
+        Phase::Uploading => Some(format!(
+            "{}% uploaded: {} of {}{}",
+            percent(progress.uploaded_bytes(), progress.image_bytes()),
+            size(progress.uploaded_bytes()),
+            size(progress.image_bytes()),
+            hash()
+        )),
+        Phase::Finishing => Some(format!("all sent, finishing{}", hash())),
+        Phase::Verifying => Some(format!("{}% verified", percent(progress.verified_bytes(), total))),
+    }
+}
+
+fn rate(bytes: u64, elapsed: Duration) -> String {
+    let millis = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX).max(1);
+    format!("{}/s", size(bytes.saturating_mul(1000) / millis))
+}
+
+fn json_line(progress: &Progress, phase: Phase, elapsed: Duration) -> String {
+    serde_json::json!({
+        "event": "progress",
+        "phase": format!("{phase:?}").to_lowercase(),
+        "elapsed_s": elapsed.as_secs_f64(),
+        "virtual_bytes": progress.virtual_bytes(),
+        "surveyed_bytes": progress.surveyed_bytes(),
+        "zero_bytes": progress.zero_bytes(),
+        "data_bytes": progress.data_bytes(),
+        "fetched_bytes": progress.fetched_bytes(),
+        "hashed_bytes": progress.hashed_bytes(),
+        "image_bytes": progress.image_bytes(),
+        "uploaded_bytes": progress.uploaded_bytes(),
+        "verified_bytes": progress.verified_bytes(),
+        "retries": progress.retries(),
+    })
+    .to_string()
+}

@@ -1,0 +1,44 @@
+//! Exit codes, and the one place that prints an error with its causes.
+
+use std::{error::Error, io::Write, process::ExitCode};
+
+use stages::text::printable;
+
+/// Prints an error and what caused it, a line each, and gives the exit code.
+pub fn failure(error: &dyn Error, code: u8) -> ExitCode {
+    let mut text = format!("virta: {}", printable_lines(&error.to_string()));
+    let mut cause = error.source();
+    let mut last = error.to_string();
+    while let Some(error) = cause {
+        let line = error.to_string();
+        if line != last {
+            text.push_str("\n  because: ");
+            text.push_str(&printable_lines(&line));
+        }
+        last = line;
+        cause = error.source();
+    }
+    say(&text);
+    ExitCode::from(code)
+}
+
+/// Wrong usage: exit code 2.
+pub fn usage(text: &str) -> ExitCode {
+    say(&format!("virta: {text}"));
+    ExitCode::from(2)
+}
+
+/// A line on stderr. The terminal may be gone: that is no reason to stop.
+pub fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// A line on stdout. The reader may be gone: that is no reason to stop.
+pub fn print(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// Each line without control characters; the line breaks are ours.
+fn printable_lines(text: &str) -> String {
+    text.lines().map(printable).collect::<Vec<_>>().join("\n    ")
+}

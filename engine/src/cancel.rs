@@ -1,0 +1,150 @@
+//! Cancellation of a whole run: seen at every port, first cause kept.
+
+use std::{
+    fmt,
+    sync::{Arc, PoisonError},
+};
+
+use crate::{
+    error::StageError,
+    sync::{AtomicBool, Mutex, Ordering, channel},
+};
+
+/// The run was cancelled. Not an end of input: nothing may be sealed, renamed or called complete.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the run was cancelled")]
+pub struct Cancelled;
+
+/// Why a run was cancelled.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Cause {
+    /// A stage failed.
+    Failed(StageError),
+    /// Somebody outside asked for it; the text says who (`interrupted`, `time is up`).
+    Requested(String),
+    /// A stage dropped a port before its end and then claimed success: a bug of that stage.
+    Abandoned {
+        /// The stage's name.
+        stage: String,
+    },
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed(error) => write!(f, "{error}"),
+            Self::Requested(why) => f.write_str(why),
+            Self::Abandoned { stage } => write!(f, "stage {stage} dropped a port before its end"),
+        }
+    }
+}
+
+type Hook = Box<dyn Fn() + Send + Sync>;
+
+struct Shared {
+    cancelled: AtomicBool,
+    cause: Mutex<Option<Cause>>,
+    later_failures: Mutex<Vec<StageError>>,
+    hooks: Mutex<Vec<Hook>>,
+    /// Nothing is ever sent on it; its closing wakes those who wait for cancellation.
+    wake: (channel::Sender<()>, channel::Receiver<()>),
+}
+
+/// Cancels a run, or tells whether it is. Clones are the same token.
+#[derive(Clone)]
+pub struct CancelToken(Arc<Shared>);
+
+impl Default for CancelToken {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl CancelToken {
+    /// A token nobody has cancelled.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Arc::new(Shared {
+            cancelled: AtomicBool::new(false),
+            cause: Mutex::new(None),
+            later_failures: Mutex::new(Vec::new()),
+            hooks: Mutex::new(Vec::new()),
+            wake: channel::bounded(1),
+        }))
+    }
+
+    /// Cancels, keeping `cause` if it is the first. [`Cause::Abandoned`] gives way to a later real cause: a
+    /// failing stage drops its ports before its error is known.
+    pub fn cancel(&self, cause: Cause) {
+        {
+            let mut kept = self.0.cause.lock().unwrap_or_else(PoisonError::into_inner);
+            match (&*kept, cause) {
+                (None, cause) => *kept = Some(cause),
+                (Some(Cause::Abandoned { .. }), cause @ (Cause::Failed(_) | Cause::Requested(_))) => *kept = Some(cause),
+                (Some(_), Cause::Failed(error)) => {
+                    self.0.later_failures.lock().unwrap_or_else(PoisonError::into_inner).push(error);
+                }
+                (Some(_), _) => {}
+            }
+        }
+        self.0.cancelled.store(true, Ordering::SeqCst);
+        self.0.wake.0.close();
+        for hook in self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            hook();
+        }
+    }
+
+    /// Was it cancelled?
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// `Err(Cancelled)` if it was.
+    ///
+    /// # Errors
+    /// [`Cancelled`].
+    pub fn check(&self) -> Result<(), Cancelled> {
+        if self.is_cancelled() { Err(Cancelled) } else { Ok(()) }
+    }
+
+    /// Waits until it is cancelled.
+    ///
+    /// # Cancel safety
+    /// Safe: nothing is lost if the future is dropped.
+    pub async fn cancelled(&self) {
+        // the channel is never sent to, so this ends when it is closed
+        let _ = self.0.wake.1.recv().await;
+    }
+
+    /// Runs `work` unless the run is cancelled first; then drops it.
+    ///
+    /// # Errors
+    /// [`Cancelled`].
+    pub async fn guard<F: Future>(&self, work: F) -> Result<F::Output, Cancelled> {
+        tokio::select! {
+            biased;
+            () = self.cancelled() => Err(Cancelled),
+            output = work => Ok(output),
+        }
+    }
+
+    /// Calls `hook` on cancellation, or now if that was already.
+    pub(crate) fn on_cancel(&self, hook: impl Fn() + Send + Sync + 'static) {
+        let mut hooks = self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: `cancel` sets the flag before it takes it, so either the flag is seen here or the
+        // hook is seen there.
+        if self.is_cancelled() {
+            hook();
+        }
+        hooks.push(Box::new(hook));
+    }
+
+    /// Takes the cause and the failures that came after it.
+    pub(crate) fn take_cause(&self) -> (Option<Cause>, Vec<StageError>) {
+        let cause = self.0.cause.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let later = std::mem::take(&mut *self.0.later_failures.lock().unwrap_or_else(PoisonError::into_inner));
+        (cause, later)
+    }
+}

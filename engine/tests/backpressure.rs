@@ -1,0 +1,89 @@
+//! Back-pressure is an exact number (I2), and every lease returns (I3).
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use engine::{
+    BufferPool, CancelToken, Cause, Pipeline, RunError, TokioLocal,
+    testing::{CountingSource, FailAt, StallingSink, assert_conserves},
+};
+use tokio::{runtime::Handle, sync::oneshot};
+
+/// Waits until the counter has stood still for a while.
+async fn settled(counter: &AtomicU64) -> u64 {
+    let mut last = counter.load(SeqCst);
+    for _ in 0..200 {
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        let now = counter.load(SeqCst);
+        if now == last && now > 0 {
+            return now;
+        }
+        last = now;
+    }
+    panic!("the counter never settled");
+}
+
+/// How many blocks leave the source while the sink stalls, and what becomes of them afterwards.
+async fn stalled_run(leases: Option<usize>, port_items: usize, workers: usize) -> u64 {
+    let cancel = CancelToken::new();
+    let pool = leases.map(|count| BufferPool::new(count, 4096, 4096, &cancel));
+    let (emitted, received) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (go, gate) = oneshot::channel();
+    let source = CountingSource { blocks: 500, pool: pool.clone(), emitted: Arc::clone(&emitted) };
+    let sink = StallingSink { gate, received: Arc::clone(&received) };
+    let running = Pipeline::new(&cancel)
+        .network("source", source)
+        .port(port_items)
+        .cpu("pass", workers, || FailAt { number: None, text: "", panics: false })
+        .port(port_items)
+        .ring("sink", TokioLocal, || Ok(sink))
+        .start(&Handle::current());
+    let stopped_at = settled(&emitted).await;
+    go.send(()).unwrap();
+    let metrics = running.join().await.unwrap();
+    assert_eq!((emitted.load(SeqCst), received.load(SeqCst)), (500, 500), "I1");
+    assert!(metrics.iter().all(|stage| stage.items == 500), "{metrics:?}");
+    assert!(metrics[0].blocked_on_output_s + metrics[1].blocked_on_output_s > 0.05, "{metrics:?}");
+    assert!(metrics[2].bytes == if leases.is_some() { 500 * 4096 } else { 0 });
+    if let Some(pool) = pool {
+        assert_conserves(&pool);
+        assert!(pool.leased_peak() <= pool.count());
+    }
+    stopped_at
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_stalled_sink_the_source_emits_exactly_the_pools_leases() {
+    assert_eq!(stalled_run(Some(7), 16, 2).await, 7);
+    assert_eq!(stalled_run(Some(1), 1, 1).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_leases_it_emits_exactly_what_ports_and_workers_hold() {
+    // two ports of 3, and one block in the hand of each of two workers
+    assert_eq!(stalled_run(None, 3, 2).await, 3 + 2 + 3);
+    assert_eq!(stalled_run(None, 1, 1).await, 1 + 1 + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stalled_run_can_be_cancelled_and_loses_no_lease() {
+    let cancel = CancelToken::new();
+    let pool = BufferPool::new(5, 4096, 4096, &cancel);
+    let (emitted, received) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (_go, gate) = oneshot::channel();
+    let running = Pipeline::new(&cancel)
+        .network("source", CountingSource { blocks: 500, pool: Some(pool.clone()), emitted: Arc::clone(&emitted) })
+        .ring("sink", TokioLocal, || Ok(StallingSink { gate, received }))
+        .start(&Handle::current());
+    settled(&emitted).await;
+    cancel.cancel(Cause::Requested("interrupted".to_owned()));
+    let error = running.join().await.unwrap_err();
+    assert!(matches!(&error, RunError::Cancelled(why) if why == "interrupted"), "{error:?}");
+    // What a closed port still held is dropped with the port.
+    assert_conserves(&pool);
+}

@@ -1,0 +1,133 @@
+//! What is told afterwards. The JSON form is a contract: fields are added, never renamed or removed.
+
+use engine::MetricsSnapshot;
+use serde::Serialize;
+
+/// How the source could be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Access {
+    /// At any offset.
+    Random,
+    /// From the start, as often as one likes.
+    Sequential,
+    /// From the start, once.
+    Once,
+}
+
+/// A digest and whether it was compared with one known before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HashReport {
+    /// `sha512`, …; null where there is none.
+    pub algorithm: Option<String>,
+    /// Lower-case hexadecimal; null where there is none.
+    pub value: Option<String>,
+    /// Compared, and equal.
+    pub checked: bool,
+}
+
+impl HashReport {
+    /// Nothing was there to check.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self { algorithm: None, value: None, checked: false }
+    }
+}
+
+/// A filesystem that was found in the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FilesystemReport {
+    /// `ext4`, …
+    pub kind: String,
+    /// Where it begins.
+    pub guest_offset: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// Bytes it proves unused.
+    pub free_bytes: u64,
+    /// Were they skipped?
+    pub skipped: bool,
+    /// Why not.
+    pub reason: Option<String>,
+}
+
+/// What one stage did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StageReport {
+    /// Its name.
+    pub name: String,
+    /// Items passed on.
+    pub items: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Seconds of all its workers together.
+    pub busy_s: f64,
+    /// Seconds spent waiting for input.
+    pub blocked_on_input_s: f64,
+    /// Seconds spent waiting for room in the next port, or for a lease.
+    pub blocked_on_output_s: f64,
+}
+
+impl From<MetricsSnapshot> for StageReport {
+    fn from(snapshot: MetricsSnapshot) -> Self {
+        let MetricsSnapshot { name, items, bytes, busy_s, blocked_on_input_s, blocked_on_output_s } = snapshot;
+        Self { name, items, bytes, busy_s, blocked_on_input_s, blocked_on_output_s }
+    }
+}
+
+/// The report of a conversion. Sizes in bytes, times in seconds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// What was read: a path, or `glance:` and an id.
+    pub source: String,
+    /// What was made: a path, or `glance:` and an id.
+    pub destination: String,
+    /// Size of the virtual disk.
+    pub virtual_bytes: u64,
+    /// Everything received from Glance.
+    pub fetched_bytes: u64,
+    /// Guest bytes in clusters that are all zero.
+    pub zero_bytes: u64,
+    /// Guest bytes that a filesystem proves unused and that were left out.
+    pub free_bytes: u64,
+    /// Guest bytes kept.
+    pub data_bytes: u64,
+    /// What they take in the file.
+    pub stored_bytes: u64,
+    /// Length of the file.
+    pub image_bytes: u64,
+    /// Sent to Glance, retries included.
+    pub uploaded_bytes: u64,
+    /// Scratch file at its largest.
+    pub scratch_peak_bytes: u64,
+    /// Resident memory of this process at its largest.
+    pub rss_peak_bytes: u64,
+    /// Wall time.
+    pub elapsed_s: f64,
+    /// How the source was read.
+    pub access: Access,
+    /// The source's digest.
+    pub source_hash: HashReport,
+    /// The image's digest.
+    pub image_hash: HashReport,
+    /// Part of `fetched_bytes` that was read a second time.
+    pub reread_bytes: u64,
+    /// Part of `fetched_bytes` that was fetched again after an error.
+    pub retried_bytes: u64,
+    /// Filesystems found.
+    pub filesystems: Vec<FilesystemReport>,
+    /// What each stage did.
+    pub stages: Vec<StageReport>,
+    /// Requests that were tried again, one line each.
+    pub retries: Vec<String>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Resident memory of this process at its largest, bytes.
+#[must_use]
+pub fn rss_peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}

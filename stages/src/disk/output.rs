@@ -1,0 +1,326 @@
+//! The file an image becomes: `<name>.partial` while it is being written, locked against a second run, renamed when
+//! it is complete. Dropped before that, it is removed.
+
+use std::{
+    fs::{self, File, TryLockError},
+    io,
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+/// Why an output cannot be opened or completed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OutputError {
+    /// It is there already.
+    #[error("{path} exists: choose another name, or replace it with --force")]
+    Exists {
+        /// The file.
+        path: String,
+    },
+    /// It came into being while the run went on.
+    #[error("{path} was made by somebody else meanwhile; the finished image is kept as {kept}")]
+    AppearedMeanwhile {
+        /// The file.
+        path: String,
+        /// Where the image is.
+        kept: String,
+    },
+    /// Its name promises another format.
+    #[error("{path}: the extension .{extension} is not that of a qcow2 image; name it .qcow2")]
+    Extension {
+        /// The file.
+        path: String,
+        /// What it ends in.
+        extension: String,
+    },
+    /// Another run holds it.
+    #[error("{path} is being written by another run")]
+    Locked {
+        /// The `.partial` file.
+        path: String,
+    },
+    /// It is no file.
+    #[error("{path} is {what}: an image can be written to a file, or with --force to a block device")]
+    Kind {
+        /// The path.
+        path: String,
+        /// What it is.
+        what: &'static str,
+    },
+    /// A block device would be overwritten.
+    #[error("{path} is a block device, and everything on it would be lost: write to it with --force")]
+    Device {
+        /// The device.
+        path: String,
+    },
+    /// The file system refused.
+    #[error("{action} {path}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// To which file.
+        path: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Extensions of other disk image formats and of compressed files.
+const OTHER_EXTENSIONS: [&str; 16] =
+    ["raw", "img", "vmdk", "vdi", "vhd", "vhdx", "vpc", "iso", "qed", "qcow", "gz", "xz", "bz2", "zst", "ova", "tar"];
+
+/// An image file under construction.
+#[derive(Debug)]
+pub struct OutputFile {
+    file: File,
+    target: PathBuf,
+    /// `None` for a block device, which is written in place.
+    partial: Option<PathBuf>,
+    replace: bool,
+    done: bool,
+}
+
+impl OutputFile {
+    /// Opens `path` for a new image. With `force` an existing file is replaced (a symlink's target, not the link) and
+    /// a block device written; nothing is touched before [`OutputFile::commit`], a device excepted.
+    ///
+    /// # Errors
+    /// [`OutputError`], each naming the path and the way out.
+    pub fn create(path: &Path, force: bool) -> Result<Self, OutputError> {
+        let shown = path.display().to_string();
+        let io = |action: &'static str, path: &Path| {
+            let path = path.display().to_string();
+            move |source| OutputError::Io { action, path, source }
+        };
+        let target = match fs::canonicalize(path) {
+            Ok(target) => target,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(path) {
+                Ok(link) => path.parent().unwrap_or(Path::new("")).join(link), // a dangling link: make its target
+                Err(_) => path.to_owned(),
+            },
+            Err(error) => return Err(io("open", path)(error)),
+        };
+        match fs::metadata(&target) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(io("look at", &target)(error)),
+            Ok(metadata) => {
+                let kind = metadata.file_type();
+                if kind.is_block_device() {
+                    if !force {
+                        return Err(OutputError::Device { path: shown });
+                    }
+                    return Self::open_device(target);
+                }
+                let what = if kind.is_dir() {
+                    Some("a folder")
+                } else if kind.is_fifo() {
+                    Some("a FIFO")
+                } else if kind.is_char_device() {
+                    Some("a character device")
+                } else if kind.is_socket() {
+                    Some("a socket")
+                } else {
+                    None
+                };
+                if let Some(what) = what {
+                    return Err(OutputError::Kind { path: shown, what });
+                }
+                if !force {
+                    return Err(OutputError::Exists { path: shown });
+                }
+            }
+        }
+        if let Some(extension) = target.extension().and_then(|extension| extension.to_str()) {
+            let lower = extension.to_ascii_lowercase();
+            if OTHER_EXTENSIONS.contains(&lower.as_str()) {
+                return Err(OutputError::Extension { path: shown, extension: lower });
+            }
+        }
+        let mut name = target.file_name().map(ToOwned::to_owned).unwrap_or_default();
+        name.push(".partial");
+        let partial = target.with_file_name(name);
+        let file = Self::lock_partial(&partial)?;
+        file.set_len(0).map_err(io("empty", &partial))?;
+        Ok(Self { file, target, partial: Some(partial), replace: force, done: false })
+    }
+
+    /// Opens and locks the partial file; what a dead run left in it is taken over.
+    fn lock_partial(partial: &Path) -> Result<File, OutputError> {
+        let shown = || partial.display().to_string();
+        let io = |action| move |source| OutputError::Io { action, path: partial.display().to_string(), source };
+        // O_NOFOLLOW: somebody else's link must not lead us into a file of theirs.
+        let flags = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
+        loop {
+            let file = fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(flags)
+                .open(partial)
+                .map_err(io("create"))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Err(OutputError::Locked { path: shown() }),
+                // file systems without locks: O_EXCL would not survive a crash, so go on without
+                Err(TryLockError::Error(_)) => return Ok(file),
+            }
+            // The run that held the lock may have renamed or removed the file since it was opened.
+            let opened = file.metadata().map_err(io("look at"))?;
+            match fs::symlink_metadata(partial) {
+                Ok(named) if named.ino() == opened.ino() && named.dev() == opened.dev() => return Ok(file),
+                _ => {}
+            }
+        }
+    }
+
+    fn open_device(target: PathBuf) -> Result<Self, OutputError> {
+        let shown = target.display().to_string();
+        let io = |action| {
+            let path = shown.clone();
+            move |source| OutputError::Io { action, path, source }
+        };
+        // O_EXCL on a block device: not while it is mounted
+        let flags = i32::try_from(rustix::fs::OFlags::EXCL.bits()).unwrap_or(0);
+        let file = fs::OpenOptions::new().read(true).write(true).custom_flags(flags).open(&target).map_err(io("open"))?;
+        // What was there must not be taken for the image while it is incomplete: its header goes first.
+        file.write_all_at(&[0; 4096], 0).and_then(|()| file.sync_data()).map_err(io("clear the start of"))?;
+        Ok(Self { file, target, partial: None, replace: true, done: false })
+    }
+
+    /// A second handle on the file, for the stage that writes it.
+    ///
+    /// # Errors
+    /// If the process has no descriptor left.
+    pub fn handle(&self) -> Result<File, OutputError> {
+        self.file.try_clone().map_err(|source| OutputError::Io {
+            action: "open again",
+            path: self.target.display().to_string(),
+            source,
+        })
+    }
+
+    /// The path that the image will have.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// The folder it is in.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        match self.target.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        }
+    }
+
+    /// Gives the complete file its name. With `sync`, the folder is flushed after it (the file's content was, by
+    /// whoever wrote it).
+    ///
+    /// # Errors
+    /// [`OutputError::AppearedMeanwhile`] if the name is taken and may not be replaced: the image stays under its
+    /// partial name then.
+    pub fn commit(mut self, sync: bool) -> Result<PathBuf, OutputError> {
+        let Some(partial) = self.partial.clone() else {
+            self.done = true;
+            return Ok(self.target.clone());
+        };
+        let io = |action, source| OutputError::Io { action, path: self.target.display().to_string(), source };
+        let renamed = if self.replace {
+            fs::rename(&partial, &self.target)
+        } else {
+            match renameat_with(CWD, &partial, CWD, &self.target, RenameFlags::NOREPLACE) {
+                Ok(()) => Ok(()),
+                Err(rustix::io::Errno::EXIST) => {
+                    self.done = true;
+                    return Err(OutputError::AppearedMeanwhile {
+                        path: self.target.display().to_string(),
+                        kept: partial.display().to_string(),
+                    });
+                }
+                // A file system without RENAME_NOREPLACE: a hard link refuses an existing name, too.
+                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+                    fs::hard_link(&partial, &self.target).and_then(|()| fs::remove_file(&partial))
+                }
+                Err(error) => Err(error.into()),
+            }
+        };
+        renamed.map_err(|source| io("rename to", source))?;
+        self.done = true;
+        if sync {
+            File::open(self.folder()).and_then(|folder| folder.sync_all()).map_err(|source| io("flush the folder of", source))?;
+        }
+        Ok(self.target.clone())
+    }
+}
+
+impl Drop for OutputFile {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        if let Some(partial) = &self.partial {
+            // Nothing half-made is left. If even this fails, the next run takes the file over.
+            let _ = fs::remove_file(partial);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_there_before_commit_and_nothing_is_left_without_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.qcow2");
+        let output = OutputFile::create(&path, false).unwrap();
+        output.handle().unwrap().write_all_at(b"x", 0).unwrap();
+        assert!(!path.exists());
+        assert!(matches!(OutputFile::create(&path, false), Err(OutputError::Locked { .. })));
+        drop(output);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        let output = OutputFile::create(&path, false).unwrap();
+        output.commit(true).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert!(matches!(OutputFile::create(&path, false), Err(OutputError::Exists { .. })));
+    }
+
+    #[test]
+    fn a_file_that_appears_meanwhile_is_not_overwritten_and_the_image_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.qcow2");
+        let output = OutputFile::create(&path, false).unwrap();
+        fs::write(&path, "theirs").unwrap();
+        assert!(matches!(output.commit(false), Err(OutputError::AppearedMeanwhile { .. })));
+        assert_eq!(fs::read(&path).unwrap(), b"theirs");
+        assert!(folder.path().join("a.qcow2.partial").exists());
+    }
+
+    #[test]
+    fn a_links_target_is_replaced_and_the_link_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let (link, target) = (folder.path().join("link.qcow2"), folder.path().join("target.qcow2"));
+        fs::write(&target, "old").unwrap();
+        std::os::unix::fs::symlink("target.qcow2", &link).unwrap();
+        OutputFile::create(&link, true).unwrap().commit(false).unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::metadata(&target).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn names_of_other_formats_folders_and_fifos_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(matches!(OutputFile::create(&folder.path().join("a.VMDK"), false), Err(OutputError::Extension { .. })));
+        assert!(matches!(OutputFile::create(folder.path(), true), Err(OutputError::Kind { what: "a folder", .. })));
+        assert!(matches!(OutputFile::create(Path::new("/dev/null"), true), Err(OutputError::Kind { .. })));
+        let nowhere = folder.path().join("no/such/a.qcow2");
+        assert!(matches!(OutputFile::create(&nowhere, false), Err(OutputError::Io { .. })));
+    }
+}

@@ -1,0 +1,148 @@
+//! Which disk image format these bytes are.
+//!
+//! What is converted is raw, and raw is what nothing else claims. The signatures are those of the formats' own
+//! specifications; OpenStack's format inspector (oslo.utils, `format_inspector.py`) looks at the same places.
+
+use std::fmt;
+
+/// Bytes of a file's beginning that [`DiskFormat::detect`] wants to see; fewer are accepted.
+pub const HEAD_BYTES: u64 = 64 << 10;
+
+/// A disk image format, or a compressed file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[allow(missing_docs)] // names of formats
+pub enum DiskFormat {
+    Raw,
+    Qcow2,
+    Qcow1,
+    Qed,
+    Vmdk,
+    Vdi,
+    Vhd,
+    Vhdx,
+    Iso,
+    Gzip,
+    Xz,
+    Bzip2,
+    Zstd,
+    Lz4,
+    Zip,
+}
+
+impl DiskFormat {
+    /// Tells by the first [`HEAD_BYTES`] and the last 512 bytes. A disk with a boot sector is raw even where it carries
+    /// a CD file system too (a hybrid image written to a disk), unless that is all it is.
+    #[must_use]
+    pub fn detect(head: &[u8], tail: &[u8]) -> Self {
+        let at = |offset: usize, magic: &[u8]| head.get(offset..offset + magic.len()) == Some(magic);
+        if at(0, b"QFI\xfb") {
+            return if at(4, &[0, 0, 0, 1]) { Self::Qcow1 } else { Self::Qcow2 };
+        }
+        let signatures: [(usize, &[u8], Self); 15] = [
+            (0, b"QED\0", Self::Qed),
+            (0, b"KDMV", Self::Vmdk),
+            (0, b"COWD", Self::Vmdk),
+            (0, b"# Disk DescriptorFile", Self::Vmdk),
+            (0x40, b"\x7f\x10\xda\xbe", Self::Vdi),
+            (0, b"conectix", Self::Vhd),
+            (0, b"vhdxfile", Self::Vhdx),
+            (0, b"\x1f\x8b\x08", Self::Gzip),
+            (0, b"\xfd7zXZ\0", Self::Xz),
+            (0, b"BZh", Self::Bzip2),
+            (0, b"\x28\xb5\x2f\xfd", Self::Zstd),
+            (0, b"\x04\x22\x4d\x18", Self::Lz4),
+            (0, b"PK\x03\x04", Self::Zip),
+            (0x8001, b"CD001", Self::Iso),
+            (0x8001, b"BEA01", Self::Iso), // UDF
+        ];
+        if let Some((_, _, format)) = signatures.iter().find(|(offset, magic, _)| at(*offset, magic)) {
+            return *format;
+        }
+        // a fixed VHD is a raw disk with a footer
+        if tail.starts_with(b"conectix") { Self::Vhd } else { Self::Raw }
+    }
+
+    /// The word that `qemu-img` and Glance use.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Qcow1 => "qcow",
+            Self::Qed => "qed",
+            Self::Vmdk => "vmdk",
+            Self::Vdi => "vdi",
+            Self::Vhd => "vpc",
+            Self::Vhdx => "vhdx",
+            Self::Iso => "iso",
+            Self::Gzip => "gzip",
+            Self::Xz => "xz",
+            Self::Bzip2 => "bzip2",
+            Self::Zstd => "zstd",
+            Self::Lz4 => "lz4",
+            Self::Zip => "zip",
+        }
+    }
+
+    /// What to do with a file of this format instead of converting it here, with the command.
+    #[must_use]
+    pub fn advice(self, file: &str) -> String {
+        let file = crate::text::shell_word(file);
+        match self {
+            Self::Raw => "it can be converted as it is".to_owned(),
+            Self::Qcow2 => format!("it needs no conversion; to compact it: qemu-img convert -O qcow2 {file} compact.qcow2"),
+            Self::Iso => {
+                "an installation medium stays as it is: openstack image create --disk-format iso --file FILE NAME".to_owned()
+            }
+            Self::Gzip => format!("unpack it first: gunzip -k {file}"),
+            Self::Xz => format!("unpack it first: xz -dk {file}"),
+            Self::Bzip2 => format!("unpack it first: bunzip2 -k {file}"),
+            Self::Zstd => format!("unpack it first: zstd -dk {file}"),
+            Self::Lz4 => format!("unpack it first: lz4 -dk {file}"),
+            Self::Zip => format!("unpack it first: unzip {file}"),
+            other => format!("convert it with: qemu-img convert -f {} -O qcow2 {file} disk.qcow2", other.name()),
+        }
+    }
+}
+
+impl fmt::Display for DiskFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(offset: usize, magic: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; 65536];
+        bytes[offset..offset + magic.len()].copy_from_slice(magic);
+        bytes
+    }
+
+    #[test]
+    fn formats_are_told_by_their_bytes() {
+        assert_eq!(DiskFormat::detect(&[0; 512], &[0; 512]), DiskFormat::Raw);
+        assert_eq!(DiskFormat::detect(&[], &[]), DiskFormat::Raw);
+        assert_eq!(DiskFormat::detect(&head(510, &[0x55, 0xaa]), &[0; 512]), DiskFormat::Raw, "a boot sector");
+        for (offset, magic, format) in [
+            (0, b"QFI\xfb\0\0\0\x03".as_slice(), DiskFormat::Qcow2),
+            (0, b"QFI\xfb\0\0\0\x01", DiskFormat::Qcow1),
+            (0, b"KDMV", DiskFormat::Vmdk),
+            (0x40, b"\x7f\x10\xda\xbe", DiskFormat::Vdi),
+            (0x8001, b"CD001", DiskFormat::Iso),
+            (0, b"\x1f\x8b\x08\0", DiskFormat::Gzip),
+            (0, b"\xfd7zXZ\0", DiskFormat::Xz),
+        ] {
+            assert_eq!(DiskFormat::detect(&head(offset, magic), &[0; 512]), format);
+        }
+        assert_eq!(DiskFormat::detect(&[0; 512], &head(0, b"conectix")), DiskFormat::Vhd, "a fixed VHD");
+    }
+
+    #[test]
+    fn advice_is_a_command_that_can_be_pasted() {
+        assert!(DiskFormat::Xz.advice("a b.xz").ends_with("xz -dk 'a b.xz'"));
+    }
+}

@@ -1,0 +1,145 @@
+//! Live counters of a conversion, for whoever draws them.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+};
+
+use crate::{extent::Classified, units::ClusterBits, zero::classify::data_bytes};
+
+/// What a conversion is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Signing in, looking up, opening.
+    Preparing = 0,
+    /// Reading the source.
+    Reading = 1,
+    /// Sending the image.
+    Uploading = 2,
+    /// Everything is sent; waiting for hashes, Glance or the disk.
+    Finishing = 3,
+    /// Comparing the result with the source.
+    Verifying = 4,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    phase: AtomicU8,
+    virtual_bytes: AtomicU64,
+    surveyed_bytes: AtomicU64,
+    zero_bytes: AtomicU64,
+    data_bytes: AtomicU64,
+    fetched_bytes: AtomicU64,
+    hashed_bytes: AtomicU64,
+    hash_expected: AtomicU64,
+    image_bytes: AtomicU64,
+    uploaded_bytes: AtomicU64,
+    verified_bytes: AtomicU64,
+    retries: AtomicU64,
+}
+
+/// Shared counters; clones are the same. Updating is a relaxed add an extent.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<Counters>);
+
+macro_rules! counter {
+    ($($(#[$doc:meta])* $get:ident, $add:ident;)*) => {
+        $(
+            $(#[$doc])*
+            #[must_use]
+            pub fn $get(&self) -> u64 {
+                self.0.$get.load(Relaxed)
+            }
+
+            /// Adds to the counter of the same name.
+            pub fn $add(&self, bytes: u64) {
+                self.0.$get.fetch_add(bytes, Relaxed);
+            }
+        )*
+    };
+}
+
+impl Progress {
+    counter! {
+        /// Guest bytes that have been looked at.
+        surveyed_bytes, add_surveyed;
+        /// Of those, in clusters that are all zero.
+        zero_bytes, add_zero;
+        /// Of those, in clusters that are stored.
+        data_bytes, add_data;
+        /// Bytes received from Glance.
+        fetched_bytes, add_fetched;
+        /// Guest bytes the source hash has covered.
+        hashed_bytes, add_hashed;
+        /// Bytes of the image handed to the connection.
+        uploaded_bytes, add_uploaded;
+        /// Guest bytes compared with the source.
+        verified_bytes, add_verified;
+        /// Requests that were tried again.
+        retries, add_retries;
+    }
+
+    /// Size of the virtual disk, bytes; 0 while it is unknown.
+    #[must_use]
+    pub fn virtual_bytes(&self) -> u64 {
+        self.0.virtual_bytes.load(Relaxed)
+    }
+
+    /// Sets the size of the virtual disk.
+    pub fn set_virtual_bytes(&self, bytes: u64) {
+        self.0.virtual_bytes.store(bytes, Relaxed);
+    }
+
+    /// Length of the image, bytes; 0 while it is unknown.
+    #[must_use]
+    pub fn image_bytes(&self) -> u64 {
+        self.0.image_bytes.load(Relaxed)
+    }
+
+    /// Sets the length of the image.
+    pub fn set_image_bytes(&self, bytes: u64) {
+        self.0.image_bytes.store(bytes, Relaxed);
+    }
+
+    /// Guest bytes that the source hash will cover; 0 where there is none to check.
+    #[must_use]
+    pub fn hash_expected(&self) -> u64 {
+        self.0.hash_expected.load(Relaxed)
+    }
+
+    /// Sets what the source hash will cover.
+    pub fn set_hash_expected(&self, bytes: u64) {
+        self.0.hash_expected.store(bytes, Relaxed);
+    }
+
+    /// An upload starts from the beginning again.
+    pub fn restart_upload(&self) {
+        self.0.uploaded_bytes.store(0, Relaxed);
+    }
+
+    /// What is going on.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        match self.0.phase.load(Relaxed) {
+            1 => Phase::Reading,
+            2 => Phase::Uploading,
+            3 => Phase::Finishing,
+            4 => Phase::Verifying,
+            _ => Phase::Preparing,
+        }
+    }
+
+    /// Something else is going on.
+    pub fn set_phase(&self, phase: Phase) {
+        self.0.phase.store(phase as u8, Relaxed);
+    }
+
+    /// An extent has its fates.
+    pub fn surveyed(&self, classified: &Classified, cluster_bits: ClusterBits) {
+        let data = data_bytes(classified, cluster_bits);
+        self.add_surveyed(classified.guest.bytes());
+        self.add_data(data);
+        self.add_zero(classified.guest.bytes() - data);
+    }
+}

@@ -1,0 +1,57 @@
+//! Text for people: sizes, and names from elsewhere made harmless.
+
+/// Bytes as people read them, in powers of 1024: `80.0 GiB`.
+#[must_use]
+#[allow(clippy::cast_precision_loss)] // three digits are shown
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64;
+    let mut unit = "";
+    for next in UNITS {
+        if value < 1023.95 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    format!("{value:.1} {unit}")
+}
+
+/// A name from the cloud or a file system with its control characters escaped, so that it cannot drive a terminal.
+#[must_use]
+pub fn printable(name: &str) -> String {
+    // bidirectional overrides can disguise a name as well as an escape sequence can
+    let harmful =
+        |c: char| c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    name.chars().flat_map(|c| if harmful(c) { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
+/// A word for a POSIX shell, quoted if it has to be.
+#[must_use]
+pub fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=@%+,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_in_powers_of_1024() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(1023), "1023 B");
+        assert_eq!(size(80 << 30), "80.0 GiB");
+        assert_eq!(size((1 << 20) - 1), "1.0 MiB");
+    }
+
+    #[test]
+    fn control_characters_cannot_reach_a_terminal() {
+        assert_eq!(printable("a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
+        assert_eq!(printable("naïve ☃"), "naïve ☃");
+        assert_eq!(shell_word("it's"), r"'it'\''s'");
+    }
+}
