@@ -6,20 +6,24 @@
 //! |---|---|---|---|---|
 //! | [`disk::read::PlanReads`] | – | parts of a raw file | one thread | – |
 //! | [`disk::read::ReadExtents`] | parts | [`extent::Classified`] | threads | a lease each |
+//! | [`glance::Fetch`] | – | [`extent::Extent`] | network | a lease before each read, a window of ranges |
 //! | [`zero::classify::Classify`] | [`extent::Extent`] | [`extent::Classified`] | cpu | none |
 //! | [`store::Keep`] | [`extent::Classified`] | [`extent::Placed`] | cpu | the store's memory |
 //! | [`disk::write::WriteImage`] | [`extent::Classified`] | [`extent::Placed`] | ring | writes in flight, index |
 //! | [`store::Collect`] | [`extent::Placed`] | the same, in guest order | one thread | index, extents held |
 //! | [`hash::HashLane`] | [`extent::Placed`], in order | – | one thread | lags by its port |
 //! | [`store::Emit`] | – | [`store::Chunk`] | one thread | – |
+//! | [`glance::Upload`] | [`store::Chunk`] | – | network | – |
 //!
-//! Formats and protocols have their sources where they are written down: [`qcow2`].
+//! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
 pub mod convert;
 pub mod disk;
 pub mod extent;
+pub mod glance;
 pub mod hash;
 pub mod magic;
+pub mod openstack;
 pub mod progress;
 pub mod qcow2;
 pub mod read_at;

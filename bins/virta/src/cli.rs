@@ -28,6 +28,8 @@ pub struct ConvertArgs {
     /// What to make: a path, or glance:NAME for a new image
     pub destination: String,
     #[command(flatten)]
+    pub cloud: CloudArgs,
+    #[command(flatten)]
     pub tuning: Tuning,
     /// Property of the new image, over the source's (may be repeated)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
@@ -37,6 +39,23 @@ pub struct ConvertArgs {
     pub force: bool,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Flags that choose the cloud, as `openstack` has them.
+#[derive(Args, Clone, Default)]
+pub struct CloudArgs {
+    /// Cloud from clouds.yaml [env: OS_CLOUD]
+    #[arg(long, value_name = "NAME")]
+    pub os_cloud: Option<String>,
+    /// Region [env: OS_REGION_NAME]
+    #[arg(long, value_name = "NAME")]
+    pub os_region_name: Option<String>,
+    /// Endpoint to use: public, internal or admin [env: OS_INTERFACE]
+    #[arg(long, value_name = "NAME")]
+    pub os_interface: Option<String>,
+    /// PEM file of certificate authorities, beside the system's [env: OS_CACERT]
+    #[arg(long, value_name = "FILE")]
+    pub os_cacert: Option<String>,
 }
 
 /// Flags that decide how much of the machine is used.

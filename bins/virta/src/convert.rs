@@ -1,29 +1,46 @@
 //! `virta convert`.
 
-use std::{path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode, sync::Arc};
 
 use engine::{CancelToken, Cause};
 use stages::{
-    convert::{self, JobError, Options, Report},
+    convert::{
+        self, JobError, Notices, Options, Report, Source,
+        to_glance::{NameCheck, check_name},
+    },
+    openstack::Session,
     progress::Progress,
-    text::{printable, size},
+    text::{printable, shell_word, size},
 };
 
 use crate::{
     cli::{ConvertArgs, FormatChoice, OutputArgs, Tuning},
     display::Display,
-    exit,
+    exit, receipt,
+    sign_in::sign_in,
 };
 
 /// Where an image is.
 enum End {
     Path(String),
+    Glance(String),
 }
 
 impl End {
     fn parse(text: &str) -> Self {
-        Self::Path(text.to_owned())
+        match text.strip_prefix("glance:") {
+            Some(name) => Self::Glance(name.to_owned()),
+            None => Self::Path(text.to_owned()),
+        }
     }
+}
+
+/// What a run came to.
+pub enum Outcome {
+    /// A new image.
+    Made(Box<Report>),
+    /// It was there already.
+    AlreadyDone(String),
 }
 
 /// The options that the flags say.
@@ -67,40 +84,98 @@ pub fn watch_signals(cancel: &CancelToken) {
                 std::process::exit(130);
             }
             asked = true;
-            cancel.cancel(Cause::Requested("interrupted: cleaned up, nothing half-made is left".to_owned()));
+            cancel.cancel(Cause::Requested("interrupted".to_owned()));
         }
     });
 }
 
 /// Runs the command.
 pub async fn run(arguments: ConvertArgs) -> ExitCode {
-    let options = Options { force: arguments.force, properties: arguments.property, ..options(&arguments.tuning) };
+    let options = Options { force: arguments.force, properties: arguments.property.clone(), ..options(&arguments.tuning) };
     let progress = Progress::default();
     let display = Display::start(arguments.output.progress, &progress);
     let cancel = CancelToken::new();
     watch_signals(&cancel);
-    let result = match (End::parse(&arguments.source), End::parse(&arguments.destination)) {
-        (End::Path(source), End::Path(destination)) => {
-            convert::to_file::local_to_file(Path::new(&source), Path::new(&destination), &options, &progress, &display, &cancel)
-                .await
-        }
-    };
+    let result = convert(&arguments, &options, &progress, &display, &cancel).await;
     display.finish().await;
     conclude(result, &display, &arguments.output)
 }
 
+async fn convert(
+    arguments: &ConvertArgs,
+    options: &Options,
+    progress: &Progress,
+    display: &Display,
+    cancel: &CancelToken,
+) -> Result<Outcome, JobError> {
+    let notices: Arc<dyn Notices> = Arc::new(display.clone());
+    let (from, to) = (End::parse(&arguments.source), End::parse(&arguments.destination));
+    let session = match (&from, &to) {
+        (End::Path(_), End::Path(_)) => None,
+        _ => Some(sign_in(&arguments.cloud, display, cancel).await?),
+    };
+    let signed_in = || session.clone().ok_or_else(|| JobError::bug("a cloud is needed, and nobody signed in"));
+    let source = match &from {
+        End::Glance(name) => interruptible(cancel, Source::glance(&signed_in()?, name)).await?,
+        End::Path(path) => match Source::local(Path::new(path)) {
+            Err(error) if !Path::new(path).exists() => return Err(did_you_mean(error, path, session.as_ref()).await),
+            other => other?,
+        },
+    };
+    let report = match &to {
+        End::Path(path) => convert::to_file::to_file(&source, Path::new(path), options, progress, &notices, cancel).await?,
+        End::Glance(name) => {
+            let session = signed_in()?;
+            match interruptible(cancel, check_name(&session, name, &source, options.force)).await? {
+                NameCheck::AlreadyDone(image) => return Ok(Outcome::AlreadyDone(image.id.clone())),
+                NameCheck::Free => {}
+            }
+            convert::to_glance::to_glance(&source, &session, name, options, progress, &notices, cancel).await?
+        }
+    };
+    Ok(Outcome::Made(Box::new(report)))
+}
+
+async fn interruptible<T>(cancel: &CancelToken, work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {
+    cancel.guard(work).await.unwrap_or_else(|_| Err(JobError::Interrupted("interrupted".to_owned())))
+}
+
+/// A path that is not there may be an image's name.
+async fn did_you_mean(error: JobError, path: &str, session: Option<&Session>) -> JobError {
+    let is_image = match session {
+        Some(session) => session.find_image(path).await.is_ok(),
+        None => uuid::Uuid::parse_str(path).is_ok(),
+    };
+    if is_image {
+        return JobError::Usage(format!("{} is no file; did you mean glance:{}?", printable(path), shell_word(&printable(path))));
+    }
+    error
+}
+
 /// Prints the report, or the error, and gives the exit code.
-pub fn conclude(result: Result<Report, JobError>, display: &Display, output: &OutputArgs) -> ExitCode {
+pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &OutputArgs) -> ExitCode {
     let mut report = match result {
-        Ok(report) => report,
+        Ok(Outcome::Made(report)) => report,
+        Ok(Outcome::AlreadyDone(id)) => {
+            exit::say(&format!("already done: image {id} is this source's finished and verified conversion"));
+            if output.format == FormatChoice::Value {
+                exit::print(&id);
+            }
+            return ExitCode::SUCCESS;
+        }
         Err(error) => return exit::failure(&error, error.exit_code()),
     };
     report.warnings.extend(display.warnings());
+    let proven = proven(&report);
+    let receipt = receipt::write(&report, &proven);
     let json = serde_json::to_string_pretty(&report).unwrap_or_default();
     match output.format {
-        FormatChoice::Table => exit::print(&summary(&report)),
+        FormatChoice::Table => exit::print(&summary(&report, &proven, receipt.as_ref().ok().map(|path| path.as_path()))),
         FormatChoice::Json => exit::print(&json),
         FormatChoice::Value => exit::print(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)),
+    }
+    if let Err(error) = receipt {
+        exit::say(&format!("virta: the conversion is done, but its receipt could not be written: {error}"));
     }
     if let Some(path) = &output.report
         && let Err(error) = std::fs::write(path, json + "\n")
@@ -111,23 +186,56 @@ pub fn conclude(result: Result<Report, JobError>, display: &Display, output: &Ou
     ExitCode::SUCCESS
 }
 
+/// What is proven about the result, and what is not, a sentence each.
+pub fn proven(report: &Report) -> Vec<String> {
+    let mut lines = Vec::new();
+    let from_glance = report.source.starts_with("glance:");
+    if report.source_hash.checked {
+        let algorithm = report.source_hash.algorithm.as_deref().unwrap_or_default();
+        lines.push(format!("proven: what was read has the source's {algorithm} in Glance"));
+    } else if from_glance {
+        lines.push("not proven: Glance has no hash of the source, so what was read could not be checked against one".to_owned());
+    }
+    if report.image_hash.checked {
+        let algorithm = report.image_hash.algorithm.as_deref().unwrap_or_default();
+        lines.push(format!("proven: size and {algorithm} of the new image in Glance are those of what was sent"));
+    } else if report.destination.starts_with("glance:") {
+        lines.push(
+            "proven: the new image's size in Glance; not proven: its content, for Glance computed no hash of it".to_owned(),
+        );
+    }
+    lines
+}
+
 /// The last lines on the screen.
-pub fn summary(report: &Report) -> String {
+pub fn summary(report: &Report, proven: &[String], receipt: Option<&Path>) -> String {
+    let saved = match report.virtual_bytes {
+        0 => String::new(),
+        all => format!(", {}% smaller", 100 - (u128::from(report.image_bytes) * 100 / u128::from(all)).min(100)),
+    };
     let mut lines = vec![format!(
-        "{}: {} of {} virtual, {} of it data, in {:.1} s",
+        "made {}: {}{saved} than {}; {} data, {} zeros; {:.1} s",
         printable(&report.destination),
         size(report.image_bytes),
         size(report.virtual_bytes),
         size(report.data_bytes),
+        size(report.zero_bytes),
         report.elapsed_s
     )];
-    if report.fetched_bytes > 0 {
+    if report.fetched_bytes > 0 || report.uploaded_bytes > 0 {
         lines.push(format!(
-            "fetched {}, uploaded {}, memory {}",
+            "fetched {}, sent {}; scratch disk 0, memory at most {}",
             size(report.fetched_bytes),
             size(report.uploaded_bytes),
             size(report.rss_peak_bytes)
         ));
+    }
+    lines.extend(proven.iter().cloned());
+    if let Some(id) = report.source.strip_prefix("glance:") {
+        lines.push(format!("the raw image is still there; when you have booted from the new one: openstack image delete {id}"));
+    }
+    if let Some(path) = receipt {
+        lines.push(format!("receipt: {}", path.display()));
     }
     lines.join("\n")
 }

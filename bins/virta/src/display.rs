@@ -34,12 +34,13 @@ enum Kind {
 }
 
 /// Shows a conversion. Dropping it clears the bars.
+#[derive(Clone)]
 pub struct Display {
     kind: Kind,
     bars: MultiProgress,
-    warnings: Mutex<Vec<String>>,
+    warnings: Arc<Mutex<Vec<String>>>,
     stop: Arc<AtomicBool>,
-    task: Mutex<Option<tokio::task::JoinHandle<()>>>,
+    task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
 }
 
 impl Display {
@@ -64,7 +65,7 @@ impl Display {
                 drawing.finish();
             })
         });
-        Self { kind, bars, warnings: Mutex::default(), stop, task: Mutex::new(task) }
+        Self { kind, bars, warnings: Arc::default(), stop, task: Arc::new(Mutex::new(task)) }
     }
 
     /// Stops drawing and clears the bars.

@@ -5,6 +5,8 @@ mod convert;
 mod display;
 mod exit;
 mod habits;
+mod receipt;
+mod sign_in;
 
 use std::process::ExitCode;
 

@@ -6,6 +6,7 @@ use super::budget::MemoryTooSmall;
 use crate::{
     disk::{OutputError, SourceError, UringDenied},
     hash::HashMismatch,
+    openstack::{ApiError, ConfigError, image::ImageError, session::SignInError},
     qcow2::Qcow2Error,
 };
 
@@ -37,6 +38,29 @@ pub enum JobError {
     /// Source and destination do not go together, or the request makes no sense.
     #[error("{0}")]
     Usage(String),
+    /// The cloud's configuration or sign-in.
+    #[error(transparent)]
+    SignIn(#[from] SignInError),
+    /// Finding an image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A call to Glance.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// What was made is not what it should be.
+    #[error("verification failed: {0}")]
+    Verification(String),
+    /// It failed, and what was half made could not be removed either.
+    #[error("image {id} is left behind half made; remove it with: openstack image delete {id}{}", .left.as_ref().map(|left| format!(" (deleting it failed: {left})")).unwrap_or_default())]
+    LeftBehind {
+        /// The image's id.
+        id: String,
+        /// Why it failed in the first place.
+        #[source]
+        error: Box<JobError>,
+        /// Why it could not be removed.
+        left: Option<ApiError>,
+    },
     /// It cannot be done as things are; the text says what to do.
     #[error("{0}")]
     Refused(String),
@@ -52,7 +76,19 @@ impl From<RunError> for JobError {
     }
 }
 
+impl From<ConfigError> for JobError {
+    fn from(error: ConfigError) -> Self {
+        Self::SignIn(error.into())
+    }
+}
+
 impl JobError {
+    /// An invariant that does not hold.
+    #[must_use]
+    pub fn bug(what: &str) -> Self {
+        Self::Refused(format!("this is a bug in virta: {what}"))
+    }
+
     /// Exit code: 1 failed, 2 usage, 3 verification failed, 130 interrupted.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
@@ -61,6 +97,9 @@ impl JobError {
             Self::Output(OutputError::Exists { .. } | OutputError::Extension { .. } | OutputError::Device { .. }) => 2,
             Self::Output(OutputError::Kind { .. }) => 2,
             Self::Interrupted(_) => 130,
+            Self::Verification(_) => 3,
+            Self::LeftBehind { error, .. } => error.exit_code(),
+            Self::SignIn(SignInError::Config(_)) | Self::Image(ImageError::NotFound { .. } | ImageError::Ambiguous { .. }) => 2,
             Self::Stage(error) if Self::is_verification(error) => 3,
             _ => 1,
         }

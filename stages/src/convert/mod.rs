@@ -15,6 +15,7 @@
 //! | [`options`] | what can be asked for |
 //! | [`report`] | what is told afterwards: a contract |
 //! | [`error`] | why it failed, and the exit code that goes with it |
+//! | [`source`] | what is converted, checked before anything is made |
 //! | [`to_file`] | a source becomes a local file |
 //! | [`to_glance`] | a source becomes a new image in Glance |
 
@@ -22,9 +23,12 @@ pub mod budget;
 pub mod error;
 pub mod options;
 pub mod report;
+pub mod source;
 pub mod to_file;
+pub mod to_glance;
 
 pub use budget::Budget;
 pub use error::JobError;
 pub use options::{Notices, Options};
 pub use report::Report;
+pub use source::Source;

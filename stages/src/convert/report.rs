@@ -1,7 +1,11 @@
 //! What is told afterwards. The JSON form is a contract: fields are added, never renamed or removed.
 
+use std::time::Instant;
+
 use engine::MetricsSnapshot;
 use serde::Serialize;
+
+use crate::{hash::ExpectedHash, progress::Progress};
 
 /// How the source could be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -27,6 +31,15 @@ pub struct HashReport {
 }
 
 impl HashReport {
+    /// The lane ran to its end, so what was expected was found.
+    #[must_use]
+    pub fn checked(expected: Option<ExpectedHash>) -> Self {
+        match expected {
+            Some(ExpectedHash { algorithm, value }) => Self { algorithm: Some(algorithm), value: Some(value), checked: true },
+            None => Self::none(),
+        }
+    }
+
     /// Nothing was there to check.
     #[must_use]
     pub const fn none() -> Self {
@@ -122,6 +135,53 @@ pub struct Report {
     pub retries: Vec<String>,
     /// What the user should know.
     pub warnings: Vec<String>,
+}
+
+/// What a conversion knows at its end.
+pub(super) struct ReportParts<'a> {
+    pub(super) source: String,
+    pub(super) destination: String,
+    pub(super) virtual_bytes: u64,
+    pub(super) stored_bytes: u64,
+    pub(super) image_bytes: u64,
+    pub(super) started: Instant,
+    pub(super) access: Access,
+    pub(super) retried_bytes: u64,
+    pub(super) source_hash: HashReport,
+    pub(super) image_hash: HashReport,
+    pub(super) stages: Vec<MetricsSnapshot>,
+    pub(super) retries: Vec<String>,
+    pub(super) progress: &'a Progress,
+}
+
+impl Report {
+    pub(super) fn assemble(parts: ReportParts<'_>) -> Self {
+        let progress = parts.progress;
+        Self {
+            source: parts.source,
+            destination: parts.destination,
+            virtual_bytes: parts.virtual_bytes,
+            fetched_bytes: progress.fetched_bytes(),
+            zero_bytes: progress.zero_bytes(),
+            free_bytes: 0,
+            data_bytes: progress.data_bytes(),
+            stored_bytes: parts.stored_bytes,
+            image_bytes: parts.image_bytes,
+            uploaded_bytes: progress.uploaded_bytes(),
+            scratch_peak_bytes: 0,
+            rss_peak_bytes: rss_peak_bytes(),
+            elapsed_s: parts.started.elapsed().as_secs_f64(),
+            access: parts.access,
+            source_hash: parts.source_hash,
+            image_hash: parts.image_hash,
+            reread_bytes: 0,
+            retried_bytes: parts.retried_bytes,
+            filesystems: Vec::new(),
+            stages: parts.stages.into_iter().map(Into::into).collect(),
+            retries: parts.retries,
+            warnings: Vec::new(),
+        }
+    }
 }
 
 /// Resident memory of this process at its largest, bytes.

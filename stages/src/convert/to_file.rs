@@ -1,27 +1,31 @@
 //! A source becomes a local qcow2 file, in one pass.
 
-use std::{path::Path, sync::Arc, time::Instant};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
 
-use engine::{BufferPool, CancelToken, Pipeline, ReportHandle, TokioLocal};
+use engine::{BufferPool, CancelToken, Pipeline, StageError, TokioLocal};
 use tokio::runtime::Handle;
 
 use super::{
     Budget, JobError, Notices, Options, Report,
-    report::{Access, HashReport, rss_peak_bytes},
+    report::{HashReport, ReportParts},
+    source::{Source, retry_lines},
 };
 use crate::{
     disk::{
-        Backend, OutputFile, RawFile, choose_backend,
+        Backend, OutputFile, choose_backend,
         pwrite::PwriteQueue,
-        read::{PlanReads, ReadExtents},
         uring::{UringExecutor, UringQueue},
-        write::{WriteImage, WriteReport},
+        write::WriteImage,
     },
-    extent::{Classified, EXTENT_BYTES, Placed},
-    hash::{ExpectedHash, HashLane},
+    extent::EXTENT_BYTES,
+    hash::HashLane,
     progress::{Phase, Progress},
     qcow2::Geometry,
-    store::{Collect, Survey},
+    store::{Collect, collect::HELD_MAX},
     text::size,
     units::to_usize,
 };
@@ -33,35 +37,59 @@ const PWRITE_THREADS: usize = 2;
 /// Alignment of leases: what every disk in use asks of memory for direct I/O.
 pub(super) const LEASE_ALIGN: usize = 4096;
 
-/// What a file conversion's pipeline will tell.
-pub(super) struct FileReports {
-    pub(super) written: ReportHandle<WriteReport>,
-    pub(super) survey: ReportHandle<Survey>,
-    pub(super) hash: ReportHandle<Option<ExpectedHash>>,
-}
+/// Converts `source` into a qcow2 file at `destination`.
+///
+/// # Errors
+/// [`JobError`]; the destination is then as it was before.
+///
+/// # Cancel safety
+/// Cancel with `cancel`: everything in flight is waited for and the partial file removed. Dropping the future leaves
+/// that to the threads.
+pub async fn to_file(
+    source: &Source,
+    destination: &Path,
+    options: &Options,
+    progress: &Progress,
+    notices: &Arc<dyn Notices>,
+    cancel: &CancelToken,
+) -> Result<Report, JobError> {
+    let started = Instant::now();
+    let geometry = Geometry::new(source.bytes(), options.cluster_bits)?;
+    let budget = Budget::split(options.memory_bytes, source.leases(options) + WRITE_DEPTH, false)?;
+    if let Source::Local(raw) = source
+        && same_file(raw.path(), destination)
+    {
+        return Err(JobError::Usage(format!("{} is source and destination at once", raw.path().display())));
+    }
+    let output = OutputFile::create(destination, options.force)?;
+    let backend = choose_backend(options.io, output.folder())?;
+    notices.note(&source.line());
+    notices.note(&format!(
+        "destination: {}, qcow2 with {} clusters, written with {}",
+        destination.display(),
+        size(options.cluster_bits.cluster_bytes()),
+        match backend {
+            Backend::Uring => "io_uring",
+            Backend::Pwrite => "pwrite",
+        }
+    ));
+    notices.note(&format!("{}; {} workers", budget.describe(), options.workers));
+    if let Some(warning) = budget.index_warning(geometry) {
+        notices.warn(&warning);
+    }
 
-/// What the tail of a file conversion needs to know.
-pub(super) struct FileTail<'a> {
-    pub(super) output: &'a OutputFile,
-    pub(super) backend: Backend,
-    pub(super) geometry: Geometry,
-    pub(super) source_bytes: u64,
-    pub(super) budget: Budget,
-    pub(super) sync: bool,
-    pub(super) expected: Option<ExpectedHash>,
-    pub(super) progress: &'a Progress,
-}
+    let expected = source.expected_hash();
+    progress.set_virtual_bytes(source.bytes());
+    progress.set_hash_expected(if expected.is_some() { source.bytes() } else { 0 });
+    progress.set_phase(Phase::Reading);
+    let retries = Arc::new(Mutex::new(Vec::new()));
+    let pool = BufferPool::new(budget.leases, to_usize(EXTENT_BYTES), LEASE_ALIGN, cancel);
+    let (pipeline, source_handle) = source.pipeline(options, &pool, progress, &retries, notices, cancel);
 
-/// Adds writer, collector and hash lane to a pipeline of classified extents.
-pub(super) fn write_to_file(
-    pipeline: Pipeline<Classified>,
-    tail: FileTail<'_>,
-) -> Result<(Pipeline<engine::NoOutput>, FileReports), JobError> {
-    let FileTail { output, backend, geometry, source_bytes, budget, sync, expected, progress } = tail;
     let file = output.handle()?;
-    let index_limit_bytes = budget.index_bytes / 2;
-    let io = |error| engine::StageError::new(engine::ErrorKind::Io, error);
-    let (pipeline, written): (Pipeline<Placed>, _) = match backend {
+    let (sync, index_limit_bytes) = (options.sync, budget.index_bytes / 2);
+    let io = |error| StageError::new(engine::ErrorKind::Io, error);
+    let (pipeline, written) = match backend {
         Backend::Uring => pipeline.ring_reporting("write", UringExecutor, move || {
             let queue = UringQueue::new(file, WRITE_DEPTH).map_err(io)?;
             Ok(WriteImage { queue, geometry, sync, index_limit_bytes })
@@ -71,102 +99,44 @@ pub(super) fn write_to_file(
             Ok(WriteImage { queue, geometry, sync, index_limit_bytes })
         }),
     };
-    let mut collect = Some(Collect { geometry, source_bytes, index_limit_bytes });
-    let (pipeline, survey) = pipeline.port(64).threads_reporting("collect", 1, || collect.take().expect("one worker asks once"));
+    let collect = Collect { geometry, source_bytes: source.bytes(), index_limit_bytes };
     let file = if expected.is_some() { Some(output.handle()?) } else { None };
-    let mut lane = Some(HashLane { expected, file, progress: progress.clone() });
-    // The lane may lag by the whole disk: what waits here are records, not bytes.
-    let lag = to_usize(source_bytes.div_ceil(EXTENT_BYTES)).clamp(64, crate::store::collect::HELD_MAX);
-    let (pipeline, hash) = pipeline.port(lag).threads_reporting("hash", 1, || lane.take().expect("one worker asks once"));
-    Ok((pipeline, FileReports { written, survey, hash }))
-}
-
-/// Converts the raw disk image at `source` into a qcow2 file at `destination`.
-///
-/// # Errors
-/// [`JobError`]; the destination is then as it was before.
-pub async fn local_to_file(
-    source: &Path,
-    destination: &Path,
-    options: &Options,
-    progress: &Progress,
-    notices: &dyn Notices,
-    cancel: &CancelToken,
-) -> Result<Report, JobError> {
-    let started = Instant::now();
-    let raw = Arc::new(RawFile::open(source)?);
-    let geometry = Geometry::new(raw.bytes(), options.cluster_bits)?;
-    let workers = options.workers.get();
-    let budget = Budget::split(options.memory_bytes, 2 * workers + WRITE_DEPTH + 4, false)?;
-    let output = OutputFile::create(destination, options.force)?;
-    if same_file(source, output.target()) {
-        return Err(JobError::Usage(format!("{} is source and destination at once", source.display())));
-    }
-    let backend = choose_backend(options.io, output.folder())?;
-    notices.note(&format!(
-        "{}: {} raw, to {} with {} clusters",
-        source.display(),
-        size(raw.bytes()),
-        destination.display(),
-        size(options.cluster_bits.cluster_bytes())
-    ));
-    let backend_name = match backend {
-        Backend::Uring => "io_uring",
-        Backend::Pwrite => "pwrite",
-    };
-    notices.note(&format!("{}; {workers} workers; writing with {backend_name}", budget.describe()));
-    if let Some(warning) = budget.index_warning(geometry) {
-        notices.warn(&warning);
-    }
-
-    progress.set_virtual_bytes(raw.bytes());
-    progress.set_phase(Phase::Reading);
-    let pool = BufferPool::new(budget.leases, to_usize(EXTENT_BYTES), LEASE_ALIGN, cancel);
-    let cluster_bits = options.cluster_bits;
-    let plan = || PlanReads { source: Arc::clone(&raw), cluster_bits };
-    let read = || ReadExtents { source: Arc::clone(&raw), pool: pool.clone(), cluster_bits, progress: progress.clone() };
-    let pipeline = Pipeline::new(cancel).threads("plan", 1, plan).port(16).threads("read", workers, read);
-    let tail = FileTail {
-        output: &output,
-        backend,
-        geometry,
-        source_bytes: raw.bytes(),
-        budget,
-        sync: options.sync,
-        expected: None,
-        progress,
-    };
-    let (pipeline, reports) = write_to_file(pipeline, tail)?;
+    let (pipeline, _) = collect_and_hash(pipeline, collect, HashLane { expected, file, progress: progress.clone() });
     let stages = pipeline.start(&Handle::current()).join().await?;
-    raw.check_unchanged()?;
-    let written = reports.written.one().await.ok_or_else(|| JobError::Refused("the writer left no report".to_owned()))?;
-    let destination = output.commit(options.sync)?;
+    source.check_unchanged()?;
+    let written = written.one().await.ok_or_else(|| JobError::bug("the writer left no report"))?;
     progress.set_image_bytes(written.image_bytes);
     progress.set_phase(Phase::Finishing);
-    Ok(Report {
-        source: source.display().to_string(),
+    let destination = output.commit(options.sync)?;
+    let source_report = source_handle.report().await;
+    Ok(Report::assemble(ReportParts {
+        source: source.shown(),
         destination: destination.display().to_string(),
         virtual_bytes: geometry.virtual_bytes(),
-        fetched_bytes: 0,
-        zero_bytes: progress.zero_bytes(),
-        free_bytes: 0,
-        data_bytes: progress.data_bytes(),
         stored_bytes: written.stored_bytes,
         image_bytes: written.image_bytes,
-        uploaded_bytes: 0,
-        scratch_peak_bytes: 0,
-        rss_peak_bytes: rss_peak_bytes(),
-        elapsed_s: started.elapsed().as_secs_f64(),
-        access: Access::Random,
-        source_hash: HashReport::none(),
+        started,
+        access: source_report.access,
+        retried_bytes: source_report.retried_bytes,
+        source_hash: HashReport::checked(source.expected_hash()),
         image_hash: HashReport::none(),
-        reread_bytes: 0,
-        retried_bytes: 0,
-        filesystems: Vec::new(),
-        stages: stages.into_iter().map(Into::into).collect(),
-        retries: Vec::new(),
-        warnings: Vec::new(),
-    })
+        stages,
+        retries: retry_lines(&retries),
+        progress,
+    }))
+}
+
+/// Adds the collector and the hash lane, which may lag by as many extents as the disk has, up to a limit: what waits
+/// there are records, not bytes.
+pub(super) fn collect_and_hash(
+    pipeline: Pipeline<crate::extent::Placed>,
+    collect: Collect,
+    lane: HashLane,
+) -> (Pipeline<engine::NoOutput>, engine::ReportHandle<crate::store::Survey>) {
+    let lag = to_usize(collect.source_bytes.div_ceil(EXTENT_BYTES)).clamp(64, HELD_MAX);
+    let (mut collect, mut lane) = (Some(collect), Some(lane));
+    let (pipeline, survey) = pipeline.port(64).threads_reporting("collect", 1, || collect.take().expect("one worker asks once"));
+    (pipeline.port(lag).threads("hash", 1, || lane.take().expect("one worker asks once")), survey)
 }
 
 /// Do two paths lead to one file?

@@ -1,0 +1,45 @@
+//! Receipts: each run that changes something leaves one in the state folder, for its owner alone.
+
+use std::{
+    fs, io,
+    io::Write,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use serde_json::json;
+use stages::{convert::Report, openstack::error::now_utc};
+
+/// `$XDG_STATE_HOME/virta`, else `~/.local/state/virta`.
+fn state_folder() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let state = set("XDG_STATE_HOME").filter(|path| path.is_absolute());
+    Some(state.or_else(|| Some(set("HOME")?.join(".local/state")))?.join("virta"))
+}
+
+/// Writes the receipt of a finished conversion; returns its path. No secret is ever on the command line, so the command is
+/// kept as it was typed.
+pub fn write(report: &Report, proven: &[String]) -> io::Result<PathBuf> {
+    let folder = state_folder().ok_or_else(|| io::Error::other("neither XDG_STATE_HOME nor HOME is set"))?.join("receipts");
+    write_into(&folder, report, proven)
+}
+
+fn write_into(folder: &Path, report: &Report, proven: &[String]) -> io::Result<PathBuf> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    let at = now_utc();
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    let path = folder.join(format!("{}-{}.json", at.replace(':', ""), &id[..8]));
+    let command: Vec<String> = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
+    let receipt = json!({
+        "virta": env!("CARGO_PKG_VERSION"),
+        "finished_at": at,
+        "command": command,
+        "proven": proven,
+        "report": report,
+    });
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+    file.write_all(serde_json::to_string_pretty(&receipt)?.as_bytes())?;
+    file.write_all(b"\n")?;
+    file.sync_all()?;
+    Ok(path)
+}

@@ -1,0 +1,360 @@
+//! A source becomes a new image in Glance: survey, layout, emit.
+//!
+//! The image is made (POST) only after the survey, when its exact length is known and compared with the quota, and its id
+//! is chosen here, so that it can be removed even if the answer to the POST is lost. It counts as done, and gets
+//! `virta_verified`, only when the source's hash agreed and Glance's size and hash of it are ours. Anything else,
+//! an interrupt included, deletes it.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use engine::{BufferPool, CancelToken, Pipeline, RunError};
+use serde_json::json;
+use tokio::runtime::Handle;
+
+use super::{
+    Budget, JobError, Notices, Options, Report,
+    report::{HashReport, ReportParts},
+    source::{Source, retry_lines},
+    to_file::{LEASE_ALIGN, collect_and_hash},
+};
+use crate::{
+    extent::EXTENT_BYTES,
+    glance::Upload,
+    hash::{ExpectedHash, HashLane, Hasher},
+    openstack::{
+        ApiError, Image, Session,
+        image::{SOURCE_ID, VERIFIED, converted_record},
+    },
+    progress::{Phase, Progress},
+    qcow2::{Geometry, Layout, StreamWriter},
+    store::{Collect, Emit, EmitReport, Keep, MemoryStore, Survey},
+    text::size,
+    units::to_usize,
+};
+
+/// How long Glance may take to make an uploaded image `active`.
+const ACTIVE_WITHIN: Duration = Duration::from_secs(900);
+/// How long removing a half-made image may take.
+const CLEAN_UP_WITHIN: Duration = Duration::from_secs(60);
+
+/// What a name in Glance means for a conversion.
+pub enum NameCheck {
+    /// Nobody has it.
+    Free,
+    /// This source's own finished conversion has it.
+    AlreadyDone(Box<Image>),
+}
+
+/// May an image of this name be made?
+///
+/// # Errors
+/// [`JobError::Usage`] if the name is a UUID, or taken and `force` is not given; it lists who has it.
+pub async fn check_name(session: &Session, name: &str, source: &Source, force: bool) -> Result<NameCheck, JobError> {
+    if name.is_empty() {
+        return Err(JobError::Usage("glance: needs a name for the new image, as in glance:my-server-qcow2".to_owned()));
+    }
+    if name.len() > 255 {
+        return Err(JobError::Usage("the new image's name is longer than Glance's 255 bytes".to_owned()));
+    }
+    if uuid::Uuid::parse_str(name).is_ok() {
+        return Err(JobError::Usage(format!(
+            "{name} is an id: a conversion always makes a new image and never writes into one that is there. Give it a name"
+        )));
+    }
+    let taken: Vec<Image> = session.images_named(name).await?.into_iter().filter(|image| image.status == "active").collect();
+    if let Source::Glance { image: source, .. } = source {
+        let ours = |image: &&Image| image.property(SOURCE_ID) == Some(&source.id) && image.id != source.id;
+        if let Some(done) = taken.iter().find(|image| ours(image) && image.property(VERIFIED).is_some()) {
+            return Ok(NameCheck::AlreadyDone(Box::new(done.clone())));
+        }
+        if let Some(unproven) = taken.iter().find(ours).filter(|_| !force) {
+            return Err(JobError::Usage(format!(
+                "image {name} ({id}) was made from this source, but the run that made it did not live to verify it. \
+                 Remove it and start again: openstack image delete {id}",
+                id = unproven.id
+            )));
+        }
+    }
+    if taken.is_empty() || force {
+        return Ok(NameCheck::Free);
+    }
+    let lines: Vec<String> = taken.iter().map(|image| format!("\n    {}", image.line())).collect();
+    Err(JobError::Usage(format!(
+        "an image called {} is there already; choose another name, or make a second one with --force:{}",
+        crate::text::printable(name),
+        lines.concat()
+    )))
+}
+
+/// Converts `source` into a new image called `name`.
+///
+/// # Errors
+/// [`JobError`]; no image is left behind then, or the error says which.
+///
+/// # Cancel safety
+/// Cancel with `cancel`: the half-made image is deleted before this returns. If the future is dropped instead, the image
+/// stays, `queued` or `saving`, with `virta_run` in it.
+pub async fn to_glance(
+    source: &Source,
+    session: &Session,
+    name: &str,
+    options: &Options,
+    progress: &Progress,
+    notices: &Arc<dyn Notices>,
+    cancel: &CancelToken,
+) -> Result<Report, JobError> {
+    let started = Instant::now();
+    let geometry = Geometry::new(source.bytes(), options.cluster_bits)?;
+    let budget = Budget::split(options.memory_bytes, source.leases(options), true)?;
+    notices.note(&source.line());
+    notices.note(&format!(
+        "destination: new image {}, qcow2 with {} clusters",
+        crate::text::printable(name),
+        size(options.cluster_bits.cluster_bytes())
+    ));
+    notices.note(&format!("{}; {} workers, {} connections", budget.describe(), options.workers, options.connections));
+    if let Some(warning) = budget.index_warning(geometry) {
+        notices.warn(&warning);
+    }
+    let expected = source.expected_hash();
+    if expected.is_none() && matches!(source, Source::Glance { .. }) {
+        notices.warn(
+            "Glance has no hash of the source (as after a direct Ceph snapshot): what is read cannot be checked against one",
+        );
+    }
+    let quota_left = session.quota_left_bytes().await;
+
+    // survey
+    progress.set_virtual_bytes(source.bytes());
+    progress.set_hash_expected(if expected.is_some() { source.bytes() } else { 0 });
+    progress.set_phase(Phase::Reading);
+    let retries = Arc::new(Mutex::new(Vec::new()));
+    let pool = BufferPool::new(budget.leases, to_usize(EXTENT_BYTES), LEASE_ALIGN, cancel);
+    let store = MemoryStore::new(budget.store_bytes, budget.memory_bytes, geometry.virtual_bytes());
+    let (pipeline, source_handle) = source.pipeline(options, &pool, progress, &retries, notices, cancel);
+    let cluster_bits = options.cluster_bits;
+    let pipeline = pipeline.cpu("keep", options.workers.get(), || Keep { store: store.clone(), cluster_bits });
+    let collect = Collect { geometry, source_bytes: source.bytes(), index_limit_bytes: budget.index_bytes };
+    let lane = HashLane { expected: expected.clone(), file: None, progress: progress.clone() };
+    let (pipeline, survey) = collect_and_hash(pipeline, collect, lane);
+    let surveying = pipeline.start(&Handle::current());
+    let Some(survey) = survey.one().await else {
+        surveying.join().await?;
+        return Err(JobError::bug("the survey left no report"));
+    };
+    source.check_unchanged()?;
+
+    // layout
+    let survey = Arc::new(survey);
+    let layout = Arc::new(Layout::plan(geometry, &survey.map)?);
+    let image_bytes = layout.file_bytes();
+    progress.set_image_bytes(image_bytes);
+    notices.note(&format!("the image will be {}, exactly {image_bytes} bytes", size(image_bytes)));
+    if let Some(left) = quota_left
+        && image_bytes > left
+    {
+        return Err(JobError::Refused(format!(
+            "the quota for images has {} left, and the new one needs {} beside the old. The way out: convert to a local file \
+             (virta convert {} {}.qcow2), check it, delete the raw image, then upload the file",
+            size(left),
+            size(image_bytes),
+            crate::text::shell_word(&source.shown()),
+            crate::text::shell_word(name),
+        )));
+    }
+
+    // emit
+    let id = uuid::Uuid::new_v4().hyphenated().to_string();
+    let run = uuid::Uuid::new_v4().hyphenated().to_string();
+    let source_image = match source {
+        Source::Glance { image, .. } => Some(&**image),
+        Source::Local(_) => None,
+    };
+    let record = converted_record(source_image, &id, name, geometry.virtual_bytes(), &run, &options.properties);
+    let job = EmitJob { session, survey: &survey, layout: &layout, id: &id, record: &record, progress, cancel };
+    let made = job.run(surveying).await;
+    let made = match made {
+        Ok(made) => made,
+        Err(error) => return Err(clean_up(session, &id, error).await),
+    };
+    if source_image.is_some_and(|image| image.protected == Some(true))
+        && let Err(error) = session.set_property(&id, "protected", &json!(true)).await
+    {
+        notices.warn(&format!("the source is protected, the new image could not be: {error}"));
+    }
+    let source_report = source_handle.report().await;
+    Ok(Report::assemble(ReportParts {
+        source: source.shown(),
+        destination: format!("glance:{id}"),
+        virtual_bytes: geometry.virtual_bytes(),
+        stored_bytes: survey.map.count() * cluster_bits.cluster_bytes(),
+        image_bytes,
+        started,
+        access: source_report.access,
+        retried_bytes: source_report.retried_bytes,
+        source_hash: HashReport::checked(expected),
+        image_hash: made.image_hash,
+        stages: made.stages,
+        retries: retry_lines(&retries),
+        progress,
+    }))
+}
+
+struct EmitJob<'a> {
+    session: &'a Session,
+    survey: &'a Arc<Survey>,
+    layout: &'a Arc<Layout>,
+    id: &'a str,
+    record: &'a serde_json::Map<String, serde_json::Value>,
+    progress: &'a Progress,
+    cancel: &'a CancelToken,
+}
+
+struct Made {
+    image_hash: HashReport,
+    stages: Vec<engine::MetricsSnapshot>,
+}
+
+impl EmitJob<'_> {
+    /// Makes the image, sends its bytes, waits for the source's hash and for Glance, and compares.
+    async fn run(&self, surveying: engine::Running) -> Result<Made, JobError> {
+        self.cancel.guard(self.create()).await.map_err(|_| JobError::Interrupted("interrupted".to_owned())).flatten()?;
+        self.progress.set_phase(Phase::Uploading);
+        let emit = Emit {
+            survey: Arc::clone(self.survey),
+            layout: Arc::clone(self.layout),
+            hasher: Hasher::new("sha512").ok_or_else(|| JobError::bug("sha512 is known"))?,
+        };
+        let upload = Upload {
+            session: self.session.clone(),
+            image_id: self.id.to_owned(),
+            total_bytes: self.layout.file_bytes(),
+            progress: self.progress.clone(),
+        };
+        let mut emit = Some(emit);
+        let (pipeline, emitted) =
+            Pipeline::new(self.cancel).threads_reporting("emit", 1, || emit.take().expect("one worker asks once"));
+        let emitting = pipeline.network("upload", upload).start(&Handle::current());
+        let (emitted_stages, surveyed_stages) = {
+            let emitting = async {
+                let result = emitting.join().await;
+                self.progress.set_phase(Phase::Finishing);
+                result
+            };
+            let (emitting, surveying) = tokio::join!(emitting, surveying.join());
+            both(emitting, surveying)?
+        };
+        let emitted = emitted.one().await.ok_or_else(|| JobError::bug("the emitter left no report"))?;
+        let image = self
+            .cancel
+            .guard(self.wait_until_active())
+            .await
+            .map_err(|_| JobError::Interrupted("interrupted".to_owned()))
+            .flatten()?;
+        let image_hash = self.compare(&image, &emitted)?;
+        let verified = match (&image_hash.algorithm, &image_hash.value) {
+            (Some(algorithm), Some(value)) if image_hash.checked => format!("hash:{algorithm}:{value}"),
+            _ => format!("size:{}", self.layout.file_bytes()),
+        };
+        // property values have 255 characters at most
+        let verified: String = verified.chars().take(255).collect();
+        self.session.set_property(self.id, VERIFIED, &json!(verified)).await?;
+        Ok(Made { image_hash, stages: surveyed_stages.into_iter().chain(emitted_stages).collect() })
+    }
+
+    async fn create(&self) -> Result<(), JobError> {
+        match self.session.create_image(self.record).await {
+            Ok(_) => Ok(()),
+            // The answer may have been lost on its way: the id is ours, so the image tells.
+            Err(error) if error.is_retryable() => match self.session.image(self.id).await {
+                Ok(_) => Ok(()),
+                Err(_) => match self.session.create_image(self.record).await {
+                    Ok(_) => Ok(()),
+                    Err(again) => Err(again.into()),
+                },
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn wait_until_active(&self) -> Result<Image, JobError> {
+        let started = Instant::now();
+        let mut pause = Duration::from_millis(200);
+        loop {
+            let image = self.session.image(self.id).await?;
+            match image.status.as_str() {
+                "active" => return Ok(image),
+                "saving" | "importing" | "uploading" if started.elapsed() < ACTIVE_WITHIN => {}
+                other => {
+                    return Err(JobError::Refused(format!(
+                        "the whole image was sent, but Glance has it as {other} after {} s",
+                        started.elapsed().as_secs()
+                    )));
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    }
+
+    /// Glance's size and hash of the new image against our own.
+    fn compare(&self, image: &Image, emitted: &EmitReport) -> Result<HashReport, JobError> {
+        if image.size != Some(emitted.bytes) {
+            return Err(JobError::Verification(format!(
+                "the new image has {} bytes in Glance, but {} were sent",
+                image.size.map_or_else(|| "no".to_owned(), |bytes| bytes.to_string()),
+                emitted.bytes
+            )));
+        }
+        let Some(theirs) = image.expected_hash() else {
+            return Ok(HashReport { algorithm: Some("sha512".to_owned()), value: Some(emitted.digest.clone()), checked: false });
+        };
+        let ours = if theirs.algorithm == "sha512" { emitted.digest.clone() } else { self.digest(&theirs) };
+        if ours != theirs.value.to_ascii_lowercase() {
+            return Err(JobError::Verification(format!(
+                "Glance's {} of the new image is {}, ours is {ours}: it did not arrive as it was sent",
+                theirs.algorithm, theirs.value
+            )));
+        }
+        Ok(HashReport { algorithm: Some(theirs.algorithm), value: Some(ours), checked: true })
+    }
+
+    /// The image's digest by the algorithm that this Glance uses, out of the store once more.
+    fn digest(&self, theirs: &ExpectedHash) -> String {
+        let Some(mut hasher) = Hasher::new(&theirs.algorithm) else { return String::new() };
+        for piece in StreamWriter::new(self.layout, &self.survey.map).metadata() {
+            hasher.update(&piece);
+        }
+        for kept in &self.survey.kept {
+            hasher.update(kept);
+        }
+        hasher.finish()
+    }
+}
+
+type Stages = Vec<engine::MetricsSnapshot>;
+
+/// The outcome of two runs that share a token: the one that knows the cause tells it.
+fn both(a: Result<Stages, RunError>, b: Result<Stages, RunError>) -> Result<(Stages, Stages), JobError> {
+    match (a, b) {
+        (Ok(a), Ok(b)) => Ok((a, b)),
+        (Err(failed @ RunError::Failed { .. }), _) | (_, Err(failed @ RunError::Failed { .. })) => Err(failed.into()),
+        (Err(cancelled), Err(other)) => {
+            let shared = |error: &RunError| matches!(error, RunError::Cancelled(why) if why.starts_with("cancelled with"));
+            Err(if shared(&cancelled) { other } else { cancelled }.into())
+        }
+        (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error.into()),
+    }
+}
+
+/// Removes the half-made image, whatever happened, and says so if even that fails.
+async fn clean_up(session: &Session, id: &str, error: JobError) -> JobError {
+    match tokio::time::timeout(CLEAN_UP_WITHIN, session.delete_image(id)).await {
+        Ok(Ok(())) => error,
+        Ok(Err(left)) => JobError::LeftBehind { id: id.to_owned(), error: Box::new(error), left: Some(left) },
+        Err(_) => JobError::LeftBehind { id: id.to_owned(), error: Box::new(error), left: None::<ApiError> },
+    }
+}

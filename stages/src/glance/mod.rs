@@ -1,0 +1,27 @@
+//! Image data in and out of Glance.
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`range`] | Content-Range, and the window of ranges in flight |
+//! | [`retry`] | how long to wait, how often to try |
+//! | [`body`] | a response's body, read with a watch for silence |
+//! | [`probe`] | does this image store serve ranges, really? |
+//! | [`fetch`] | the source stage: N ranges in parallel, or one GET |
+//! | [`upload`] | the sink stage: one PUT with the exact length |
+//! | [`ranged_file`] | an image as [`crate::read_at::ReadAt`], for reading it back |
+//!
+//! What a real Glance answers, and what other stores and proxies do, is in the module docs with its source. Two
+//! rules: probe, never assume (glance_store serves ranges from file and Cinder stores alone; on Ceph, Swift and S3 the
+//! answer is 400, and some services answer 206 with the image's first bytes); and count every byte (a Glance worker
+//! that dies in the middle leaves a status 200 and a short body).
+
+pub mod body;
+pub mod fetch;
+pub mod probe;
+pub mod range;
+pub mod ranged_file;
+pub mod retry;
+pub mod upload;
+
+pub use fetch::{Fetch, FetchReport};
+pub use upload::{Upload, UploadReport};

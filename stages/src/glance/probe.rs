@@ -1,0 +1,108 @@
+//! Does this image store serve ranges, really?
+//!
+//! Proof is a 206 with the exact Content-Range and the exact length at a guest offset above 0, whose bytes equal that part
+//! of a sequential read and differ from the image's first bytes. Anything less is no proof: glance_store answers
+//! 400 on Ceph, Swift and S3; proxies answer 200; and an old release note of Glance promises "the entire image content
+//! delivered despite the 206". The sequential read is the fetch itself, so a probe costs one small request.
+
+use std::ops::Range;
+
+use engine::CancelToken;
+use reqwest::{Method, StatusCode, header::CONTENT_RANGE};
+
+use super::{body::Body, range::ContentRange};
+use crate::{
+    openstack::Session,
+    units::{to_u64, to_usize},
+};
+
+/// Bytes that are compared.
+pub const SAMPLE_BYTES: usize = 4096;
+/// A place to probe has to be found within the image's first 64 MiB; else it is read sequentially.
+pub const SEARCH_BYTES: u64 = 64 << 20;
+
+/// What a probe found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// Ranges are served.
+    Random,
+    /// They are not; why, for the notice.
+    Sequential(String),
+}
+
+/// Asks for the range that `sample` was read from, and compares.
+pub async fn probe(session: &Session, image_id: &str, at: u64, sample: &[u8], image_bytes: u64, cancel: &CancelToken) -> Probe {
+    let url = session.image_url(&["images", image_id, "file"]);
+    let range: Range<u64> = at..at + to_u64(sample.len());
+    let Ok(token) = session.token().await else { return Probe::Sequential("the token could not be renewed".to_owned()) };
+    let request =
+        session.request(Method::GET, &url, &token).header("range", format!("bytes={}-{}", range.start, range.end - 1)).send();
+    let response = match cancel.guard(tokio::time::timeout(super::body::SILENCE, request)).await {
+        Ok(Ok(Ok(response))) => response,
+        _ => return Probe::Sequential("the range got no answer".to_owned()),
+    };
+    let status = response.status();
+    if status != StatusCode::PARTIAL_CONTENT {
+        return Probe::Sequential(format!("the image store answered {} to a range", status.as_u16()));
+    }
+    let content_range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).and_then(ContentRange::parse);
+    if !content_range.is_some_and(|found| found.answers(&range, image_bytes)) {
+        return Probe::Sequential("the answer to a range had the wrong Content-Range".to_owned());
+    }
+    if response.content_length().is_some_and(|length| length != to_u64(sample.len())) {
+        return Probe::Sequential("the answer to a range had the wrong length".to_owned());
+    }
+    let mut body = Body::new(response, url);
+    // one byte more than asked for, to see whether the body ends where it should
+    let mut bytes = vec![0; sample.len() + 1];
+    let mut filled = 0;
+    if body.fill(&mut bytes, &mut filled, cancel).await.is_err() || filled != sample.len() {
+        return Probe::Sequential("the answer to a range had the wrong length".to_owned());
+    }
+    if bytes[..sample.len()] != *sample {
+        return Probe::Sequential("the answer to a range had other bytes than the image".to_owned());
+    }
+    Probe::Random
+}
+
+/// Looks for a place to probe in what a sequential read delivers.
+#[derive(Debug, Default)]
+pub struct Candidate {
+    head: Vec<u8>,
+}
+
+impl Candidate {
+    /// Looks at the bytes from `guest_offset` on. A place will do if it differs from the image's first bytes.
+    pub fn look(&mut self, guest_offset: u64, bytes: &[u8]) -> Option<(u64, Vec<u8>)> {
+        if guest_offset == 0 {
+            self.head = bytes[..bytes.len().min(SAMPLE_BYTES)].to_vec();
+            // within the first extent, too: what follows the head may differ from it
+            let next = bytes.get(SAMPLE_BYTES..2 * SAMPLE_BYTES)?;
+            return (next != self.head).then(|| (to_u64(SAMPLE_BYTES), next.to_vec()));
+        }
+        let sample = bytes.get(..SAMPLE_BYTES)?;
+        (guest_offset < SEARCH_BYTES && !self.head.is_empty() && sample != self.head).then(|| (guest_offset, sample.to_vec()))
+    }
+}
+
+const _: () = assert!(to_usize(SEARCH_BYTES) > SAMPLE_BYTES);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_place_that_differs_from_the_images_first_bytes_is_probed() {
+        let zeros = vec![0_u8; 2 << 20];
+        let mut boot = zeros.clone();
+        boot[510] = 0x55;
+        let mut candidate = Candidate::default();
+        assert_eq!(candidate.look(0, &zeros), None, "the first bytes prove nothing");
+        assert_eq!(candidate.look(2 << 20, &zeros), None, "equal to the first bytes");
+        assert_eq!(candidate.look(4 << 20, &boot).unwrap().0, 4 << 20);
+        assert_eq!(candidate.look(SEARCH_BYTES, &boot), None, "too far");
+        let mut candidate = Candidate::default();
+        assert_eq!(candidate.look(0, &boot).unwrap().0, to_u64(SAMPLE_BYTES), "a boot sector, then zeros");
+        assert_eq!(Candidate::default().look(2 << 20, &boot), None, "without the first bytes nothing can be told");
+    }
+}

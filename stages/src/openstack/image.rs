@@ -1,0 +1,416 @@
+//! Images as Glance keeps them: find, create, change, delete; and what a converted image takes over from its source.
+
+use std::collections::BTreeMap;
+
+use reqwest::{Method, StatusCode};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::{Session, error::ApiError};
+use crate::{
+    hash::ExpectedHash,
+    text::{printable, size},
+};
+
+/// Property that names the source of a conversion: the source's id.
+pub const SOURCE_ID: &str = "virta_source_id";
+/// Property that holds the source's hash, as far as it had one.
+pub const SOURCE_HASH: &str = "virta_source_hash";
+/// Property that names the run that makes the image.
+pub const RUN: &str = "virta_run";
+/// Property that is there only once the image was verified.
+pub const VERIFIED: &str = "virta_verified";
+
+/// An image's record. Everything but `id` and `status` may be missing or null.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Image {
+    /// Its id.
+    pub id: String,
+    /// `queued`, `saving`, `active`, `deactivated`, …
+    pub status: String,
+    /// Its name, which need not be unique.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Bytes; null while there are none.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// Size of the disk in it, bytes.
+    #[serde(default)]
+    pub virtual_size: Option<u64>,
+    /// MD5; null for images that came through a location.
+    #[serde(default)]
+    pub checksum: Option<String>,
+    /// `sha512`, mostly.
+    #[serde(default)]
+    pub os_hash_algo: Option<String>,
+    /// Its value.
+    #[serde(default)]
+    pub os_hash_value: Option<String>,
+    /// `raw`, `qcow2`, …
+    #[serde(default)]
+    pub disk_format: Option<String>,
+    /// `bare`, …
+    #[serde(default)]
+    pub container_format: Option<String>,
+    /// GiB that a flavor's disk has to have.
+    #[serde(default)]
+    pub min_disk: Option<u64>,
+    /// MiB that a flavor's memory has to have.
+    #[serde(default)]
+    pub min_ram: Option<u64>,
+    /// `private`, `shared`, …
+    #[serde(default)]
+    pub visibility: Option<String>,
+    /// The project that owns it.
+    #[serde(default)]
+    pub owner: Option<String>,
+    /// Cannot be deleted.
+    #[serde(default)]
+    pub protected: Option<bool>,
+    /// Not in ordinary lists.
+    #[serde(default)]
+    pub os_hidden: Option<bool>,
+    /// Tags.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// When it was made.
+    #[serde(default)]
+    pub created_at: Option<String>,
+    /// All other properties.
+    #[serde(flatten)]
+    pub properties: BTreeMap<String, Value>,
+}
+
+/// Why no single image was found, or none that will do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// Glance.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// None of that name or id.
+    #[error("there is no image {what} in this project: `openstack image list` shows what there is")]
+    NotFound {
+        /// What was looked for.
+        what: String,
+    },
+    /// Several of that name.
+    #[error("there are {} images called {name}: use an id instead ({})", .ids.len(), .ids.join(", "))]
+    Ambiguous {
+        /// The name.
+        name: String,
+        /// Their ids.
+        ids: Vec<String>,
+    },
+}
+
+impl Image {
+    /// Its name, or its id if it has none, harmless for a terminal.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        printable(self.name.as_deref().filter(|name| !name.is_empty()).unwrap_or(&self.id))
+    }
+
+    /// The digest to check what is read against: os_hash_value, else checksum, else none.
+    #[must_use]
+    pub fn expected_hash(&self) -> Option<ExpectedHash> {
+        let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        if let (Some(algorithm), Some(value)) = (filled(&self.os_hash_algo), filled(&self.os_hash_value))
+            && crate::hash::Hasher::new(&algorithm).is_some()
+        {
+            return Some(ExpectedHash { algorithm, value });
+        }
+        Some(ExpectedHash { algorithm: "md5".to_owned(), value: filled(&self.checksum)? })
+    }
+
+    /// A property as text.
+    #[must_use]
+    pub fn property(&self, key: &str) -> Option<&str> {
+        self.properties.get(key).and_then(Value::as_str)
+    }
+
+    /// A line that tells it from others: id, size, date.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let bytes = self.size.map_or_else(|| "no data".to_owned(), size);
+        format!("{}  {bytes}  {}  {}", self.id, self.created_at.as_deref().unwrap_or("?"), self.status)
+    }
+
+    /// Is it the snapshot of a volume-backed server? Such an image has no bytes of its own: it points at volume snapshots
+    /// (nova/compute/api.py, `snapshot_volume_backed`).
+    #[must_use]
+    pub fn is_volume_backed(&self) -> bool {
+        self.property("block_device_mapping").is_some_and(|mapping| !matches!(mapping.trim(), "" | "[]"))
+            && self.size.unwrap_or(0) == 0
+    }
+}
+
+fn parse(value: Value, method: Method, path: &str) -> Result<Image, ApiError> {
+    serde_json::from_value(value).map_err(|error| ApiError::Answer {
+        method,
+        path: path.to_owned(),
+        what: format!("the answer is no image: {error}"),
+    })
+}
+
+impl Session {
+    /// The image with this id.
+    ///
+    /// # Errors
+    /// [`ApiError`]; 404 if there is none that this project may see.
+    pub async fn image(&self, id: &str) -> Result<Image, ApiError> {
+        let url = self.image_url(&["images", id]);
+        parse(self.call(Method::GET, &url, None).await?, Method::GET, url.path())
+    }
+
+    /// All images of this very name that the project may see.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn images_named(&self, name: &str) -> Result<Vec<Image>, ApiError> {
+        let mut url = self.image_url(&["images"]);
+        url.query_pairs_mut().append_pair("name", name);
+        let mut images = Vec::new();
+        // a page has up to 1000; a loop of `next` links must end
+        for _ in 0..1000 {
+            let page = self.call(Method::GET, &url, None).await?;
+            let list = page["images"].as_array().cloned().unwrap_or_default();
+            for value in list {
+                images.push(parse(value, Method::GET, url.path())?);
+            }
+            let Some(next) = page["next"].as_str() else { break };
+            // `next` is a path with a query; only the query is taken, whatever host a proxy put there
+            let query = next.split_once('?').map(|(_, query)| query.to_owned());
+            url.set_query(query.as_deref());
+        }
+        // some filters match more than the name itself: what is asked for is equality
+        images.retain(|image: &Image| image.name.as_deref() == Some(name));
+        Ok(images)
+    }
+
+    /// The image with this id, or the only one of this name.
+    ///
+    /// # Errors
+    /// [`ImageError`]; two of one name is an error that lists both ids.
+    pub async fn find_image(&self, name_or_id: &str) -> Result<Image, ImageError> {
+        if let Ok(id) = Uuid::parse_str(name_or_id) {
+            match self.image(&id.hyphenated().to_string()).await {
+                Err(error) if error.status() == Some(StatusCode::NOT_FOUND) => {}
+                other => return Ok(other?),
+            }
+        }
+        let mut images = self.images_named(name_or_id).await?;
+        match images.len() {
+            0 => Err(ImageError::NotFound { what: printable(name_or_id) }),
+            1 => Ok(images.remove(0)),
+            _ => Err(ImageError::Ambiguous {
+                name: printable(name_or_id),
+                ids: images.into_iter().map(|image| image.id).collect(),
+            }),
+        }
+    }
+
+    /// Makes an image's record. The id is in `record`, so that the image can be found even if the answer is lost.
+    ///
+    /// # Errors
+    /// [`ApiError`]: 403 for properties that are not ours to set, 409 for an id that is taken, 413 for a full quota.
+    pub async fn create_image(&self, record: &Map<String, Value>) -> Result<Image, ApiError> {
+        let url = self.image_url(&["images"]);
+        let body = Value::Object(record.clone());
+        parse(self.call(Method::POST, &url, Some(("application/json", &body))).await?, Method::POST, url.path())
+    }
+
+    /// Sets a property or an attribute of an image. Lost while the image is `saving`.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn set_property(&self, id: &str, key: &str, value: &Value) -> Result<(), ApiError> {
+        let url = self.image_url(&["images", id]);
+        let path = format!("/{}", key.replace('~', "~0").replace('/', "~1"));
+        // add overwrites what is there
+        let patch = json!([{ "op": "add", "path": path, "value": value }]);
+        self.call(Method::PATCH, &url, Some(("application/openstack-images-v2.1-json-patch", &patch))).await?;
+        Ok(())
+    }
+
+    /// Deletes an image. One that is gone already counts as deleted.
+    ///
+    /// # Errors
+    /// [`ApiError`]: 403 if it is protected, 409 if it is in use.
+    pub async fn delete_image(&self, id: &str) -> Result<(), ApiError> {
+        match self.call(Method::DELETE, &self.image_url(&["images", id]), None).await {
+            Err(error) if matches!(error.status(), Some(StatusCode::NOT_FOUND | StatusCode::GONE)) => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// Bytes that the quota still allows for image data; `None` where the service does not say or sets no limit.
+    pub async fn quota_left_bytes(&self) -> Option<u64> {
+        let usage = self.call(Method::GET, &self.image_url(&["info", "usage"]), None).await.ok()?;
+        let total = &usage["usage"]["image_size_total"];
+        let limit = total["limit"].as_u64()?; // -1 is no limit
+        Some(limit.saturating_sub(total["usage"].as_u64()?) << 20)
+    }
+}
+
+/// Properties that describe the old bytes, the old place or the old image's life, and that must not or cannot be set on
+/// another (glance/api/v2/images.py; nova/compute/utils.py).
+fn stays_behind(key: &str) -> bool {
+    const NAMES: [&str; 27] = [
+        "block_device_mapping",
+        "bdm_v2",
+        "root_device_name",
+        "mappings",
+        "image_location",
+        "image_state",
+        "direct_url",
+        "locations",
+        "location",
+        "stores",
+        "self",
+        "file",
+        "schema",
+        "updated_at",
+        "deleted",
+        "deleted_at",
+        "cinder_encryption_key_id",
+        "cinder_encryption_key_deletion_policy",
+        "owner_specified.openstack.md5",
+        "owner_specified.openstack.sha256",
+        "owner_specified.openstack.object",
+        "checksum",
+        "virtual_size",
+        "os_hash_algo",
+        "os_hash_value",
+        "created_at",
+        "size",
+    ];
+    // a signature covers the old bytes, and Glance would check it
+    NAMES.contains(&key) || key.starts_with("img_signature") || key.starts_with("os_glance") || key.starts_with("virta_")
+}
+
+/// The record of a converted image: private, bare, qcow2, with the source's properties, tags and requirements.
+/// `protected` is not in it: it is set last.
+#[must_use]
+pub fn converted_record(
+    source: Option<&Image>,
+    id: &str,
+    name: &str,
+    virtual_bytes: u64,
+    run: &str,
+    properties: &[(String, String)],
+) -> Map<String, Value> {
+    let mut record = Map::new();
+    record.insert("id".to_owned(), json!(id));
+    record.insert("name".to_owned(), json!(name));
+    record.insert("disk_format".to_owned(), json!("qcow2"));
+    record.insert("container_format".to_owned(), json!("bare"));
+    record.insert("visibility".to_owned(), json!("private"));
+    let virtual_gib = virtual_bytes.div_ceil(1 << 30);
+    record.insert("min_disk".to_owned(), json!(source.and_then(|source| source.min_disk).unwrap_or(0).max(virtual_gib)));
+    if let Some(source) = source {
+        record.insert("min_ram".to_owned(), json!(source.min_ram.unwrap_or(0)));
+        record.insert("tags".to_owned(), json!(source.tags));
+        if source.os_hidden == Some(true) {
+            record.insert("os_hidden".to_owned(), json!(true));
+        }
+        for (key, value) in &source.properties {
+            // values are strings; Nova leaves kernel_id and ramdisk_id null or empty, which a POST refuses
+            if let Value::String(text) = value
+                && !stays_behind(key)
+                && !(text.is_empty() && matches!(key.as_str(), "kernel_id" | "ramdisk_id"))
+            {
+                record.insert(key.clone(), json!(text));
+            }
+        }
+        record.insert(SOURCE_ID.to_owned(), json!(source.id));
+        if let Some(hash) = source.expected_hash() {
+            record.insert(SOURCE_HASH.to_owned(), json!(format!("{}:{}", hash.algorithm, hash.value)));
+        }
+    }
+    record.insert(RUN.to_owned(), json!(run));
+    for (key, value) in properties {
+        record.insert(key.clone(), json!(value));
+    }
+    record
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot() -> Image {
+        serde_json::from_value(json!({
+            "id": "s", "status": "active", "name": "snap", "size": 85899345920_u64, "disk_format": "raw", "checksum": null,
+            "os_hash_algo": "sha512", "os_hash_value": "ab", "min_disk": 80, "min_ram": 2048, "tags": ["a"], "protected": true,
+            "owner": "o", "visibility": "shared", "file": "/v2/images/s/file", "schema": "/v2/schemas/image", "self": "/v2/images/s",
+            "updated_at": "x", "created_at": "y", "virtual_size": null,
+            "hw_disk_bus": "virtio", "os_distro": "ubuntu", "instance_uuid": "i", "image_type": "snapshot", "base_image_ref": "b",
+            "image_location": "snapshot", "image_state": "available", "kernel_id": "", "ramdisk_id": null, "owner_id": "o", "user_id": "u",
+            "img_signature": "x", "img_signature_key_type": "y", "cinder_encryption_key_id": "z", "os_glance_importing_to_stores": "",
+            "owner_specified.openstack.md5": "m", "virta_verified": "old", "stores": "file"
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_converted_image_takes_over_what_describes_the_machine_and_nothing_that_describes_the_bytes() {
+        let record = converted_record(
+            Some(&snapshot()),
+            "n",
+            "compact",
+            (80 << 30) + 1,
+            "r",
+            &[("os_distro".to_owned(), "debian".to_owned())],
+        );
+        let keys: Vec<&str> = record.keys().map(String::as_str).collect();
+        let mut expected = vec![
+            "id",
+            "name",
+            "disk_format",
+            "container_format",
+            "visibility",
+            "min_disk",
+            "min_ram",
+            "tags",
+            "hw_disk_bus",
+            "os_distro",
+            "instance_uuid",
+            "image_type",
+            "base_image_ref",
+            "owner_id",
+            "user_id",
+            SOURCE_ID,
+            SOURCE_HASH,
+            RUN,
+        ];
+        expected.sort_unstable();
+        let mut sorted = keys.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, expected);
+        assert_eq!(record["min_disk"], 81, "at least the virtual size");
+        assert_eq!(record["visibility"], "private");
+        assert_eq!(record["os_distro"], "debian", "--property goes before the source's");
+        assert_eq!(record[SOURCE_HASH], "sha512:ab");
+    }
+
+    #[test]
+    fn hashes_are_optional_and_the_strong_one_goes_first() {
+        let mut image = snapshot();
+        assert_eq!(image.expected_hash().unwrap().algorithm, "sha512");
+        image.os_hash_value = None;
+        assert_eq!(image.expected_hash(), None, "as after a direct Ceph snapshot");
+        image.checksum = Some("0f".to_owned());
+        assert_eq!(image.expected_hash().unwrap().algorithm, "md5");
+    }
+
+    #[test]
+    fn a_volume_backed_snapshot_is_told_by_its_mapping_and_its_size() {
+        let mut image = snapshot();
+        image.properties.insert("block_device_mapping".to_owned(), json!("[{\"snapshot_id\": \"x\"}]"));
+        assert!(!image.is_volume_backed(), "it has bytes");
+        image.size = Some(0);
+        assert!(image.is_volume_backed());
+    }
+}

@@ -1,0 +1,30 @@
+//! OpenStack as far as Virta calls it: sign-in as `openstack` does it, and the Image service's records.
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`config`] | which cloud, whose credentials: clouds.yaml, secure.yaml, `OS_*`, flags |
+//! | [`http`] | clients: trust store, `OS_CACERT`, proxies, no total time-out |
+//! | [`session`] | a token that renews itself, the catalog, requests with it |
+//! | [`image`] | images: find, create, change, delete; what carries over to a converted one |
+//! | [`error`] | what a service answered, ready to paste into a support ticket |
+//!
+//! # Decisions
+//! - 2026-11-24 The sign-in is our own, not `openstack_sdk`'s (0.22.8 was tried). Its reading of the configuration
+//!   would have had to be replaced (no `OS_CLIENT_CONFIG_FILE`, no client certificate, other precedence), and then
+//!   what is left of it is one POST. As published, its build script finds none of its authentication plugins, so
+//!   that application credentials fail until each plugin crate's anchor is named by hand; it brings 266 crates and
+//!   1 min 40 s of release build on two cores; its default total time-out of 30 s cuts bodies; it writes tokens to
+//!   `~/.osc`. Kept from it: nothing on disk, renewal two minutes before the end.
+//! - 2026-11-24 Flags go before the cloud that `OS_CLOUD` names, `OS_REGION_NAME`, `OS_INTERFACE`, `OS_CACERT` and
+//!   `OS_PASSWORD` before what its file says, as python-openstackclient has it.
+
+pub mod config;
+pub mod error;
+pub mod http;
+pub mod image;
+pub mod session;
+
+pub use config::{CloudConfig, CloudFlags, ConfigError};
+pub use error::ApiError;
+pub use image::Image;
+pub use session::Session;

@@ -1,0 +1,509 @@
+//! A signed-in session: one token for all connections, renewed before it ends and after a 401, one renewal at a time.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use jiff::Timestamp;
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::Mutex;
+
+use super::{
+    config::{CloudConfig, ConfigError, Identity, Project, Secret, User},
+    error::ApiError,
+    http::{CALL_TIMEOUT, Clients},
+};
+
+/// A token with less than this left is renewed first (keystoneauth, `MIN_TOKEN_LIFE_SECONDS`).
+const MIN_TOKEN_LIFE_S: i64 = 120;
+/// Tries of a small call that failed on the way.
+const CALL_TRIES: u32 = 4;
+
+/// Why signing in failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SignInError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Keystone refused.
+    #[error("signing in to {cloud} as {user} was refused: check user, password and project")]
+    Refused {
+        /// The cloud.
+        cloud: String,
+        /// Whom.
+        user: String,
+        /// What Keystone said.
+        #[source]
+        source: ApiError,
+    },
+    /// Keystone did not answer as it should.
+    #[error("signing in to {cloud} at {auth_url}")]
+    Call {
+        /// The cloud.
+        cloud: String,
+        /// Where.
+        auth_url: String,
+        /// What happened.
+        #[source]
+        source: ApiError,
+    },
+    /// There is no image service in the catalog, or none that fits.
+    #[error("{0}")]
+    Catalog(String),
+}
+
+/// A service's entry in the catalog.
+#[derive(Clone, Debug, Deserialize)]
+struct Service {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    endpoints: Vec<Endpoint>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Endpoint {
+    #[serde(default)]
+    interface: String,
+    #[serde(default)]
+    region_id: Option<String>,
+    /// The old name; Keystone sends both.
+    #[serde(default)]
+    region: Option<String>,
+    #[serde(default)]
+    url: String,
+}
+
+impl Endpoint {
+    fn region_name(&self) -> Option<&str> {
+        self.region_id.as_deref().or(self.region.as_deref())
+    }
+}
+
+/// Who is signed in, and where: the line that a run begins with.
+#[derive(Clone, Debug, Default)]
+pub struct Whoami {
+    /// Cloud's name.
+    pub cloud: String,
+    /// Region, if known.
+    pub region: Option<String>,
+    /// Project's name and id.
+    pub project: String,
+    /// Project's id.
+    pub project_id: Option<String>,
+    /// User's name.
+    pub user: String,
+}
+
+#[derive(Clone)]
+struct Token {
+    secret: Secret,
+    expires_at: Option<Timestamp>,
+}
+
+struct Inner {
+    cloud: CloudConfig,
+    clients: Clients,
+    token: RwLock<Token>,
+    /// Held while somebody renews.
+    renewing: Mutex<()>,
+    image_url: Url,
+    whoami: Whoami,
+}
+
+/// A signed-in session. Clones are the same session.
+#[derive(Clone)]
+pub struct Session(Arc<Inner>);
+
+/// What Keystone answered.
+struct SignedIn {
+    token: Token,
+    catalog: Vec<Service>,
+    whoami: Whoami,
+}
+
+impl Session {
+    /// Signs in and finds the image service.
+    ///
+    /// # Errors
+    /// [`SignInError`].
+    pub async fn sign_in(cloud: CloudConfig) -> Result<Self, SignInError> {
+        let clients = Clients::new(&cloud)?;
+        let signed_in = sign_in(&cloud, &clients).await?;
+        let image_url = image_endpoint(&cloud, &signed_in.catalog)?;
+        let image_url = versioned(image_url);
+        Ok(Self(Arc::new(Inner {
+            cloud,
+            clients,
+            token: RwLock::new(signed_in.token),
+            renewing: Mutex::new(()),
+            image_url,
+            whoami: signed_in.whoami,
+        })))
+    }
+
+    /// Who is signed in, and where.
+    #[must_use]
+    pub fn whoami(&self) -> &Whoami {
+        &self.0.whoami
+    }
+
+    /// The address of a path below `/v2` of the image service. Segments are escaped.
+    ///
+    /// # Panics
+    /// Never for the endpoints that signing in accepts.
+    #[must_use]
+    pub fn image_url(&self, segments: &[&str]) -> Url {
+        let mut url = self.0.image_url.clone();
+        url.path_segments_mut().expect("an http address has segments").pop_if_empty().extend(segments);
+        url
+    }
+
+    fn token_now(&self) -> Token {
+        self.0.token.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A token with some life left.
+    ///
+    /// # Errors
+    /// [`SignInError`] if it had to be renewed and that failed.
+    pub async fn token(&self) -> Result<Secret, SignInError> {
+        let token = self.token_now();
+        if !token.is_ending() {
+            return Ok(token.secret);
+        }
+        self.renew(&token.secret).await
+    }
+
+    /// A new token after `rejected` got a 401. Whoever comes second gets the first one's.
+    ///
+    /// # Errors
+    /// [`SignInError`].
+    pub async fn renew(&self, rejected: &Secret) -> Result<Secret, SignInError> {
+        let _one_at_a_time = self.0.renewing.lock().await;
+        let token = self.token_now();
+        if token.secret != *rejected {
+            return Ok(token.secret);
+        }
+        let signed_in = sign_in(&self.0.cloud, &self.0.clients).await?;
+        let secret = signed_in.token.secret.clone();
+        *self.0.token.write().unwrap_or_else(PoisonError::into_inner) = signed_in.token;
+        Ok(secret)
+    }
+
+    /// A request with this token, without a time-out: for bodies.
+    pub fn request(&self, method: Method, url: &Url, token: &Secret) -> RequestBuilder {
+        self.0.clients.of(url).request(method, url.clone()).header("x-auth-token", token.reveal())
+    }
+
+    /// A small call: renews the token after a 401, tries again what can be tried again, reads the answer's JSON
+    /// (`Null` for an empty one).
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    ///
+    /// # Cancel safety
+    /// Dropped in the middle, the service may or may not have acted.
+    pub async fn call(&self, method: Method, url: &Url, content: Option<(&'static str, &Value)>) -> Result<Value, ApiError> {
+        // What a second POST or PATCH would do after a lost answer is for the caller to know.
+        let repeatable = matches!(method, Method::GET | Method::DELETE | Method::PUT);
+        let mut renewed = false;
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let token = self.token().await.map_err(|error| sign_in_failed(&method, url, &error))?;
+            let mut request = self.request(method.clone(), url, &token);
+            if let Some((kind, body)) = content {
+                request = request.header("content-type", kind).body(body.to_string());
+            }
+            let error = match answer(&method, url, request).await {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            if error.status() == Some(StatusCode::UNAUTHORIZED) && !renewed {
+                renewed = true;
+                self.renew(&token).await.map_err(|error| sign_in_failed(&method, url, &error))?;
+                continue;
+            }
+            if !repeatable || !error.is_retryable() || tries >= CALL_TRIES {
+                return Err(error);
+            }
+            tokio::time::sleep(crate::glance::retry::pause(tries, error.retry_after_s())).await;
+        }
+    }
+}
+
+fn sign_in_failed(method: &Method, url: &Url, error: &SignInError) -> ApiError {
+    use std::error::Error as _;
+    let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+    ApiError::Answer {
+        method: method.clone(),
+        path: url.path().to_owned(),
+        what: format!("the token could not be renewed: {error}{cause}"),
+    }
+}
+
+/// Sends a small request and reads its JSON.
+async fn answer(method: &Method, url: &Url, request: RequestBuilder) -> Result<Value, ApiError> {
+    let whole = async {
+        let response = request.send().await.map_err(|error| ApiError::connection(method.clone(), url, error))?;
+        if !response.status().is_success() {
+            return Err(ApiError::from_response(method.clone(), url, response).await);
+        }
+        let bytes = response.bytes().await.map_err(|error| ApiError::connection(method.clone(), url, error))?;
+        if bytes.is_empty() {
+            return Ok(Value::Null);
+        }
+        serde_json::from_slice(&bytes).map_err(|error| ApiError::Answer {
+            method: method.clone(),
+            path: url.path().to_owned(),
+            what: format!("the answer is no JSON: {error}"),
+        })
+    };
+    match tokio::time::timeout(CALL_TIMEOUT, whole).await {
+        Ok(result) => result,
+        Err(_) => Err(ApiError::Silence { method: method.clone(), path: url.path().to_owned(), seconds: CALL_TIMEOUT.as_secs() }),
+    }
+}
+
+impl Token {
+    fn is_ending(&self) -> bool {
+        self.expires_at.is_some_and(|end| end.as_second() - Timestamp::now().as_second() < MIN_TOKEN_LIFE_S)
+    }
+}
+
+/// POST /v3/auth/tokens.
+async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, SignInError> {
+    let base = cloud.auth_url.trim_end_matches('/');
+    let base = if base.ends_with("/v3") { base.to_owned() } else { format!("{}/v3", base.trim_end_matches("/v2.0")) };
+    let url = Url::parse(&format!("{base}/auth/tokens")).map_err(|error| ConfigError::File {
+        file: format!("cloud {}", cloud.name),
+        what: format!("auth_url {} is no address: {error}", cloud.auth_url),
+    })?;
+    let user = user_text(&cloud.identity);
+    if let Some(user) = cloud.wants_password_of() {
+        return Err(ConfigError::NoPassword { cloud: cloud.name.clone(), user }.into());
+    }
+    let body = auth_body(cloud);
+    let mut tries = 0;
+    let response = loop {
+        tries += 1;
+        let sent = clients.of(&url).post(url.clone()).json(&body).timeout(CALL_TIMEOUT).send().await;
+        let error = match sent {
+            Ok(response) if response.status().is_success() => break response,
+            Ok(response) => ApiError::from_response(Method::POST, &url, response).await,
+            Err(error) => ApiError::connection(Method::POST, &url, error),
+        };
+        if error.is_retryable() && tries < CALL_TRIES {
+            tokio::time::sleep(crate::glance::retry::pause(tries, error.retry_after_s())).await;
+            continue;
+        }
+        let cloud_name = cloud.name.clone();
+        return Err(match error.status() {
+            Some(StatusCode::UNAUTHORIZED) => SignInError::Refused { cloud: cloud_name, user, source: error },
+            _ => SignInError::Call { cloud: cloud_name, auth_url: cloud.auth_url.clone(), source: error },
+        });
+    };
+    read_token(cloud, &url, response).await
+}
+
+async fn read_token(cloud: &CloudConfig, url: &Url, response: Response) -> Result<SignedIn, SignInError> {
+    let bad = |what: String| SignInError::Call {
+        cloud: cloud.name.clone(),
+        auth_url: cloud.auth_url.clone(),
+        source: ApiError::Answer { method: Method::POST, path: url.path().to_owned(), what },
+    };
+    let secret = response.headers().get("x-subject-token").and_then(|value| value.to_str().ok()).map(Secret::new);
+    let secret = secret.ok_or_else(|| bad("the answer has no X-Subject-Token".to_owned()))?;
+    let body: Value = response.json().await.map_err(|error| bad(format!("the answer is no JSON: {}", error.without_url())))?;
+    let token = &body["token"];
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let expires_at = token["expires_at"].as_str().and_then(|end| end.parse().ok());
+    let catalog = match &token["catalog"] {
+        Value::Null => Vec::new(), // an unscoped token
+        catalog => serde_json::from_value(catalog.clone()).map_err(|error| bad(format!("its catalog: {error}")))?,
+    };
+    let project_id = text(&token["project"]["id"]);
+    let whoami = Whoami {
+        cloud: cloud.name.clone(),
+        region: cloud.region_name.clone(),
+        project: text(&token["project"]["name"]).or_else(|| project_id.clone()).unwrap_or_else(|| "none".to_owned()),
+        project_id,
+        user: text(&token["user"]["name"]).unwrap_or_else(|| user_text(&cloud.identity)),
+    };
+    Ok(SignedIn { token: Token { secret, expires_at }, catalog, whoami })
+}
+
+fn user_text(identity: &Identity) -> String {
+    match identity {
+        Identity::Password { user, .. } => user.name.clone().or_else(|| user.id.clone()).unwrap_or_default(),
+        Identity::ApplicationCredential { id, name, .. } => {
+            format!("application credential {}", id.as_deref().or(name.as_deref()).unwrap_or_default())
+        }
+        Identity::Token { .. } => "the owner of the token".to_owned(),
+    }
+}
+
+/// The request body of a sign-in (keystoneauth1, identity/v3).
+fn auth_body(cloud: &CloudConfig) -> Value {
+    let domain = |id: &Option<String>, name: &Option<String>| match (id, name) {
+        (Some(id), _) => json!({ "id": id }),
+        (None, Some(name)) => json!({ "name": name }),
+        (None, None) => json!({ "id": "default" }),
+    };
+    let user_json = |user: &User| match &user.id {
+        Some(id) => json!({ "id": id }),
+        None => json!({ "name": user.name, "domain": domain(&user.domain_id, &user.domain_name) }),
+    };
+    let project_json = |project: &Project| match &project.id {
+        Some(id) => json!({ "id": id }),
+        None => json!({ "name": project.name, "domain": domain(&project.domain_id, &project.domain_name) }),
+    };
+    let identity = match &cloud.identity {
+        Identity::Password { user, password } => {
+            let mut user = user_json(user);
+            user["password"] = json!(password.as_ref().map_or("", Secret::reveal));
+            json!({ "methods": ["password"], "password": { "user": user } })
+        }
+        Identity::ApplicationCredential { id, name, user, secret } => {
+            let credential = match id {
+                Some(id) => json!({ "id": id, "secret": secret.reveal() }),
+                None => json!({ "name": name, "user": user.as_ref().map(user_json), "secret": secret.reveal() }),
+            };
+            json!({ "methods": ["application_credential"], "application_credential": credential })
+        }
+        Identity::Token { token } => json!({ "methods": ["token"], "token": { "id": token.reveal() } }),
+    };
+    // an application credential has its scope; a second one is an error
+    match &cloud.project {
+        Some(project) => json!({ "auth": { "identity": identity, "scope": { "project": project_json(project) } } }),
+        None => json!({ "auth": { "identity": identity } }),
+    }
+}
+
+/// Where Glance is.
+fn image_endpoint(cloud: &CloudConfig, catalog: &[Service]) -> Result<Url, SignInError> {
+    let parse = |text: &str| {
+        let url =
+            Url::parse(text).map_err(|error| SignInError::Catalog(format!("image endpoint {text} is no address: {error}")))?;
+        match url.scheme() {
+            "http" | "https" => Ok(url),
+            other => Err(SignInError::Catalog(format!("image endpoint {text} has scheme {other}, not http or https"))),
+        }
+    };
+    if let Some(endpoint) = &cloud.image_endpoint_override {
+        return parse(endpoint);
+    }
+    let all: Vec<&Endpoint> = catalog
+        .iter()
+        .filter(|service| service.kind == "image")
+        .flat_map(|service| &service.endpoints)
+        .filter(|endpoint| endpoint.interface.trim_end_matches("URL") == cloud.interface && !endpoint.url.is_empty())
+        .collect();
+    let regions = || {
+        let mut names: Vec<&str> = all.iter().filter_map(|endpoint| endpoint.region_name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    };
+    let name = &cloud.name;
+    if all.is_empty() {
+        let interface = &cloud.interface;
+        return Err(SignInError::Catalog(format!(
+            "cloud {name} has no image service with a {interface} endpoint in its catalog"
+        )));
+    }
+    let chosen = match &cloud.region_name {
+        Some(region) => all.iter().find(|endpoint| endpoint.region_name() == Some(region)).ok_or_else(|| {
+            SignInError::Catalog(format!(
+                "cloud {name} has no image service in region {region}; there are: {}",
+                regions().join(", ")
+            ))
+        })?,
+        None if regions().len() > 1 => {
+            return Err(SignInError::Catalog(format!(
+                "cloud {name} has several regions: choose one with --os-region-name or OS_REGION_NAME ({})",
+                regions().join(", ")
+            )));
+        }
+        None => &all[0],
+    };
+    parse(&chosen.url)
+}
+
+/// The endpoint with `/v2`. Many catalogs leave it out; what discovery links say behind a proxy may carry an internal
+/// host, so only the path counts, and `/v2` is all that Glance ever had.
+fn versioned(mut url: Url) -> Url {
+    let path = url.path().trim_end_matches('/').to_owned();
+    let last = path.rsplit('/').next().unwrap_or_default();
+    let has_version = last.strip_prefix('v').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    let base = if has_version { path[..path.len() - last.len() - 1].to_owned() } else { path };
+    url.set_path(&format!("{base}/v2"));
+    url
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cloud() -> CloudConfig {
+        CloudConfig {
+            name: "c".to_owned(),
+            auth_url: "http://k".to_owned(),
+            identity: Identity::Token { token: Secret::new("t") },
+            project: None,
+            region_name: None,
+            interface: "public".to_owned(),
+            image_endpoint_override: None,
+            cacert: None,
+            client_cert: None,
+            insecure: false,
+            notices: Vec::new(),
+        }
+    }
+
+    fn catalog(endpoints: &[(&str, &str, &str)]) -> Vec<Service> {
+        let endpoint = |(interface, region, url): &(&str, &str, &str)| Endpoint {
+            interface: (*interface).to_owned(),
+            region_id: Some((*region).to_owned()),
+            region: Some((*region).to_owned()),
+            url: (*url).to_owned(),
+        };
+        vec![Service { kind: "image".to_owned(), endpoints: endpoints.iter().map(endpoint).collect() }]
+    }
+
+    #[test]
+    fn several_regions_have_to_be_chosen_from() {
+        let two = catalog(&[("public", "a", "http://a"), ("public", "b", "http://b"), ("internal", "a", "http://i")]);
+        let error = image_endpoint(&cloud(), &two).unwrap_err().to_string();
+        assert!(error.contains("(a, b)"), "{error}");
+        let chosen = CloudConfig { region_name: Some("b".to_owned()), ..cloud() };
+        assert_eq!(image_endpoint(&chosen, &two).unwrap().as_str(), "http://b/");
+        let wrong = CloudConfig { region_name: Some("x".to_owned()), ..cloud() };
+        assert!(image_endpoint(&wrong, &two).unwrap_err().to_string().contains("there are: a, b"));
+        let internal = CloudConfig { interface: "internal".to_owned(), ..cloud() };
+        assert_eq!(image_endpoint(&internal, &two).unwrap().as_str(), "http://i/");
+        assert!(image_endpoint(&cloud(), &[]).unwrap_err().to_string().contains("no image service"));
+    }
+
+    #[test]
+    fn v2_is_appended_where_the_catalog_leaves_it_out() {
+        for (given, expected) in [
+            ("http://h:9292", "http://h:9292/v2"),
+            ("http://h:9292/", "http://h:9292/v2"),
+            ("http://h/image/v2/", "http://h/image/v2"),
+            ("http://h/image", "http://h/image/v2"),
+        ] {
+            assert_eq!(versioned(Url::parse(given).unwrap()).as_str(), expected);
+        }
+    }
+
+    #[test]
+    fn an_application_credential_is_never_sent_with_a_scope() {
+        let identity =
+            Identity::ApplicationCredential { id: Some("i".to_owned()), name: None, user: None, secret: Secret::new("s") };
+        let body = auth_body(&CloudConfig { identity, ..cloud() });
+        assert_eq!(body["auth"].as_object().unwrap().len(), 1, "{body}");
+    }
+}
