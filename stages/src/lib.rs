@@ -13,10 +13,12 @@
 //! | [`store::Collect`] | [`extent::Placed`] | the same, in guest order | one thread | index, extents held |
 //! | [`hash::HashLane`] | [`extent::Placed`], in order | – | one thread | lags by its port |
 //! | [`store::Emit`] | – | [`store::Chunk`] | one thread | – |
+//! | [`compare::Compare`] | – | – | threads | two buffers a worker |
 //! | [`glance::Upload`] | [`store::Chunk`] | – | network | – |
 //!
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
+pub mod compare;
 pub mod convert;
 pub mod disk;
 pub mod extent;

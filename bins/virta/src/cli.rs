@@ -18,6 +18,17 @@ pub struct Cli {
 pub enum Command {
     /// Convert a raw image to qcow2: from Glance to Glance, from Glance to a file, from a file to a file
     Convert(ConvertArgs),
+    /// See it work: the main job against an image service inside this process; no cloud, nothing left behind
+    Demo(DemoArgs),
+}
+
+#[derive(Args)]
+pub struct DemoArgs {
+    #[command(flatten)]
+    pub tuning: Tuning,
+    /// Progress on stderr: auto is bars on a terminal and plain lines elsewhere
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub progress: ProgressChoice,
 }
 
 #[derive(Args)]

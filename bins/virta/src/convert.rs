@@ -6,7 +6,7 @@ use engine::{CancelToken, Cause};
 use stages::{
     convert::{
         self, JobError, Notices, Options, Report, Source,
-        to_glance::{NameCheck, check_name},
+        to_glance::{NameCheck, check_name, images_of_name},
     },
     openstack::Session,
     progress::Progress,
@@ -115,8 +115,23 @@ async fn convert(
         _ => Some(sign_in(&arguments.cloud, display, cancel).await?),
     };
     let signed_in = || session.clone().ok_or_else(|| JobError::bug("a cloud is needed, and nobody signed in"));
+    let mut taken = None;
     let source = match &from {
-        End::Glance(name) => interruptible(cancel, Source::glance(&signed_in()?, name)).await?,
+        End::Glance(name) => {
+            let session = signed_in()?;
+            let looking = async {
+                // two questions to Glance at once: each costs it a look-up of the token, too
+                let (source, names) = tokio::join!(Source::glance(&session, name), async {
+                    match &to {
+                        End::Glance(name) => images_of_name(&session, name).await,
+                        End::Path(_) => Ok(Vec::new()),
+                    }
+                });
+                taken = Some(names?);
+                source
+            };
+            interruptible(cancel, looking).await?
+        }
         End::Path(path) => match Source::local(Path::new(path)) {
             Err(error) if !Path::new(path).exists() => return Err(did_you_mean(error, path, session.as_ref()).await),
             other => other?,
@@ -126,7 +141,11 @@ async fn convert(
         End::Path(path) => convert::to_file::to_file(&source, Path::new(path), options, progress, &notices, cancel).await?,
         End::Glance(name) => {
             let session = signed_in()?;
-            match interruptible(cancel, check_name(&session, name, &source, options.force)).await? {
+            let taken = match taken {
+                Some(taken) => taken,
+                None => interruptible(cancel, images_of_name(&session, name)).await?,
+            };
+            match check_name(taken, name, &source, options.force)? {
                 NameCheck::AlreadyDone(image) => return Ok(Outcome::AlreadyDone(image.id.clone())),
                 NameCheck::Free => {}
             }
@@ -170,7 +189,11 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
     let receipt = receipt::write(&report, &proven);
     let json = serde_json::to_string_pretty(&report).unwrap_or_default();
     match output.format {
-        FormatChoice::Table => exit::print(&summary(&report, &proven, receipt.as_ref().ok().map(|path| path.as_path()))),
+        FormatChoice::Table => exit::print(&format!(
+            "{}{}",
+            summary(&report, &proven),
+            what_next(&report, receipt.as_ref().ok().map(std::path::PathBuf::as_path))
+        )),
         FormatChoice::Json => exit::print(&json),
         FormatChoice::Value => exit::print(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)),
     }
@@ -208,7 +231,7 @@ pub fn proven(report: &Report) -> Vec<String> {
 }
 
 /// The last lines on the screen.
-pub fn summary(report: &Report, proven: &[String], receipt: Option<&Path>) -> String {
+pub fn summary(report: &Report, proven: &[String]) -> String {
     let saved = match report.virtual_bytes {
         0 => String::new(),
         all => format!(", {}% smaller", 100 - (u128::from(report.image_bytes) * 100 / u128::from(all)).min(100)),
@@ -231,11 +254,19 @@ pub fn summary(report: &Report, proven: &[String], receipt: Option<&Path>) -> St
         ));
     }
     lines.extend(proven.iter().cloned());
+    lines.join("\n")
+}
+
+/// What is left to do, and where the receipt is; each line after a line break.
+fn what_next(report: &Report, receipt: Option<&Path>) -> String {
+    let mut text = String::new();
     if let Some(id) = report.source.strip_prefix("glance:") {
-        lines.push(format!("the raw image is still there; when you have booted from the new one: openstack image delete {id}"));
+        text.push_str(&format!(
+            "\nthe raw image is still there; when you have booted from the new one: openstack image delete {id}"
+        ));
     }
     if let Some(path) = receipt {
-        lines.push(format!("receipt: {}", path.display()));
+        text.push_str(&format!("\nreceipt: {}", path.display()));
     }
-    lines.join("\n")
+    text
 }

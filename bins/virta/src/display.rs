@@ -115,6 +115,7 @@ struct Drawing {
     verify: ProgressBar,
     phase: Option<Phase>,
     last_line: Instant,
+    /// When the phase began.
     started: Instant,
 }
 
@@ -146,6 +147,9 @@ impl Drawing {
     fn draw(&mut self, progress: &Progress) {
         let phase = progress.phase();
         let changed = self.phase != Some(phase);
+        if changed {
+            self.started = Instant::now();
+        }
         self.phase = Some(phase);
         match self.kind {
             Kind::Bars => self.draw_bars(progress, phase),

@@ -2,6 +2,7 @@
 
 mod cli;
 mod convert;
+mod demo;
 mod display;
 mod exit;
 mod habits;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let outcome = runtime.block_on(async {
         match cli.command {
             cli::Command::Convert(arguments) => convert::run(arguments).await,
+            cli::Command::Demo(arguments) => demo::run(arguments).await,
         }
     });
     // A name lookup or a connection that is still closing must not hold the exit up.

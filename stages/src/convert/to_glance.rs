@@ -48,11 +48,11 @@ pub enum NameCheck {
     AlreadyDone(Box<Image>),
 }
 
-/// May an image of this name be made?
+/// Who has this name already? Asked while the source is looked up; [`check_name`] decides.
 ///
 /// # Errors
-/// [`JobError::Usage`] if the name is a UUID, or taken and `force` is not given; it lists who has it.
-pub async fn check_name(session: &Session, name: &str, source: &Source, force: bool) -> Result<NameCheck, JobError> {
+/// [`JobError::Usage`] if the name cannot be an image's: empty, too long, or a UUID.
+pub async fn images_of_name(session: &Session, name: &str) -> Result<Vec<Image>, JobError> {
     if name.is_empty() {
         return Err(JobError::Usage("glance: needs a name for the new image, as in glance:my-server-qcow2".to_owned()));
     }
@@ -64,7 +64,15 @@ pub async fn check_name(session: &Session, name: &str, source: &Source, force: b
             "{name} is an id: a conversion always makes a new image and never writes into one that is there. Give it a name"
         )));
     }
-    let taken: Vec<Image> = session.images_named(name).await?.into_iter().filter(|image| image.status == "active").collect();
+    Ok(session.images_named(name).await?)
+}
+
+/// May an image of this name be made, with `taken` having it?
+///
+/// # Errors
+/// [`JobError::Usage`] if it is taken and `force` is not given; it lists who has it.
+pub fn check_name(taken: Vec<Image>, name: &str, source: &Source, force: bool) -> Result<NameCheck, JobError> {
+    let taken: Vec<Image> = taken.into_iter().filter(|image| image.status == "active").collect();
     if let Source::Glance { image: source, .. } = source {
         let ours = |image: &&Image| image.property(SOURCE_ID) == Some(&source.id) && image.id != source.id;
         if let Some(done) = taken.iter().find(|image| ours(image) && image.property(VERIFIED).is_some()) {
@@ -125,8 +133,6 @@ pub async fn to_glance(
             "Glance has no hash of the source (as after a direct Ceph snapshot): what is read cannot be checked against one",
         );
     }
-    let quota_left = session.quota_left_bytes().await;
-
     // survey
     progress.set_virtual_bytes(source.bytes());
     progress.set_hash_expected(if expected.is_some() { source.bytes() } else { 0 });
@@ -141,7 +147,8 @@ pub async fn to_glance(
     let lane = HashLane { expected: expected.clone(), file: None, progress: progress.clone() };
     let (pipeline, survey) = collect_and_hash(pipeline, collect, lane);
     let surveying = pipeline.start(&Handle::current());
-    let Some(survey) = survey.one().await else {
+    let (survey, quota_left) = tokio::join!(survey.one(), session.quota_left_bytes());
+    let Some(survey) = survey else {
         surveying.join().await?;
         return Err(JobError::bug("the survey left no report"));
     };

@@ -1,0 +1,67 @@
+//! What real clouds do, switched on by a test or a flag.
+
+use std::time::Duration;
+
+/// How a ranged GET is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Ranges {
+    /// As a file store does: 206 with the range.
+    #[default]
+    Served,
+    /// As Ceph, Swift and S3 stores do: 400.
+    Refused,
+    /// As some proxies do: 200 with everything.
+    Ignored,
+    /// 206 with the right header and the image's first bytes.
+    FirstBytes,
+    /// 206 with the range one byte further on.
+    WrongContentRange,
+    /// 206 for the first few, then 400: a second API server with another store.
+    RefusedAfter(u32),
+}
+
+/// Faults of the service. Counters are used up; switches stay.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// Ranged GETs.
+    pub ranges: Ranges,
+    /// Images that are uploaded get no checksum and no os_hash, as after a direct Ceph snapshot.
+    pub null_hashes: bool,
+    /// So many GETs of data are cut off after `cut_after_bytes`.
+    pub cut_gets: u32,
+    /// Where they are cut.
+    pub cut_after_bytes: u64,
+    /// So many GETs of data get 503 first.
+    pub failing_gets: u32,
+    /// So many GETs of data get a body with one byte flipped.
+    pub corrupt_gets: u32,
+    /// So many GETs of data stall for `stall` after `cut_after_bytes`.
+    pub stalling_gets: u32,
+    /// For how long.
+    pub stall: Duration,
+    /// So many requests with a token get 401, as if it had expired.
+    pub expired_tokens: u32,
+    /// Uploads are refused with 413 when half of the body has come, and the connection is reset.
+    pub quota_hit_mid_body: bool,
+    /// Uploads are refused with 415 after the whole body.
+    pub refuse_format: bool,
+    /// Uploaded images stay `saving` for good.
+    pub stuck_saving: bool,
+    /// Uploads flip one byte before they store and hash it.
+    pub corrupt_puts: bool,
+    /// So many PUTs of data are cut off after `cut_after_bytes`.
+    pub cut_puts: u32,
+    /// Bytes that `/v2/info/usage` says are left; `None` for no such limit.
+    pub quota_left_bytes: Option<u64>,
+    /// A pause before each answer.
+    pub latency: Duration,
+}
+
+impl Faults {
+    /// Uses up one of a counter.
+    pub(crate) fn take(counter: &mut u32) -> bool {
+        let any = *counter > 0;
+        *counter = counter.saturating_sub(1);
+        any
+    }
+}

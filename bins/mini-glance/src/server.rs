@@ -1,0 +1,596 @@
+//! The service: start, address, stop; routes.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Limited};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::Incoming,
+    header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, task::JoinHandle};
+
+use crate::{
+    answer::{Answer, Body, empty, html, json as json_response},
+    data::{Asked, BodyFault, Storing, body, inspect, parse_range},
+    faults::{Faults, Ranges},
+    identity::Tokens,
+    images::Images,
+};
+
+/// Largest JSON body.
+const JSON_BYTES_MAX: usize = 1 << 20;
+
+/// How to start.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Port on loopback; 0 for a free one.
+    pub port: u16,
+    /// Folder of the store; `None` for a new one that is removed when the service stops.
+    pub store: Option<PathBuf>,
+    /// How long tokens live.
+    pub token_life: Duration,
+    /// Where that new folder is made; `None` for the system's place for temporary files.
+    pub temporary_in: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { port: 0, store: None, token_life: Duration::from_secs(3600), temporary_in: None }
+    }
+}
+
+/// Why the service did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The port is taken, or the like.
+    #[error("listening on 127.0.0.1:{port}")]
+    Listen {
+        /// The port asked for.
+        port: u16,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// No folder for the store.
+    #[error("making a folder for the image store")]
+    Store(#[source] io::Error),
+}
+
+struct State {
+    tokens: Tokens,
+    images: Images,
+    faults: Faults,
+    requests: Vec<String>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    base: String,
+    store: PathBuf,
+    token_life: Duration,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A running service. Stops when it is dropped.
+pub struct MiniGlance {
+    shared: Arc<Shared>,
+    task: JoinHandle<()>,
+    _folder: Option<tempfile::TempDir>,
+}
+
+impl MiniGlance {
+    /// Starts the service on the current tokio runtime.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let port = config.port;
+        let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        let listener = listener.await.map_err(|source| StartError::Listen { port, source })?;
+        let address = listener.local_addr().map_err(|source| StartError::Listen { port, source })?;
+        let (store, folder) = match config.store {
+            Some(store) => (store, None),
+            None => {
+                let mut builder = tempfile::Builder::new();
+                builder.prefix("mini-glance-");
+                let folder = match &config.temporary_in {
+                    Some(place) => builder.tempdir_in(place),
+                    None => builder.tempdir(),
+                };
+                let folder = folder.map_err(StartError::Store)?;
+                (folder.path().to_owned(), Some(folder))
+            }
+        };
+        std::fs::create_dir_all(&store).map_err(StartError::Store)?;
+        let state =
+            State { tokens: Tokens::default(), images: Images::default(), faults: Faults::default(), requests: Vec::new() };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            base: format!("http://{address}"),
+            store,
+            token_life: config.token_life,
+        });
+        let task = tokio::spawn(accept(listener, Arc::clone(&shared)));
+        Ok(Self { shared, task, _folder: folder })
+    }
+
+    /// Its address, for `OS_AUTH_URL` with `/v3` behind it.
+    #[must_use]
+    pub fn base(&self) -> &str {
+        &self.shared.base
+    }
+
+    /// A clouds.yaml for it, with one cloud called `mini`.
+    #[must_use]
+    pub fn clouds_yaml(&self) -> String {
+        use crate::identity::{PASSWORD, PROJECT_ID, USER};
+        format!(
+            "clouds:\n  mini:\n    auth:\n      auth_url: {}/v3\n      username: {USER}\n      password: {PASSWORD}\n      project_id: {PROJECT_ID}\n      \
+             user_domain_name: Default\n    region_name: RegionOne\n    interface: public\n    identity_api_version: 3\n",
+            self.base()
+        )
+    }
+
+    /// Changes the faults.
+    pub fn faults(&self, change: impl FnOnce(&mut Faults)) {
+        change(&mut self.shared.state().faults);
+    }
+
+    /// Requests so far: method, path, range.
+    #[must_use]
+    pub fn requests(&self) -> Vec<String> {
+        self.shared.state().requests.clone()
+    }
+
+    /// The images' records.
+    #[must_use]
+    pub fn images(&self) -> Vec<Value> {
+        self.shared.state().images.0.values().map(|record| Value::Object(record.shown.clone())).collect()
+    }
+
+    /// Changes an attribute behind the service's back, as an operator with a database would.
+    pub fn set(&self, id: &str, key: &str, value: Value) {
+        if let Some(record) = self.shared.state().images.0.get_mut(id) {
+            record.set(key, value);
+        }
+    }
+
+    /// Where an image's bytes are.
+    #[must_use]
+    pub fn data_path(&self, id: &str) -> Option<PathBuf> {
+        self.shared.state().images.0.get(id)?.data.clone()
+    }
+
+    /// Adds an active image without going through HTTP: `fill` produces its bytes in order.
+    ///
+    /// # Errors
+    /// If the store is full; nothing is added then.
+    pub fn add_image(&self, record: &Value, fill: impl FnOnce(&mut Storing) -> io::Result<()>) -> io::Result<String> {
+        let made = self.shared.state().images.create(record).map_err(|_| io::Error::other("the record is not accepted"))?;
+        let id = made["id"].as_str().unwrap_or_default().to_owned();
+        let path = self.shared.store.join(&id);
+        let stored = (|| {
+            let mut storing = Storing::create(&path)?;
+            fill(&mut storing)?;
+            storing.finish()
+        })();
+        match stored {
+            Ok(stored) => {
+                activate(&mut self.shared.state(), &id, &path, &stored);
+                Ok(id)
+            }
+            Err(error) => {
+                self.shared.state().images.0.remove(&id);
+                let _ = std::fs::remove_file(path);
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs until the process is told to stop.
+    pub async fn wait(&mut self) {
+        let _ = (&mut self.task).await;
+    }
+}
+
+impl Drop for MiniGlance {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        let _ = stream.set_nodelay(true);
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let service = service_fn(move |request| {
+                let shared = Arc::clone(&shared);
+                async move { handle(&shared, request).await }
+            });
+            // as the real one under uWSGI: one response a connection
+            let _ = http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}
+
+fn activate(state: &mut State, id: &str, path: &Path, stored: &crate::data::Stored) {
+    let null_hashes = state.faults.null_hashes;
+    let Some(record) = state.images.0.get_mut(id) else { return };
+    record.data = Some(path.to_owned());
+    record.set("size", json!(stored.bytes));
+    let virtual_size = match stored.head.get(24..32).filter(|_| stored.head.starts_with(b"QFI\xfb")) {
+        Some(bytes) => bytes.try_into().map_or(0, u64::from_be_bytes),
+        None => stored.bytes,
+    };
+    record.set("virtual_size", json!(virtual_size));
+    if !null_hashes {
+        record.set("checksum", json!(stored.md5));
+        record.set("os_hash_algo", json!("sha512"));
+        record.set("os_hash_value", json!(stored.sha512));
+    }
+    record.set("stores", json!("file"));
+    record.set("status", json!("active"));
+}
+
+/// `a=b&c=d`, decoded.
+fn query(request: &Request<Incoming>) -> Vec<(String, String)> {
+    let decode = |text: &str| {
+        let mut bytes = Vec::with_capacity(text.len());
+        let mut rest = text.as_bytes();
+        while let Some((&first, after)) = rest.split_first() {
+            let hex =
+                after.get(..2).and_then(|hex| std::str::from_utf8(hex).ok()).and_then(|hex| u8::from_str_radix(hex, 16).ok());
+            match (first, hex) {
+                (b'%', Some(byte)) => {
+                    bytes.push(byte);
+                    rest = &after[2..];
+                }
+                (b'+', _) => {
+                    bytes.push(b' ');
+                    rest = after;
+                }
+                _ => {
+                    bytes.push(first);
+                    rest = after;
+                }
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let pairs = request.uri().query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
+    pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).map(|(key, value)| (decode(key), decode(value))).collect()
+}
+
+async fn read_json(request: Request<Incoming>) -> io::Result<Value> {
+    let bytes = Limited::new(request.into_body(), JSON_BYTES_MAX).collect().await.map_err(io::Error::other)?.to_bytes();
+    Ok(serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+}
+
+async fn handle(shared: &Arc<Shared>, request: Request<Incoming>) -> Answer {
+    let path = request.uri().path().trim_end_matches('/').to_owned();
+    let range = request.headers().get("range").and_then(|range| range.to_str().ok()).unwrap_or_default().to_owned();
+    let latency = {
+        let mut state = shared.state();
+        state.requests.push(format!("{} {path} {range}", request.method()).trim_end().to_owned());
+        state.faults.latency
+    };
+    if !latency.is_zero() {
+        tokio::time::sleep(latency).await;
+    }
+    let id_header = HeaderValue::from_str(&format!("req-{}", uuid::Uuid::new_v4())).map_err(io::Error::other)?;
+    let mut response = route(shared, request, &path, &range).await?;
+    response.headers_mut().insert("x-openstack-request-id", id_header);
+    Ok(response)
+}
+
+async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, range: &str) -> Answer {
+    let base = &shared.base;
+    let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
+    let link = |path: &str| json!([{ "rel": "self", "href": format!("{base}{path}") }]);
+    match (request.method(), segments.as_slice()) {
+        (&Method::GET, ["v3"]) => {
+            let version = json!({ "version": { "id": "v3.14", "status": "stable", "links": link("/v3/") } });
+            return Ok(json_response(StatusCode::OK, &version));
+        }
+        (&Method::GET, [] | ["versions"]) => {
+            let versions = json!({ "versions": [{ "id": "v2.9", "status": "CURRENT", "links": link("/v2/") }] });
+            return Ok(json_response(StatusCode::MULTIPLE_CHOICES, &versions));
+        }
+        (&Method::POST, ["v3", "auth", "tokens"]) => {
+            let body = read_json(request).await?;
+            let life = shared.token_life;
+            return Ok(shared.state().tokens.sign_in(&body, base, life));
+        }
+        _ => {}
+    }
+    {
+        let mut state = shared.state();
+        let token = request.headers().get("x-auth-token").and_then(|token| token.to_str().ok()).unwrap_or_default();
+        let expired = state.tokens.is_good(token) && Faults::take(&mut state.faults.expired_tokens);
+        if expired || !state.tokens.is_good(token) {
+            let mut response = html(
+                StatusCode::UNAUTHORIZED,
+                "This server could not verify that you are authorized to access the document you requested.",
+            );
+            let value = HeaderValue::from_str(&format!("Keystone uri=\"{base}/v3\"")).map_err(io::Error::other)?;
+            response.headers_mut().insert("www-authenticate", value);
+            return Ok(response);
+        }
+    }
+    let unbox = |result: Result<Response<Body>, Box<Response<Body>>>| result.unwrap_or_else(|refusal| *refusal);
+    let method = request.method().clone();
+    match (method, segments.as_slice()) {
+        (Method::GET, ["v2", "images"]) => Ok(json_response(StatusCode::OK, &shared.state().images.list(&query(&request)))),
+        (Method::POST, ["v2", "images"]) => {
+            let body = read_json(request).await?;
+            let created = shared.state().images.create(&body);
+            Ok(unbox(created.map(|image| json_response(StatusCode::CREATED, &image))))
+        }
+        (Method::GET, ["v2", "images", id]) => {
+            let state = shared.state();
+            let found = state.images.get(id).map(|record| json_response(StatusCode::OK, &Value::Object(record.shown.clone())));
+            Ok(unbox(found))
+        }
+        (Method::PATCH, ["v2", "images", id]) => {
+            let id = (*id).to_owned();
+            let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+            if !kind.starts_with("application/openstack-images-v2") {
+                return Ok(html(StatusCode::UNSUPPORTED_MEDIA_TYPE, "Unsupported Content-Type"));
+            }
+            let body = read_json(request).await?;
+            let patched = shared.state().images.patch(&id, &body);
+            Ok(unbox(patched.map(|image| json_response(StatusCode::OK, &image))))
+        }
+        (Method::DELETE, ["v2", "images", id]) => {
+            let deleted = shared.state().images.delete(id);
+            Ok(unbox(deleted.map(|()| empty(StatusCode::NO_CONTENT))))
+        }
+        (Method::GET, ["v2", "images", id, "file"]) => download(shared, id, range),
+        (Method::PUT, ["v2", "images", id, "file"]) => {
+            let id = (*id).to_owned();
+            upload(shared, &id, request).await
+        }
+        (Method::PUT | Method::DELETE, ["v2", "images", id, "tags", tag]) => {
+            let mut state = shared.state();
+            let adds = request.method() == Method::PUT;
+            let tagged = state.images.get_mut(id).map(|record| {
+                if let Some(tags) = record.shown.get_mut("tags").and_then(Value::as_array_mut) {
+                    tags.retain(|old| old != tag);
+                    if adds {
+                        tags.push(json!(tag));
+                    }
+                }
+                empty(StatusCode::NO_CONTENT)
+            });
+            Ok(unbox(tagged))
+        }
+        (Method::GET, ["v2", "info", "usage"]) => {
+            let left = shared.state().faults.quota_left_bytes;
+            let usage = match left {
+                Some(left) => json!({ "usage": { "image_size_total": { "limit": (left >> 20) + 1000, "usage": 1000 } } }),
+                None => json!({ "usage": {} }),
+            };
+            Ok(json_response(StatusCode::OK, &usage))
+        }
+        (Method::GET, ["v2", "info", "import"]) => {
+            Ok(json_response(StatusCode::OK, &json!({ "import-methods": { "type": "array", "value": [] } })))
+        }
+        (Method::GET, ["v2", "info", "stores"]) => {
+            Ok(html(StatusCode::NOT_FOUND, "Multi backend is not supported at this site."))
+        }
+        (Method::GET, ["v2", "schemas", name]) => Ok(json_response(StatusCode::OK, &json!({ "name": name, "properties": {} }))),
+        (_, ["v2", "images", ..]) => Ok(html(StatusCode::METHOD_NOT_ALLOWED, "The method is not allowed for this resource.")),
+        _ => Ok(html(StatusCode::NOT_FOUND, "The resource could not be found.")),
+    }
+}
+
+fn download(shared: &Arc<Shared>, id: &str, range: &str) -> Answer {
+    let (path, size, checksum, fault, ranges, fails) = {
+        let mut state = shared.state();
+        let record = match state.images.get(id) {
+            Ok(record) => record,
+            Err(refusal) => return Ok(*refusal),
+        };
+        match record.text("status") {
+            "active" => {}
+            "deactivated" => {
+                return Ok(html(
+                    StatusCode::FORBIDDEN,
+                    "The requested image has been deactivated. Image data download is forbidden.",
+                ));
+            }
+            // the real one closes the connection with no response
+            _ if !range.is_empty() => return Err(io::Error::other("a range of an image without data")),
+            _ => return Ok(empty(StatusCode::NO_CONTENT)),
+        }
+        let path = record.data.clone();
+        let (size, checksum) = (record.size().unwrap_or(0), record.text("checksum").to_owned());
+        let fails = Faults::take(&mut state.faults.failing_gets);
+        let ranges = match state.faults.ranges {
+            Ranges::RefusedAfter(0) => Ranges::Refused,
+            Ranges::RefusedAfter(left) if !range.is_empty() => {
+                state.faults.ranges = Ranges::RefusedAfter(left - 1);
+                Ranges::Served
+            }
+            other => other,
+        };
+        (path, size, checksum, BodyFault::take(&mut state.faults), ranges, fails)
+    };
+    if fails {
+        return Ok(html(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "The server is currently unavailable. Please try again at a later time.",
+        ));
+    }
+    let (status, start, end) = if range.is_empty() || ranges == Ranges::Ignored {
+        (StatusCode::OK, 0, size)
+    } else if ranges == Ranges::Refused {
+        return Ok(html(StatusCode::BAD_REQUEST, "Getting images randomly from this store is not supported"));
+    } else {
+        match parse_range(range, size) {
+            Asked::Range(start, end) => (StatusCode::PARTIAL_CONTENT, start, end),
+            Asked::PastEnd => {
+                let last = size.saturating_sub(1);
+                let text =
+                    format!("Invalid start position in Range header. Start position MUST be in the inclusive range [0, {last}].");
+                return Ok(html(StatusCode::RANGE_NOT_SATISFIABLE, &text));
+            }
+            Asked::Several => {
+                let text = "Requests with multiple ranges are not supported in Glance. Please use multiple single-range requests instead.";
+                return Ok(html(StatusCode::BAD_REQUEST, text));
+            }
+            Asked::Invalid => return Ok(html(StatusCode::RANGE_NOT_SATISFIABLE, "Invalid Range header.")),
+        }
+    };
+    // 206 and the right header, but the image's first bytes
+    let (from, to) = if ranges == Ranges::FirstBytes { (0, end - start) } else { (start, end) };
+    let content = match path {
+        Some(path) => body(&path, from, to, fault)?,
+        None => crate::answer::full(Bytes::new()),
+    };
+    let mut response = Response::new(content);
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(end - start));
+    if !checksum.is_empty() {
+        // of the whole image, even on a 206
+        headers.insert("content-md5", HeaderValue::from_str(&checksum).map_err(io::Error::other)?);
+    }
+    if status == StatusCode::PARTIAL_CONTENT {
+        let shift = u64::from(ranges == Ranges::WrongContentRange);
+        let text = format!("bytes {}-{}/{size}", start + shift, end - 1 + shift);
+        headers.insert(CONTENT_RANGE, HeaderValue::from_str(&text).map_err(io::Error::other)?);
+    }
+    Ok(response)
+}
+
+fn header_number(headers: &HeaderMap, name: &str) -> Option<u64> {
+    headers.get(name)?.to_str().ok()?.trim().parse().ok()
+}
+
+async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> Answer {
+    let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    if kind != "application/octet-stream" {
+        return Ok(html(StatusCode::UNSUPPORTED_MEDIA_TYPE, "Unsupported Content-Type"));
+    }
+    let announced = header_number(request.headers(), "content-length");
+    let declared = header_number(request.headers(), "x-openstack-image-size");
+    let path = shared.store.join(id);
+    let (faults, cuts, disk_format) = {
+        let mut state = shared.state();
+        let record = match state.images.get_mut(id) {
+            Ok(record) => record,
+            Err(refusal) => return Ok(*refusal),
+        };
+        let status = record.text("status").to_owned();
+        if status != "queued" {
+            return Ok(html(StatusCode::CONFLICT, &format!("Image status transition from {status} to saving is not allowed")));
+        }
+        if record.spoiled {
+            return Ok(html(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "The server has either erred or is incapable of performing the requested operation.",
+            ));
+        }
+        if record.text("disk_format").is_empty() || record.text("container_format").is_empty() {
+            return Ok(html(
+                StatusCode::BAD_REQUEST,
+                "Properties disk_format, container_format must be set prior to saving data.",
+            ));
+        }
+        let disk_format = record.text("disk_format").to_owned();
+        record.set("status", json!("saving"));
+        let cuts = Faults::take(&mut state.faults.cut_puts);
+        (state.faults.clone(), cuts, disk_format)
+    };
+    let back_to_queued = |spoiled: bool| {
+        if let Some(record) = shared.state().images.0.get_mut(id) {
+            record.set("status", json!("queued"));
+            record.spoiled = spoiled;
+        }
+        let _ = std::fs::remove_file(&path);
+    };
+    let mut storing = Storing::create(&path)?;
+    let mut incoming = request.into_body();
+    while let Some(frame) = incoming.frame().await {
+        let data = match frame.map(hyper::body::Frame::into_data) {
+            Ok(Ok(data)) => data,
+            Ok(Err(_)) => continue,
+            Err(_) => {
+                back_to_queued(false); // the client is gone
+                return Err(io::Error::other("the client went away"));
+            }
+        };
+        let wrote = if faults.corrupt_puts && storing.bytes() == 0 && !data.is_empty() {
+            let mut damaged = data.to_vec();
+            let last = damaged.len() - 1;
+            damaged[last] ^= 1;
+            storing.write(&damaged)
+        } else {
+            storing.write(&data)
+        };
+        if wrote.is_err() {
+            back_to_queued(false);
+            return Ok(html(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "Image storage media is full: There is not enough disk space on the image storage media.",
+            ));
+        }
+        if shared.state().images.get(id).is_err() {
+            let _ = std::fs::remove_file(&path);
+            return Ok(html(
+                StatusCode::GONE,
+                &format!("Image {id} could not be found after upload. The image may have been deleted during the upload."),
+            ));
+        }
+        if faults.quota_hit_mid_body && announced.is_some_and(|announced| storing.bytes() * 2 >= announced) {
+            back_to_queued(false);
+            // what is unread resets the connection when it closes
+            return Ok(html(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "Image exceeds the storage quota: The size of the data would exceed the quota.",
+            ));
+        }
+        if cuts && storing.bytes() >= faults.cut_after_bytes {
+            back_to_queued(false);
+            return Err(io::Error::other("told to cut the upload off"));
+        }
+    }
+    let stored = storing.finish()?;
+    if let Some(declared) = declared.filter(|declared| *declared != stored.bytes) {
+        back_to_queued(false);
+        let text = format!("Size mismatch: expected {declared} bytes, got {} bytes", stored.bytes);
+        return Ok(html(StatusCode::BAD_REQUEST, &text));
+    }
+    let verdict =
+        if faults.refuse_format { Some("Image failed safety checks".to_owned()) } else { inspect(&disk_format, &stored.head) };
+    if let Some(verdict) = verdict {
+        back_to_queued(true);
+        return Ok(html(StatusCode::UNSUPPORTED_MEDIA_TYPE, &verdict));
+    }
+    if !faults.stuck_saving {
+        activate(&mut shared.state(), id, &path, &stored);
+    }
+    Ok(empty(StatusCode::NO_CONTENT))
+}
