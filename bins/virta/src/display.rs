@@ -153,7 +153,8 @@ impl Drawing {
         self.phase = Some(phase);
         match self.kind {
             Kind::Bars => self.draw_bars(progress, phase),
-            Kind::Plain if changed || self.last_line.elapsed() >= LINE_EVERY => {
+            Kind::Plain if changed => self.last_line = Instant::now(), // nothing worth a line yet
+            Kind::Plain if self.last_line.elapsed() >= LINE_EVERY => {
                 self.last_line = Instant::now();
                 if let Some(line) = plain_line(progress, phase, self.started.elapsed()) {
                     exit::say(&line);

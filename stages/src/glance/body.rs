@@ -50,7 +50,7 @@ impl Body {
         }
         match cancel.guard(tokio::time::timeout(SILENCE, self.response.chunk())).await? {
             Ok(Ok(chunk)) => Ok(chunk),
-            Ok(Err(error)) => Err(BodyError::Api(ApiError::connection(Method::GET, &self.url, error))),
+            Ok(Err(error)) => Err(BodyError::Api(ApiError::broken(Method::GET, &self.url, error))),
             Err(_) => Err(BodyError::Api(ApiError::Silence {
                 method: Method::GET,
                 path: self.url.path().to_owned(),

@@ -29,6 +29,17 @@ pub enum ApiError {
         #[source]
         source: reqwest::Error,
     },
+    /// The answer's body broke off.
+    #[error("{method} {path}: the connection broke in the middle of the body")]
+    Broken {
+        /// The request's method.
+        method: Method,
+        /// Its path.
+        path: String,
+        /// Why, without the URL.
+        #[source]
+        source: reqwest::Error,
+    },
     /// No answer in time.
     #[error("{method} {path}: nothing came for {seconds} s")]
     Silence {
@@ -116,6 +127,12 @@ impl ApiError {
         Self::Connection { method, path: url.path().to_owned(), source: source.without_url() }
     }
 
+    /// A body that broke off.
+    #[must_use]
+    pub fn broken(method: Method, url: &Url, source: reqwest::Error) -> Self {
+        Self::Broken { method, path: url.path().to_owned(), source: source.without_url() }
+    }
+
     /// The status, if there was an answer.
     #[must_use]
     pub fn status(&self) -> Option<StatusCode> {
@@ -143,7 +160,7 @@ impl ApiError {
                     || matches!(error.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
             }
             Self::Connection { source, .. } => !source.is_builder(),
-            Self::Silence { .. } => true,
+            Self::Broken { .. } | Self::Silence { .. } => true,
             Self::Answer { .. } => false,
         }
     }

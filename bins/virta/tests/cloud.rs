@@ -1,0 +1,545 @@
+//! The command line against an image service that answers as a real Glance does, and as other clouds do.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use mini_glance::{Config, Faults, MiniGlance, Ranges};
+use serde_json::{Value, json};
+use stages::qcow2::{Qcow2, verify};
+use tokio::process::{Child, Command};
+
+const MIB: usize = 1 << 20;
+
+/// A raw disk of `mib` MiB and a bit: boot sector, data in clumps, mostly zeros, an odd end.
+fn raw_disk(mib: usize) -> Vec<u8> {
+    let mut raw = vec![0_u8; mib * MIB + 1536];
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    let mut fill = |part: &mut [u8]| {
+        for word in part.chunks_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            word.copy_from_slice(&state.to_le_bytes()[..word.len()]);
+        }
+    };
+    fill(&mut raw[..440]);
+    raw[510..512].copy_from_slice(&[0x55, 0xaa]);
+    for start in (MIB..mib * MIB).step_by(5 * MIB) {
+        fill(&mut raw[start + 77..start + MIB + MIB / 2]);
+    }
+    let end = raw.len();
+    fill(&mut raw[end - 700..]);
+    raw
+}
+
+/// An image service with a snapshot in it, and a place to run in.
+struct Cloud {
+    service: MiniGlance,
+    folder: tempfile::TempDir,
+    raw: Vec<u8>,
+    snapshot: String,
+}
+
+fn snapshot_record(name: &str) -> Value {
+    json!({
+        "name": name, "disk_format": "raw", "container_format": "bare", "visibility": "private", "min_ram": 512, "tags": ["web"],
+        "image_type": "snapshot", "os_distro": "debian", "hw_disk_bus": "virtio", "img_signature": "old", "image_location": "snapshot",
+    })
+}
+
+impl Cloud {
+    async fn start_with(mib: usize, config: Config, faults: impl FnOnce(&mut Faults)) -> Self {
+        let service = MiniGlance::start(config).await.unwrap();
+        service.faults(faults);
+        let raw = raw_disk(mib);
+        let snapshot = service.add_image(&snapshot_record("snap"), |storing| storing.write(&raw)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("clouds.yaml"), service.clouds_yaml()).unwrap();
+        Self { service, folder, raw, snapshot }
+    }
+
+    async fn start(faults: impl FnOnce(&mut Faults)) -> Self {
+        Self::start_with(48, Config::default(), faults).await
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virta"));
+        command
+            .args(arguments)
+            .current_dir(self.folder.path())
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("HOME", self.folder.path())
+            .env("XDG_STATE_HOME", self.folder.path().join("state"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        command
+    }
+
+    async fn run(&self, arguments: &[&str]) -> Run {
+        let started = Instant::now();
+        let output = self.command(arguments).output().await.unwrap();
+        Run::new(output, started.elapsed())
+    }
+
+    /// `virta convert glance:snap glance:compact` with a report.
+    async fn convert(&self, flags: &[&str]) -> Run {
+        let mut arguments = vec!["convert", "glance:snap", "glance:compact", "--report", "report.json"];
+        arguments.extend(flags);
+        self.run(&arguments).await
+    }
+
+    fn report(&self) -> Value {
+        serde_json::from_slice(&std::fs::read(self.folder.path().join("report.json")).unwrap()).unwrap()
+    }
+
+    /// Images that are not the snapshot.
+    fn others(&self) -> Vec<Value> {
+        self.service.images().into_iter().filter(|image| image["id"] != self.snapshot.as_str()).collect()
+    }
+
+    /// The one new image is active, verified, and shows a guest the snapshot's bytes.
+    fn assert_converted(&self) -> Value {
+        let mut others = self.others();
+        assert_eq!(others.len(), 1, "{others:?}");
+        let image = others.remove(0);
+        assert_eq!(image["status"], "active");
+        assert!(image["virta_verified"].as_str().is_some(), "{image}");
+        assert_eq!(image["virta_source_id"], self.snapshot.as_str());
+        self.assert_is_the_disk(&self.service.data_path(image["id"].as_str().unwrap()).unwrap());
+        assert!(self.service.images().iter().any(|image| image["id"] == self.snapshot.as_str()), "the source is still there");
+        image
+    }
+
+    fn assert_is_the_disk(&self, path: &Path) {
+        let image = Qcow2::open(std::fs::File::open(path).unwrap()).unwrap();
+        let mut guest = vec![0xff; usize::try_from(image.virtual_bytes()).unwrap()];
+        image.read_guest(0, &mut guest).unwrap();
+        assert!(guest[..self.raw.len()] == *self.raw && guest.len() - self.raw.len() < 512, "guest bytes differ");
+        assert_eq!(verify::check(&image).unwrap().leaked_clusters, 0);
+    }
+
+    fn assert_nothing_made(&self) {
+        assert_eq!(self.others(), Vec::<Value>::new());
+    }
+
+    fn gets_of_data(&self) -> (usize, usize) {
+        let requests = self.service.requests();
+        let gets = requests.iter().filter(|request| request.starts_with("GET") && request.contains("/file"));
+        let (ranged, plain): (Vec<_>, Vec<_>) = gets.partition(|request| request.contains("bytes="));
+        (plain.len(), ranged.len())
+    }
+}
+
+struct Run {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+    elapsed: Duration,
+}
+
+impl Run {
+    fn new(output: Output, elapsed: Duration) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            elapsed,
+        }
+    }
+
+    #[track_caller]
+    fn ends(&self, code: i32, texts: &[&str]) -> &Self {
+        assert_eq!(self.code, Some(code), "stderr: {}\nstdout: {}", self.stderr, self.stdout);
+        for text in texts {
+            assert!(self.stderr.contains(text) || self.stdout.contains(text), "no {text:?} in: {}\n{}", self.stderr, self.stdout);
+        }
+        self
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_main_job_makes_an_exact_image_with_the_sources_properties() {
+    let cloud = Cloud::start(|_| {}).await;
+    let run = cloud.convert(&["--property", "os_distro=alpine"]).await;
+    run.ends(
+        0,
+        &[
+            "proven: what was read has the source's sha512",
+            "proven: size and sha512 of the new image",
+            "cloud mini",
+            "project demo, user demo",
+        ],
+    );
+    let image = cloud.assert_converted();
+    for (key, value) in [
+        ("disk_format", json!("qcow2")),
+        ("visibility", json!("private")),
+        ("min_disk", json!(1)),
+        ("min_ram", json!(512)),
+        ("tags", json!(["web"])),
+        ("hw_disk_bus", json!("virtio")),
+        ("os_distro", json!("alpine")),
+    ] {
+        assert_eq!(image[key], value, "{key}");
+    }
+    assert!(image.get("img_signature").is_none() && image.get("image_location").is_none());
+    let report = cloud.report();
+    assert_eq!(report["access"], "random");
+    assert_eq!(report["virtual_bytes"], cloud.raw.len().next_multiple_of(512));
+    assert_eq!(report["fetched_bytes"], cloud.raw.len(), "no byte is fetched twice");
+    assert_eq!(report["source_hash"]["checked"], true);
+    assert_eq!(report["image_hash"]["checked"], true);
+    assert_eq!(report["image_bytes"], image["size"]);
+    assert_eq!(report["uploaded_bytes"], image["size"]);
+    let sum = report["zero_bytes"].as_u64().unwrap() + report["data_bytes"].as_u64().unwrap();
+    assert_eq!(sum, u64::try_from(cloud.raw.len()).unwrap());
+    assert_eq!(report["scratch_peak_bytes"], 0);
+    assert!(report["stages"].as_array().unwrap().len() >= 6);
+    let (plain, ranged) = cloud.gets_of_data();
+    assert!(plain == 1 && ranged > 1, "one GET, a probe, then ranges: {plain} {ranged}");
+    // the receipt is its owner's alone
+    let receipts: Vec<PathBuf> =
+        std::fs::read_dir(cloud.folder.path().join("state/virta/receipts")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(receipts.len(), 1);
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&receipts[0]).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+
+    // again: it is done already, and nothing is fetched
+    let before = cloud.gets_of_data();
+    cloud.convert(&[]).await.ends(0, &["already done"]);
+    assert_eq!(cloud.gets_of_data(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_ranges_are_not_really_served_one_stream_does_it() {
+    let kinds = [
+        (Ranges::Refused, "answered 400 to a range"),
+        (Ranges::Ignored, "answered 200 to a range"),
+        (Ranges::FirstBytes, "other bytes than the image"),
+        (Ranges::WrongContentRange, "wrong Content-Range"),
+    ];
+    for (ranges, why) in kinds {
+        let cloud = Cloud::start(|faults| faults.ranges = ranges).await;
+        cloud.convert(&[]).await.ends(0, &[why]);
+        cloud.assert_converted();
+        assert_eq!(cloud.report()["access"], "sequential");
+        assert_eq!(cloud.gets_of_data(), (1, 1), "{ranges:?}: one GET and the probe");
+    }
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.convert(&["--connections", "1"]).await.ends(0, &[]);
+    assert_eq!(cloud.gets_of_data(), (1, 0), "with one connection nobody probes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_stops_serving_ranges_fails_the_run_with_its_own_words() {
+    let cloud = Cloud::start(|faults| faults.ranges = Ranges::RefusedAfter(2)).await;
+    cloud
+        .convert(&[])
+        .await
+        .ends(1, &["400 Bad Request", "Getting images randomly from this store is not supported", "request req-"]);
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cut_bodies_errors_and_expired_tokens_are_tried_again_and_nothing_is_lost() {
+    for connections in ["1", "4"] {
+        let cloud = Cloud::start(|faults| {
+            faults.cut_gets = 3;
+            faults.cut_after_bytes = 5_000_001;
+            faults.failing_gets = 1;
+        })
+        .await;
+        cloud.convert(&["--connections", connections]).await.ends(0, &["tried again"]);
+        cloud.assert_converted();
+        let report = cloud.report();
+        assert!(report["retries"].as_array().unwrap().len() >= 3, "{report}");
+        let retried = report["retried_bytes"].as_u64().unwrap();
+        assert_eq!(report["fetched_bytes"].as_u64().unwrap() - retried, u64::try_from(cloud.raw.len()).unwrap());
+        if connections == "1" {
+            assert!(retried > 0, "a second GET discards what was there");
+        }
+    }
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.service.faults(|faults| faults.expired_tokens = 1);
+    cloud.convert(&[]).await.ends(0, &[]);
+    cloud.assert_converted();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_that_end_in_the_middle_are_renewed() {
+    // shorter than the two minutes of life that a token has to have: each use signs in again
+    let config = Config { token_life: Duration::from_secs(1), ..Config::default() };
+    let cloud = Cloud::start_with(48, config, |faults| faults.latency = Duration::from_millis(60)).await;
+    cloud.convert(&[]).await.ends(0, &[]);
+    cloud.assert_converted();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_never_gets_better_is_given_up_with_its_status() {
+    let cloud = Cloud::start(|faults| faults.failing_gets = 1000).await;
+    let run = cloud.convert(&[]).await;
+    run.ends(1, &["gave up after", "503 Service Unavailable", "guest offset 0x0"]);
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_bit_on_the_way_in_is_found_and_no_image_is_left() {
+    for flags in [&["--connections", "1"][..], &[]] {
+        let cloud = Cloud::start(|faults| faults.corrupt_gets = 1).await;
+        cloud.convert(flags).await.ends(3, &["sha512", "is not what was stored"]);
+        cloud.assert_nothing_made();
+        // the same into a file: none is left either
+        cloud.service.faults(|faults| faults.corrupt_gets = 1);
+        cloud.run(&[&["convert", "glance:snap", "disk.qcow2"], flags].concat()).await.ends(3, &["sha512"]);
+        let left: Vec<_> = std::fs::read_dir(cloud.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("disk")), "{left:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_bit_on_the_way_out_is_found_and_the_image_removed() {
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.service.faults(|faults| faults.corrupt_puts = true);
+    cloud.convert(&[]).await.ends(3, &["verification failed", "did not arrive as it was sent"]);
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_hashes_the_job_is_done_and_says_what_is_not_proven() {
+    let cloud = Cloud::start(|faults| faults.null_hashes = true).await;
+    cloud
+        .convert(&[])
+        .await
+        .ends(0, &["warning: Glance has no hash of the source", "not proven: Glance has no hash", "not proven: its content"]);
+    cloud.assert_converted();
+    let report = cloud.report();
+    assert_eq!((&report["source_hash"]["checked"], &report["image_hash"]["checked"]), (&json!(false), &json!(false)));
+    assert_eq!(report["warnings"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_uploads_show_glances_words_what_to_do_and_leave_nothing() {
+    type Change = fn(&mut Faults);
+    let cases: [(Change, &[&str]); 2] = [
+        (|faults| faults.quota_hit_mid_body = true, &["413", "exceeds the storage quota", "convert to a local file"]),
+        (|faults| faults.refuse_format = true, &["415", "Image failed safety checks"]),
+    ];
+    for (change, texts) in cases {
+        let cloud = Cloud::start(|_| {}).await;
+        cloud.service.faults(change);
+        cloud.convert(&[]).await.ends(1, texts);
+        cloud.assert_nothing_made();
+    }
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.service.faults(|faults| {
+        faults.cut_puts = 1;
+        faults.cut_after_bytes = 3 << 20;
+    });
+    cloud.convert(&[]).await.ends(1, &["uploading image"]);
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_that_cannot_hold_the_new_image_is_seen_before_a_byte_is_sent() {
+    let cloud = Cloud::start(|faults| faults.quota_left_bytes = Some(4 << 20)).await;
+    cloud.convert(&[]).await.ends(1, &["the quota for images has 4.0 MiB left", "convert to a local file"]);
+    cloud.assert_nothing_made();
+    assert!(!cloud.service.requests().iter().any(|request| request.starts_with("POST /v2/images")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_are_taken_and_ids_are_refused_before_a_byte_is_fetched() {
+    let cloud = Cloud::start(|_| {}).await;
+    let other = cloud.service.add_image(&snapshot_record("compact"), |storing| storing.write(b"other")).unwrap();
+    cloud.convert(&[]).await.ends(2, &["an image called compact is there already", &other, "--force"]);
+    cloud.run(&["convert", "glance:snap", &format!("glance:{}", uuid())]).await.ends(2, &["is an id"]);
+    cloud.run(&["convert", "glance:nobody", "glance:x"]).await.ends(2, &["there is no image nobody"]);
+    cloud.run(&["convert", "snap", "glance:x"]).await.ends(2, &["did you mean glance:snap"]);
+    let second = cloud.service.add_image(&snapshot_record("snap"), |storing| storing.write(b"x")).unwrap();
+    cloud.convert(&[]).await.ends(2, &["2 images called snap", &cloud.snapshot, &second]);
+    assert_eq!(cloud.gets_of_data(), (0, 0));
+    // by id, and with --force, a second one of that name is made
+    let source = format!("glance:{}", cloud.snapshot);
+    cloud.run(&["convert", &source, "glance:compact", "--force", "-f", "value"]).await.ends(0, &[]);
+    let named = cloud.service.images().into_iter().filter(|image| image["name"] == "compact").count();
+    assert_eq!(named, 2);
+}
+
+fn uuid() -> &'static str {
+    "0a1b2c3d-0a1b-4a1b-8a1b-0a1b2c3d4e5f"
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_raw_disk_is_refused_with_the_right_command() {
+    let cloud = Cloud::start(|_| {}).await;
+    let add = |name: &str, change: &[(&str, Value)], bytes: &[u8]| {
+        let mut record = snapshot_record(name);
+        for (key, value) in change {
+            record[*key] = value.clone();
+        }
+        cloud.service.add_image(&record, |storing| storing.write(bytes)).unwrap()
+    };
+    add("q", &[("disk_format", json!("qcow2"))], b"QFI\xfb");
+    add("v", &[("disk_format", json!("vmdk"))], b"KDMV");
+    let liar = [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 2000]].concat();
+    add("liar", &[], &liar);
+    let volume = add("volume", &[("block_device_mapping", json!("[{\"snapshot_id\": \"s\"}]"))], b"");
+    cloud.service.set(&volume, "size", json!(0));
+    let off = add("off", &[], b"x");
+    cloud.service.set(&off, "status", json!("deactivated"));
+    let waiting = add("waiting", &[], b"x");
+    cloud.service.set(&waiting, "status", json!("queued"));
+    for (name, texts) in [
+        ("q", &["disk_format qcow2", "needs no conversion"][..]),
+        ("v", &["qemu-img convert -f vmdk"]),
+        ("liar", &["is not a raw disk image but qcow2"]),
+        ("volume", &["volume-backed", "openstack image create --volume"]),
+        ("off", &["deactivated"]),
+        ("waiting", &["still queued"]),
+    ] {
+        cloud.run(&["convert", &format!("glance:{name}"), "glance:new"]).await.ends(1, texts);
+    }
+    assert!(!cloud.service.images().iter().any(|image| image["name"] == "new"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_too_small_fails_at_once_and_names_the_flag() {
+    let cloud = Cloud::start_with(160, Config::default(), |_| {}).await;
+    cloud
+        .convert(&["--memory", "32M"])
+        .await
+        .ends(1, &["full at guest offset 0x", "Raise --memory (now 32.0 MiB)", "local file"]);
+    cloud.assert_nothing_made();
+    cloud.convert(&["--memory", "1M"]).await.ends(2, &["--memory 1.0 MiB is too small"]);
+    // into a file no store is needed
+    cloud.run(&["convert", "glance:snap", "disk.qcow2", "--memory", "32M", "--report", "report.json"]).await.ends(0, &[]);
+    cloud.assert_is_the_disk(&cloud.folder.path().join("disk.qcow2"));
+    let rss = cloud.report()["rss_peak_bytes"].as_u64().unwrap();
+    assert!(rss < (32 + 64) << 20, "{rss} bytes resident");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_local_file_goes_up_as_qcow2() {
+    let cloud = Cloud::start(|_| {}).await;
+    std::fs::write(cloud.folder.path().join("disk.raw"), &cloud.raw).unwrap();
+    cloud.run(&["convert", "disk.raw", "glance:compact", "--os-cloud", "mini"]).await.ends(0, &[]);
+    let image = cloud.others().remove(0);
+    cloud.assert_is_the_disk(&cloud.service.data_path(image["id"].as_str().unwrap()).unwrap());
+}
+
+fn signal(child: &Child, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
+/// Waits until a request of this kind has been seen.
+async fn seen(service: &MiniGlance, what: &str) {
+    for _ in 0..600 {
+        if service.requests().iter().any(|request| request.starts_with(what)) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    panic!("no {what} within 15 s: {:?}", service.requests());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupt_at_any_stage_cleans_up_within_seconds() {
+    type Change = fn(&mut Faults);
+    let stall: Change = |faults| {
+        faults.stalling_gets = 1000;
+        faults.cut_after_bytes = 3 << 20;
+        faults.stall = Duration::from_secs(600);
+    };
+    let stuck: Change = |faults| faults.stuck_saving = true;
+    let slow: Change = |faults| faults.latency = Duration::from_secs(3);
+    for (change, after, how) in [
+        (slow, "POST /v3", rustix::process::Signal::INT),
+        (stall, "GET /v2/images/", rustix::process::Signal::TERM),
+        (stuck, "PUT", rustix::process::Signal::INT),
+        (stuck, "PUT", rustix::process::Signal::TERM),
+    ] {
+        let cloud = Cloud::start(change).await;
+        let child = cloud.command(&["convert", "glance:snap", "glance:compact"]).spawn().unwrap();
+        seen(&cloud.service, after).await;
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let asked = Instant::now();
+        signal(&child, how);
+        let run = Run::new(child.wait_with_output().await.unwrap(), asked.elapsed());
+        run.ends(130, &["interrupted"]);
+        assert!(run.elapsed < Duration::from_secs(10), "{:?}", run.elapsed);
+        cloud.assert_nothing_made();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_that_goes_away_does_not_end_the_run() {
+    let cloud = Cloud::start(|faults| {
+        faults.stalling_gets = 1;
+        faults.cut_after_bytes = 3 << 20;
+        faults.stall = Duration::from_secs(2);
+    })
+    .await;
+    let mut child = cloud.command(&["convert", "glance:snap", "glance:compact", "--connections", "1"]).spawn().unwrap();
+    seen(&cloud.service, "GET /v2/images/").await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    drop(child.stdout.take());
+    drop(child.stderr.take());
+    signal(&child, rustix::process::Signal::HUP);
+    assert_eq!(child.wait().await.unwrap().code(), Some(0));
+    cloud.assert_converted();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_was_never_verified_is_not_taken_as_done() {
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.convert(&[]).await.ends(0, &[]);
+    let id = cloud.assert_converted()["id"].as_str().unwrap().to_owned();
+    cloud.service.set(&id, "virta_verified", Value::Null);
+    cloud.convert(&[]).await.ends(2, &["did not live to verify it", &format!("openstack image delete {id}")]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signing_in_fails_with_what_to_do() {
+    let cloud = Cloud::start(|_| {}).await;
+    let yaml = cloud.service.clouds_yaml();
+    let clouds = |text: &str| std::fs::write(cloud.folder.path().join("clouds.yaml"), text).unwrap();
+    clouds(&yaml.replace("password: demo", "password: wrong"));
+    cloud.convert(&[]).await.ends(1, &["signing in to mini as demo was refused", "401 Unauthorized"]);
+    clouds(&yaml.replace("      password: demo\n", ""));
+    cloud.convert(&[]).await.ends(2, &["OS_PASSWORD", "secure.yaml"]);
+    clouds("clouds: {}\n");
+    cloud.convert(&[]).await.ends(2, &["Did you `source` the openrc file in this shell?"]);
+    let credential = mini_glance::identity::APPLICATION_CREDENTIAL;
+    clouds(&format!(
+        "clouds: {{c: {{auth_type: v3applicationcredential, auth: {{auth_url: '{}', application_credential_id: {}, application_credential_secret: {}}}}}}}",
+        cloud.service.base(),
+        credential.0,
+        credential.1
+    ));
+    cloud.convert(&[]).await.ends(0, &[]);
+    cloud.assert_converted();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_runs_verifies_and_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_virta"))
+        .args(["demo", "--progress", "plain"])
+        .env_clear()
+        .env("HOME", folder.path())
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    Run::new(output, Duration::ZERO).ends(0, &["proven: read back", "where the time went", "fetch", "upload"]);
+    let cache = folder.path().join(".cache/virta");
+    assert_eq!(std::fs::read_dir(cache).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "only the empty cache folder");
+}
