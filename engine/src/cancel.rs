@@ -40,7 +40,8 @@ impl fmt::Display for Cause {
     }
 }
 
-type Hook = Box<dyn Fn() + Send + Sync>;
+/// Acts on cancellation if told to (`true`); says whether what it acts on still exists.
+type Hook = Box<dyn Fn(bool) -> bool + Send + Sync>;
 
 struct Shared {
     cancelled: AtomicBool,
@@ -91,7 +92,7 @@ impl CancelToken {
         self.0.cancelled.store(true, Ordering::SeqCst);
         self.0.wake.0.close();
         for hook in self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            hook();
+            hook(true);
         }
     }
 
@@ -130,14 +131,28 @@ impl CancelToken {
         }
     }
 
-    /// Calls `hook` on cancellation, or now if that was already.
-    pub(crate) fn on_cancel(&self, hook: impl Fn() + Send + Sync + 'static) {
+    /// Calls `act` with what `subject` points at on cancellation, or now if that was already. The token does not keep the subject
+    /// alive: a token outlives many runs, and a pool's buffers go when its run is over.
+    ///
+    /// Acts run under a lock of the token: what they drop must not cancel the same token.
+    pub(crate) fn on_cancel<S: Send + Sync + 'static>(&self, subject: &Arc<S>, act: impl Fn(&S) + Send + Sync + 'static) {
+        let subject = Arc::downgrade(subject);
+        let hook = move |fire: bool| match subject.upgrade() {
+            Some(subject) => {
+                if fire {
+                    act(&subject);
+                }
+                true
+            }
+            None => false,
+        };
         let mut hooks = self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner);
         // Under the lock: `cancel` sets the flag before it takes it, so either the flag is seen here or the
         // hook is seen there.
         if self.is_cancelled() {
-            hook();
+            hook(true);
         }
+        hooks.retain(|hook| hook(false));
         hooks.push(Box::new(hook));
     }
 

@@ -83,13 +83,13 @@ impl BufferPool {
         for _ in 0..count {
             assert!(free.0.try_send(None).is_ok(), "the channel has room for all places");
         }
-        let ends = free.clone();
-        cancel.on_cancel(move || {
-            ends.0.close();
-            while ends.1.try_recv().is_ok() {}
-        });
         let (leased, leased_peak) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Self(Arc::new(Shared { free, layout, count, leased, leased_peak, cancel: cancel.clone() }))
+        let shared = Arc::new(Shared { free, layout, count, leased, leased_peak, cancel: cancel.clone() });
+        cancel.on_cancel(&shared, |shared| {
+            shared.free.0.close();
+            while shared.free.1.try_recv().is_ok() {}
+        });
+        Self(shared)
     }
 
     /// Number of buffers.

@@ -29,11 +29,13 @@ pub enum NoOutput {}
 impl Item for NoInput {}
 impl Item for NoOutput {}
 
-struct Gate {
+struct Gate<T> {
     producers: AtomicUsize,
     /// All producers finished. Set before the channel closes, so that who sees it closed sees the flag.
     ended: AtomicBool,
     cancel: CancelToken,
+    sender: channel::Sender<T>,
+    receiver: channel::Receiver<T>,
 }
 
 /// A port of `capacity` items (at least 1) for one run: the sender's and the receiver's end.
@@ -44,23 +46,22 @@ pub fn port<T: Item>(
     consumer: &Arc<StageMetrics>,
 ) -> (Outlet<T>, Inlet<T>) {
     let (sender, receiver) = channel::bounded(capacity.max(1));
-    let gate = Arc::new(Gate { producers: AtomicUsize::new(1), ended: AtomicBool::new(false), cancel: cancel.clone() });
-    let ends = (sender.clone(), receiver.clone());
-    cancel.on_cancel(move || {
-        ends.0.close();
+    let (producers, ended) = (AtomicUsize::new(1), AtomicBool::new(false));
+    let gate = Arc::new(Gate { producers, ended, cancel: cancel.clone(), sender, receiver });
+    cancel.on_cancel(&gate, |gate| {
+        gate.sender.close();
         // What nobody will receive any more goes now, so that its leases return while the token still lives (I3).
-        while ends.1.try_recv().is_ok() {}
+        while gate.receiver.try_recv().is_ok() {}
     });
-    let outlet = Outlet { sender, gate: Arc::clone(&gate), metrics: Arc::clone(producer), finished: false };
-    (outlet, Inlet { receiver, gate, metrics: Arc::clone(consumer) })
+    let outlet = Outlet { gate: Arc::clone(&gate), metrics: Arc::clone(producer), finished: false };
+    (outlet, Inlet { gate, metrics: Arc::clone(consumer) })
 }
 
 /// The sending end. Clone it for each task that sends; each clone has to [`Outlet::finish`].
 ///
 /// Dropping one without that cancels the run.
 pub struct Outlet<T: Item> {
-    sender: channel::Sender<T>,
-    gate: Arc<Gate>,
+    gate: Arc<Gate<T>>,
     metrics: Arc<StageMetrics>,
     finished: bool,
 }
@@ -68,7 +69,7 @@ pub struct Outlet<T: Item> {
 impl<T: Item> Clone for Outlet<T> {
     fn clone(&self) -> Self {
         self.gate.producers.fetch_add(1, Ordering::SeqCst);
-        Self { sender: self.sender.clone(), gate: Arc::clone(&self.gate), metrics: Arc::clone(&self.metrics), finished: false }
+        Self { gate: Arc::clone(&self.gate), metrics: Arc::clone(&self.metrics), finished: false }
     }
 }
 
@@ -83,12 +84,12 @@ impl<T: Item> Outlet<T> {
     pub async fn send(&self, item: T) -> Result<(), Cancelled> {
         self.gate.cancel.check()?;
         let bytes = item.bytes();
-        match self.sender.try_send(item) {
+        match self.gate.sender.try_send(item) {
             Ok(()) => {}
             Err(channel::TrySendError::Closed(_)) => return Err(Cancelled),
             Err(channel::TrySendError::Full(item)) => {
                 let since = Instant::now();
-                let sent = self.sender.send(item).await;
+                let sent = self.gate.sender.send(item).await;
                 self.metrics.waited_for_output(since);
                 sent.map_err(|_| Cancelled)?;
             }
@@ -104,12 +105,12 @@ impl<T: Item> Outlet<T> {
     pub fn send_blocking(&self, item: T) -> Result<(), Cancelled> {
         self.gate.cancel.check()?;
         let bytes = item.bytes();
-        match self.sender.try_send(item) {
+        match self.gate.sender.try_send(item) {
             Ok(()) => {}
             Err(channel::TrySendError::Closed(_)) => return Err(Cancelled),
             Err(channel::TrySendError::Full(item)) => {
                 let since = Instant::now();
-                let sent = self.sender.send_blocking(item);
+                let sent = self.gate.sender.send_blocking(item);
                 self.metrics.waited_for_output(since);
                 sent.map_err(|_| Cancelled)?;
             }
@@ -123,7 +124,7 @@ impl<T: Item> Outlet<T> {
         self.finished = true;
         if self.gate.producers.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.gate.ended.store(true, Ordering::SeqCst);
-            self.sender.close();
+            self.gate.sender.close();
         }
     }
 }
@@ -141,14 +142,13 @@ impl<T: Item> Drop for Outlet<T> {
 /// Dropping the only one before the end of input cancels the run: input that nobody reads would be lost in
 /// silence.
 pub struct Inlet<T: Item> {
-    receiver: channel::Receiver<T>,
-    gate: Arc<Gate>,
+    gate: Arc<Gate<T>>,
     metrics: Arc<StageMetrics>,
 }
 
 impl<T: Item> Clone for Inlet<T> {
     fn clone(&self) -> Self {
-        Self { receiver: self.receiver.clone(), gate: Arc::clone(&self.gate), metrics: Arc::clone(&self.metrics) }
+        Self { gate: Arc::clone(&self.gate), metrics: Arc::clone(&self.metrics) }
     }
 }
 
@@ -162,13 +162,13 @@ impl<T: Item> Inlet<T> {
     /// Safe: an item is either returned or still in the port.
     pub async fn recv(&self) -> Result<Option<T>, Cancelled> {
         self.gate.cancel.check()?;
-        match self.receiver.try_recv() {
+        match self.gate.receiver.try_recv() {
             Ok(item) => return Ok(Some(self.received(item))),
             Err(channel::TryRecvError::Closed) => return self.end(),
             Err(channel::TryRecvError::Empty) => {}
         }
         let since = Instant::now();
-        let item = self.receiver.recv().await;
+        let item = self.gate.receiver.recv().await;
         self.metrics.waited_for_input(since);
         match item {
             Ok(item) => Ok(Some(self.received(item))),
@@ -182,13 +182,13 @@ impl<T: Item> Inlet<T> {
     /// [`Cancelled`].
     pub fn recv_blocking(&self) -> Result<Option<T>, Cancelled> {
         self.gate.cancel.check()?;
-        match self.receiver.try_recv() {
+        match self.gate.receiver.try_recv() {
             Ok(item) => return Ok(Some(self.received(item))),
             Err(channel::TryRecvError::Closed) => return self.end(),
             Err(channel::TryRecvError::Empty) => {}
         }
         let since = Instant::now();
-        let item = self.receiver.recv_blocking();
+        let item = self.gate.receiver.recv_blocking();
         self.metrics.waited_for_input(since);
         match item {
             Ok(item) => Ok(Some(self.received(item))),
@@ -202,13 +202,13 @@ impl<T: Item> Inlet<T> {
     /// [`Cancelled`].
     pub fn try_recv(&self) -> Result<Option<T>, Cancelled> {
         self.gate.cancel.check()?;
-        Ok(self.receiver.try_recv().ok().map(|item| self.received(item)))
+        Ok(self.gate.receiver.try_recv().ok().map(|item| self.received(item)))
     }
 
     /// Items waiting now.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.receiver.len()
+        self.gate.receiver.len()
     }
 
     fn received(&self, item: T) -> T {
@@ -233,6 +233,6 @@ impl<T: Item> InletGuard<T> {
 
     /// The stage returned successfully: was all input received?
     pub(crate) fn all_received(&self) -> bool {
-        self.0.gate.ended.load(Ordering::SeqCst) && self.0.receiver.is_empty()
+        self.0.gate.ended.load(Ordering::SeqCst) && self.0.gate.receiver.is_empty()
     }
 }

@@ -1,4 +1,5 @@
 //! Back-pressure is an exact number (I2), and every lease returns (I3).
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::{
     sync::{

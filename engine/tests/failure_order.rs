@@ -1,4 +1,5 @@
 //! The first failure stops all, and its error is the one shown (I5, I6).
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::{
     error::Error,

@@ -2,6 +2,7 @@
 //!
 //! `RUSTFLAGS="--cfg virta_model" cargo test -p virta-engine --test model --target-dir target/model`
 #![cfg(virta_model)]
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::sync::Arc;
 

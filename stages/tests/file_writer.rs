@@ -1,5 +1,6 @@
 //! The writer stage over all three back ends of the device seam: the same tests for io_uring and `pwrite`, and every
 //! unkindness of the simulated disk.
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::{
     error::Error,

@@ -2,6 +2,7 @@
 //!
 //! Needs `qemu-img` for the differential half; without it that half says `skipped: …` and fails where
 //! `CI_REQUIRE_TOOLS=1` is set.
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::{
     fs::File,

@@ -358,6 +358,9 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
                 return Ok(html(StatusCode::UNSUPPORTED_MEDIA_TYPE, "Unsupported Content-Type"));
             }
             let body = read_json(request).await?;
+            if Faults::take(&mut shared.state().faults.failing_patches) {
+                return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
+            }
             let patched = shared.state().images.patch(&id, &body);
             Ok(unbox(patched.map(|image| json_response(StatusCode::OK, &image))))
         }

@@ -109,6 +109,10 @@ async fn convert(
     cancel: &CancelToken,
 ) -> Result<Outcome, JobError> {
     let notices: Arc<dyn Notices> = Arc::new(display.clone());
+    if arguments.source == "-" || arguments.destination == "-" {
+        let text = "`-` (stdin, stdout) is not supported by this version; a file called - is ./-";
+        return Err(JobError::Usage(text.to_owned()));
+    }
     let (from, to) = (End::parse(&arguments.source), End::parse(&arguments.destination));
     let session = match (&from, &to) {
         (End::Path(_), End::Path(_)) => None,
@@ -176,6 +180,7 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
     let mut report = match result {
         Ok(Outcome::Made(report)) => report,
         Ok(Outcome::AlreadyDone(id)) => {
+            let id = printable(&id);
             exit::say(&format!("already done: image {id} is this source's finished and verified conversion"));
             if output.format == FormatChoice::Value {
                 exit::print(&id);
@@ -195,7 +200,7 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
             what_next(&report, receipt.as_ref().ok().map(std::path::PathBuf::as_path))
         )),
         FormatChoice::Json => exit::print(&json),
-        FormatChoice::Value => exit::print(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)),
+        FormatChoice::Value => exit::print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination))),
     }
     if let Err(error) = receipt {
         exit::say(&format!("virta: the conversion is done, but its receipt could not be written: {error}"));

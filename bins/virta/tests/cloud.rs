@@ -1,4 +1,5 @@
 //! The command line against an image service that answers as a real Glance does, and as other clouds do.
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::{
     path::{Path, PathBuf},
@@ -250,7 +251,7 @@ async fn a_store_that_stops_serving_ranges_fails_the_run_with_its_own_words() {
 async fn cut_bodies_errors_and_expired_tokens_are_tried_again_and_nothing_is_lost() {
     for connections in ["1", "4"] {
         let cloud = Cloud::start(|faults| {
-            faults.cut_gets = 3;
+            faults.cut_gets = 6;
             faults.cut_after_bytes = 5_000_001;
             faults.failing_gets = 1;
         })
@@ -258,7 +259,7 @@ async fn cut_bodies_errors_and_expired_tokens_are_tried_again_and_nothing_is_los
         cloud.convert(&["--connections", connections]).await.ends(0, &["tried again"]);
         cloud.assert_converted();
         let report = cloud.report();
-        assert!(report["retries"].as_array().unwrap().len() >= 3, "{report}");
+        assert!(report["retries"].as_array().unwrap().len() >= 2, "{report}");
         let retried = report["retried_bytes"].as_u64().unwrap();
         assert_eq!(report["fetched_bytes"].as_u64().unwrap() - retried, u64::try_from(cloud.raw.len()).unwrap());
         if connections == "1" {
@@ -502,7 +503,7 @@ async fn an_image_that_was_never_verified_is_not_taken_as_done() {
     cloud.convert(&[]).await.ends(0, &[]);
     let id = cloud.assert_converted()["id"].as_str().unwrap().to_owned();
     cloud.service.set(&id, "virta_verified", Value::Null);
-    cloud.convert(&[]).await.ends(2, &["did not live to verify it", &format!("openstack image delete {id}")]);
+    cloud.convert(&[]).await.ends(2, &["may have died", &format!("openstack image delete {id}")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -542,4 +543,52 @@ async fn the_demo_runs_verifies_and_leaves_nothing_behind() {
     let cache = folder.path().join(".cache/virta");
     assert_eq!(std::fs::read_dir(cache).unwrap().count(), 0);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "only the empty cache folder");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_inherited_the_marks_of_a_conversion_is_not_taken_for_one() {
+    // Nova copies an image's properties onto the snapshots of servers that boot from it
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.convert(&[]).await.ends(0, &[]);
+    let converted = cloud.assert_converted();
+    let id = converted["id"].as_str().unwrap().to_owned();
+    let marks = ["virta_source_id", "virta_source_hash", "virta_verified", "virta_run"];
+    for format in ["raw", "qcow2"] {
+        let mut record = snapshot_record("web");
+        for key in marks {
+            record[key] = converted[key].clone();
+        }
+        record["disk_format"] = json!(format);
+        let heir = cloud.service.add_image(&record, |storing| storing.write(b"QFI\xfb something else")).unwrap();
+        cloud.run(&["convert", "glance:snap", "glance:web"]).await.ends(2, &["may have died", &heir]);
+        cloud.service.set(&heir, "name", json!("elsewhere"));
+    }
+    cloud.service.set(&id, "owner", json!("another-project"));
+    cloud.convert(&[]).await.ends(2, &["may have died"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hash_that_disagrees_while_the_image_is_being_made_is_told_as_what_it_is() {
+    // the lane ends while the POST is under way
+    let cloud = Cloud::start_with(3, Config::default(), |faults| faults.latency = Duration::from_millis(400)).await;
+    cloud.service.faults(|faults| faults.corrupt_gets = 1);
+    cloud.convert(&[]).await.ends(3, &["sha512"]);
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn properties_that_would_undo_the_jobs_safety_are_refused() {
+    let cloud = Cloud::start(|_| {}).await;
+    for property in ["disk_format=raw", "id=0a1b2c3d-0a1b-4a1b-8a1b-0a1b2c3d4e5f", "virta_verified=x", "min_disk=1", "owner=me"] {
+        cloud.convert(&["--property", property]).await.ends(2, &["--property"]);
+    }
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_stumbles_at_the_very_end_costs_no_image() {
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.service.faults(|faults| faults.failing_patches = 2);
+    cloud.convert(&[]).await.ends(0, &[]);
+    cloud.assert_converted();
 }

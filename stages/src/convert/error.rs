@@ -95,7 +95,7 @@ impl JobError {
         match self {
             Self::Usage(_) | Self::Memory(_) | Self::Uring(_) => 2,
             Self::Output(OutputError::Exists { .. } | OutputError::Extension { .. } | OutputError::Device { .. }) => 2,
-            Self::Output(OutputError::Kind { .. }) => 2,
+            Self::Output(OutputError::Kind { .. } | OutputError::InTheWay { .. }) => 2,
             Self::Interrupted(_) => 130,
             Self::Verification(_) => 3,
             Self::LeftBehind { error, .. } => error.exit_code(),

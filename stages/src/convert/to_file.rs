@@ -17,17 +17,18 @@ use super::{
 use crate::{
     disk::{
         Backend, OutputFile, choose_backend,
+        output::partial_of,
         pwrite::PwriteQueue,
         uring::{UringExecutor, UringQueue},
         write::WriteImage,
     },
-    extent::EXTENT_BYTES,
+    extent::{EXTENT_BYTES, PlacedRun},
     hash::HashLane,
     progress::{Phase, Progress},
     qcow2::Geometry,
     store::{Collect, collect::HELD_MAX},
     text::size,
-    units::to_usize,
+    units::{to_u64, to_usize},
 };
 
 /// Writes in flight: enough to keep a device and the page cache busy, few enough to be no matter for memory.
@@ -57,9 +58,12 @@ pub async fn to_file(
     let geometry = Geometry::new(source.bytes(), options.cluster_bits)?;
     let budget = Budget::split(options.memory_bytes, source.leases(options) + WRITE_DEPTH, false)?;
     if let Source::Local(raw) = source
-        && same_file(raw.path(), destination)
+        && (same_file(raw.path(), destination) || same_file(raw.path(), &partial_of(destination)))
     {
-        return Err(JobError::Usage(format!("{} is source and destination at once", raw.path().display())));
+        return Err(JobError::Usage(format!(
+            "{} is source and destination at once (or what the destination is called while it is written)",
+            raw.path().display()
+        )));
     }
     let output = OutputFile::create(destination, options.force)?;
     let backend = choose_backend(options.io, output.folder())?;
@@ -101,7 +105,7 @@ pub async fn to_file(
     };
     let collect = Collect { geometry, source_bytes: source.bytes(), index_limit_bytes };
     let file = if expected.is_some() { Some(output.handle()?) } else { None };
-    let (pipeline, _) = collect_and_hash(pipeline, collect, HashLane { expected, file, progress: progress.clone() });
+    let (pipeline, _) = collect_and_hash(pipeline, &budget, collect, HashLane { expected, file, progress: progress.clone() });
     let stages = pipeline.start(&Handle::current()).join().await?;
     source.check_unchanged()?;
     let written = written.one().await.ok_or_else(|| JobError::bug("the writer left no report"))?;
@@ -126,14 +130,19 @@ pub async fn to_file(
     }))
 }
 
-/// Adds the collector and the hash lane, which may lag by as many extents as the disk has, up to a limit: what waits
-/// there are records, not bytes.
+/// Adds the collector and the hash lane, which may lag by as many extents as the disk has, as far as their records (not
+/// their bytes) fit into a quarter of the index's memory.
 pub(super) fn collect_and_hash(
     pipeline: Pipeline<crate::extent::Placed>,
+    budget: &Budget,
     collect: Collect,
     lane: HashLane,
 ) -> (Pipeline<engine::NoOutput>, engine::ReportHandle<crate::store::Survey>) {
-    let lag = to_usize(collect.source_bytes.div_ceil(EXTENT_BYTES)).clamp(64, HELD_MAX);
+    // at worst every cluster of an extent is a run of its own
+    let runs = EXTENT_BYTES / collect.geometry.cluster_bits().cluster_bytes();
+    let record_bytes = (runs * to_u64(size_of::<PlacedRun>())).max(1);
+    let lag = collect.source_bytes.div_ceil(EXTENT_BYTES).min(budget.index_bytes / 4 / record_bytes);
+    let lag = to_usize(lag).clamp(16, HELD_MAX);
     let (mut collect, mut lane) = (Some(collect), Some(lane));
     let (pipeline, survey) = pipeline.port(64).threads_reporting("collect", 1, || collect.take().expect("one worker asks once"));
     (pipeline.port(lag).threads("hash", 1, || lane.take().expect("one worker asks once")), survey)

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{BufferPool, CancelToken, Pipeline, RunError};
+use engine::{BufferPool, CancelToken, ErrorKind, Pipeline, RunError};
 use serde_json::json;
 use tokio::runtime::Handle;
 
@@ -26,7 +26,7 @@ use crate::{
     hash::{ExpectedHash, HashLane, Hasher},
     openstack::{
         ApiError, Image, Session,
-        image::{SOURCE_ID, VERIFIED, converted_record},
+        image::{SOURCE_HASH, SOURCE_ID, VERIFIED, check_properties, converted_record},
     },
     progress::{Phase, Progress},
     qcow2::{Geometry, Layout, StreamWriter},
@@ -37,6 +37,8 @@ use crate::{
 
 /// How long Glance may take to make an uploaded image `active`.
 const ACTIVE_WITHIN: Duration = Duration::from_secs(900);
+/// How long the answer to a POST is waited for after an interrupt.
+const ANSWER_AFTER_CANCEL: Duration = Duration::from_secs(3);
 /// How long removing a half-made image may take.
 const CLEAN_UP_WITHIN: Duration = Duration::from_secs(60);
 
@@ -75,14 +77,16 @@ pub fn check_name(taken: Vec<Image>, name: &str, source: &Source, force: bool) -
     let taken: Vec<Image> = taken.into_iter().filter(|image| image.status == "active").collect();
     if let Source::Glance { image: source, .. } = source {
         let ours = |image: &&Image| image.property(SOURCE_ID) == Some(&source.id) && image.id != source.id;
-        if let Some(done) = taken.iter().find(|image| ours(image) && image.property(VERIFIED).is_some()) {
+        if let Some(done) = taken.iter().find(|image| ours(image) && is_finished(image, source)) {
             return Ok(NameCheck::AlreadyDone(Box::new(done.clone())));
         }
         if let Some(unproven) = taken.iter().find(ours).filter(|_| !force) {
             return Err(JobError::Usage(format!(
-                "image {name} ({id}) was made from this source, but the run that made it did not live to verify it. \
-                 Remove it and start again: openstack image delete {id}",
-                id = unproven.id
+                "image {name} ({id}) says that it was made from this source, but not that it was verified since: the run that made it \
+                 may have died, or it is a snapshot that inherited the mark. Take another name; or, if nobody needs it, remove it and \
+                 start again: openstack image delete {id}",
+                name = crate::text::printable(name),
+                id = unproven.shown_id()
             )));
         }
     }
@@ -95,6 +99,22 @@ pub fn check_name(taken: Vec<Image>, name: &str, source: &Source, force: bool) -
         crate::text::printable(name),
         lines.concat()
     )))
+}
+
+/// Is `image` a conversion of `source` that was verified? Properties alone prove nothing: Nova copies them onto the snapshots
+/// of servers that boot from an image. The mark has to name the hash of the very image that carries it.
+fn is_finished(image: &Image, source: &Image) -> bool {
+    let hash = |image: &Image| image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
+    let Some(own) = hash(image) else { return false };
+    image.disk_format.as_deref() == Some("qcow2")
+        && image.owner == source.owner
+        && image.property(VERIFIED) == Some(&verified_mark(&own))
+        && image.property(SOURCE_HASH).map(str::to_owned) == hash(source)
+}
+
+/// The value of `virta_verified` for an image of this hash. Glance keeps 255 characters.
+fn verified_mark(hash: &str) -> String {
+    format!("hash:{hash}").chars().take(255).collect()
 }
 
 /// Converts `source` into a new image called `name`.
@@ -115,6 +135,7 @@ pub async fn to_glance(
     cancel: &CancelToken,
 ) -> Result<Report, JobError> {
     let started = Instant::now();
+    check_properties(&options.properties).map_err(JobError::Usage)?;
     let geometry = Geometry::new(source.bytes(), options.cluster_bits)?;
     let budget = Budget::split(options.memory_bytes, source.leases(options), true)?;
     notices.note(&source.line());
@@ -145,9 +166,10 @@ pub async fn to_glance(
     let pipeline = pipeline.cpu("keep", options.workers.get(), || Keep { store: store.clone(), cluster_bits });
     let collect = Collect { geometry, source_bytes: source.bytes(), index_limit_bytes: budget.index_bytes };
     let lane = HashLane { expected: expected.clone(), file: None, progress: progress.clone() };
-    let (pipeline, survey) = collect_and_hash(pipeline, collect, lane);
+    let (pipeline, survey) = collect_and_hash(pipeline, &budget, collect, lane);
     let surveying = pipeline.start(&Handle::current());
-    let (survey, quota_left) = tokio::join!(survey.one(), session.quota_left_bytes());
+    let (survey, quota_left) = tokio::join!(survey.one(), cancel.guard(session.quota_left_bytes()));
+    let quota_left = quota_left.unwrap_or(None);
     let Some(survey) = survey else {
         surveying.join().await?;
         return Err(JobError::bug("the survey left no report"));
@@ -228,7 +250,13 @@ struct Made {
 impl EmitJob<'_> {
     /// Makes the image, sends its bytes, waits for the source's hash and for Glance, and compares.
     async fn run(&self, surveying: engine::Running) -> Result<Made, JobError> {
-        self.cancel.guard(self.create()).await.map_err(|_| JobError::Interrupted("interrupted".to_owned())).flatten()?;
+        if let Err(error) = self.create_or_stop().await {
+            // what stopped it may be the survey's hash lane: its error says more
+            return Err(match surveying.join().await {
+                Err(failed @ RunError::Failed { .. }) if self.cancel.is_cancelled() => failed.into(),
+                _ => error,
+            });
+        }
         self.progress.set_phase(Phase::Uploading);
         let emit = Emit {
             survey: Arc::clone(self.survey),
@@ -263,13 +291,25 @@ impl EmitJob<'_> {
             .flatten()?;
         let image_hash = self.compare(&image, &emitted)?;
         let verified = match (&image_hash.algorithm, &image_hash.value) {
-            (Some(algorithm), Some(value)) if image_hash.checked => format!("hash:{algorithm}:{value}"),
+            (Some(algorithm), Some(value)) if image_hash.checked => verified_mark(&format!("{algorithm}:{value}")),
             _ => format!("size:{}", self.layout.file_bytes()),
         };
-        // property values have 255 characters at most
-        let verified: String = verified.chars().take(255).collect();
         self.session.set_property(self.id, VERIFIED, &json!(verified)).await?;
         Ok(Made { image_hash, stages: surveyed_stages.into_iter().chain(emitted_stages).collect() })
+    }
+
+    /// [`Self::create`]; when the run is cancelled meanwhile, its answer is still waited for, for a while: the image that it
+    /// makes has to be there before it can be deleted.
+    async fn create_or_stop(&self) -> Result<(), JobError> {
+        let create = self.create();
+        tokio::pin!(create);
+        tokio::select! {
+            result = &mut create => result,
+            () = self.cancel.cancelled() => {
+                let _ = tokio::time::timeout(ANSWER_AFTER_CANCEL, create).await;
+                Err(JobError::Interrupted("interrupted".to_owned()))
+            }
+        }
     }
 
     async fn create(&self) -> Result<(), JobError> {
@@ -291,7 +331,15 @@ impl EmitJob<'_> {
         let started = Instant::now();
         let mut pause = Duration::from_millis(200);
         loop {
-            let image = self.session.image(self.id).await?;
+            let image = match self.session.image(self.id).await {
+                Ok(image) => image,
+                // everything is sent: a service that stumbles now gets the time to get up again
+                Err(error) if error.is_retryable() && started.elapsed() < ACTIVE_WITHIN => {
+                    tokio::time::sleep(Duration::from_secs(5)).await;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
             match image.status.as_str() {
                 "active" => return Ok(image),
                 "saving" | "importing" | "uploading" if started.elapsed() < ACTIVE_WITHIN => {}
@@ -348,6 +396,10 @@ type Stages = Vec<engine::MetricsSnapshot>;
 fn both(a: Result<Stages, RunError>, b: Result<Stages, RunError>) -> Result<(Stages, Stages), JobError> {
     match (a, b) {
         (Ok(a), Ok(b)) => Ok((a, b)),
+        // a failure that is itself a consequence (a port dropped by the stage that failed) is a bug's kind
+        (Err(RunError::Failed { error, .. }), Err(other @ RunError::Failed { .. })) if error.kind == ErrorKind::Bug => {
+            Err(other.into())
+        }
         (Err(failed @ RunError::Failed { .. }), _) | (_, Err(failed @ RunError::Failed { .. })) => Err(failed.into()),
         (Err(cancelled), Err(other)) => {
             let shared = |error: &RunError| matches!(error, RunError::Cancelled(why) if why.starts_with("cancelled with"));
@@ -359,7 +411,13 @@ fn both(a: Result<Stages, RunError>, b: Result<Stages, RunError>) -> Result<(Sta
 
 /// Removes the half-made image, whatever happened, and says so if even that fails.
 async fn clean_up(session: &Session, id: &str, error: JobError) -> JobError {
-    match tokio::time::timeout(CLEAN_UP_WITHIN, session.delete_image(id)).await {
+    let deleting = async {
+        session.delete_image(id).await?;
+        // a POST that was still on its way may land behind the DELETE
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        session.delete_image(id).await
+    };
+    match tokio::time::timeout(CLEAN_UP_WITHIN, deleting).await {
         Ok(Ok(())) => error,
         Ok(Err(left)) => JobError::LeftBehind { id: id.to_owned(), error: Box::new(error), left: Some(left) },
         Err(_) => JobError::LeftBehind { id: id.to_owned(), error: Box::new(error), left: None::<ApiError> },

@@ -42,6 +42,26 @@ pub enum OutputError {
         /// The `.partial` file.
         path: String,
     },
+    /// Its partial file holds something that no dead run of ours left.
+    #[error(
+        "{path} is in the way: it is needed while the image is written, and its content is not what an interrupted run leaves. \
+         Move it elsewhere (a complete image that could not be renamed may be in it)"
+    )]
+    InTheWay {
+        /// The `.partial` file.
+        path: String,
+    },
+    /// The image is complete, but could not be given its name.
+    #[error("the image is complete, but could not be renamed to {path}; it is kept as {kept}")]
+    Kept {
+        /// The name it should have.
+        path: String,
+        /// Where it is.
+        kept: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// It is no file.
     #[error("{path} is {what}: an image can be written to a file, or with --force to a block device")]
     Kind {
@@ -140,35 +160,48 @@ impl OutputFile {
                 return Err(OutputError::Extension { path: shown, extension: lower });
             }
         }
-        let mut name = target.file_name().map(ToOwned::to_owned).unwrap_or_default();
-        name.push(".partial");
-        let partial = target.with_file_name(name);
+        let partial = partial_of(&target);
         let file = Self::lock_partial(&partial)?;
         file.set_len(0).map_err(io("empty", &partial))?;
         Ok(Self { file, target, partial: Some(partial), replace: force, done: false })
     }
 
-    /// Opens and locks the partial file; what a dead run left in it is taken over.
+    /// Opens and locks the partial file. What a dead run left is taken over, and nothing else: such a file begins with
+    /// zeros, for the header is written last.
     fn lock_partial(partial: &Path) -> Result<File, OutputError> {
         let shown = || partial.display().to_string();
         let io = |action| move |source| OutputError::Io { action, path: partial.display().to_string(), source };
         // O_NOFOLLOW: somebody else's link must not lead us into a file of theirs.
         let flags = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
         loop {
-            let file = fs::OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(flags)
-                .open(partial)
-                .map_err(io("create"))?;
+            let mut options = fs::OpenOptions::new();
+            options.read(true).write(true).mode(0o600).custom_flags(flags);
+            let (file, new) = match options.clone().create_new(true).open(partial) {
+                Ok(file) => (file, true),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match options.open(partial) {
+                    Ok(file) => (file, false),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue, // renamed or removed just now
+                    Err(error) => return Err(io("open")(error)),
+                },
+                Err(error) => return Err(io("create")(error)),
+            };
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Err(OutputError::Locked { path: shown() }),
-                // file systems without locks: O_EXCL would not survive a crash, so go on without
-                Err(TryLockError::Error(_)) => return Ok(file),
+                // a file system without locks: only a file that nobody else can have opened before is ours
+                Err(TryLockError::Error(_)) if new => return Ok(file),
+                Err(TryLockError::Error(_)) => return Err(OutputError::InTheWay { path: shown() }),
+            }
+            let mut head = [0; 4096];
+            let mut filled = 0;
+            while filled < head.len() {
+                match file.read_at(&mut head[filled..], filled as u64).map_err(io("read"))? {
+                    0 => break,
+                    bytes => filled += bytes,
+                }
+            }
+            if !crate::zero::is_zero(&head[..filled]) {
+                return Err(OutputError::InTheWay { path: shown() });
             }
             // The run that held the lock may have renamed or removed the file since it was opened.
             let opened = file.metadata().map_err(io("look at"))?;
@@ -232,27 +265,30 @@ impl OutputFile {
             return Ok(self.target.clone());
         };
         let io = |action, source| OutputError::Io { action, path: self.target.display().to_string(), source };
+        let appeared = |output: &mut Self| {
+            output.done = true;
+            Err(OutputError::AppearedMeanwhile { path: output.target.display().to_string(), kept: partial.display().to_string() })
+        };
         let renamed = if self.replace {
             fs::rename(&partial, &self.target)
         } else {
             match renameat_with(CWD, &partial, CWD, &self.target, RenameFlags::NOREPLACE) {
                 Ok(()) => Ok(()),
-                Err(rustix::io::Errno::EXIST) => {
-                    self.done = true;
-                    return Err(OutputError::AppearedMeanwhile {
-                        path: self.target.display().to_string(),
-                        kept: partial.display().to_string(),
-                    });
-                }
+                Err(rustix::io::Errno::EXIST) => return appeared(&mut self),
                 // A file system without RENAME_NOREPLACE: a hard link refuses an existing name, too.
-                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                    fs::hard_link(&partial, &self.target).and_then(|()| fs::remove_file(&partial))
-                }
+                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => match fs::hard_link(&partial, &self.target) {
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return appeared(&mut self),
+                    linked => linked.and_then(|()| fs::remove_file(&partial)),
+                },
                 Err(error) => Err(error.into()),
             }
         };
-        renamed.map_err(|source| io("rename to", source))?;
         self.done = true;
+        if let Err(source) = renamed {
+            // hours of work are not thrown away for a name
+            let (path, kept) = (self.target.display().to_string(), partial.display().to_string());
+            return Err(OutputError::Kept { path, kept, source });
+        }
         if sync {
             File::open(self.folder()).and_then(|folder| folder.sync_all()).map_err(|source| io("flush the folder of", source))?;
         }
@@ -265,16 +301,46 @@ impl Drop for OutputFile {
         if self.done {
             return;
         }
-        if let Some(partial) = &self.partial {
+        match &self.partial {
             // Nothing half-made is left. If even this fails, the next run takes the file over.
-            let _ = fs::remove_file(partial);
+            Some(partial) => {
+                let _ = fs::remove_file(partial);
+            }
+            // What is on the device must not look like an image: nothing has vouched for it.
+            None => {
+                let _ = self.file.write_all_at(&[0; 4096], 0).and_then(|()| self.file.sync_data());
+            }
         }
     }
+}
+
+/// The name of a file while it is being written.
+#[must_use]
+pub fn partial_of(target: &Path) -> PathBuf {
+    let mut name = target.file_name().map(ToOwned::to_owned).unwrap_or_default();
+    name.push(".partial");
+    target.with_file_name(name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_partial_file_is_taken_over_only_if_a_dead_run_left_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, partial) = (folder.path().join("a.qcow2"), folder.path().join("a.qcow2.partial"));
+        for precious in [b"somebody's only raw disk".as_slice(), b"QFI\xfb a complete image that was kept"] {
+            fs::write(&partial, precious).unwrap();
+            assert!(matches!(OutputFile::create(&path, true), Err(OutputError::InTheWay { .. })));
+            assert_eq!(fs::read(&partial).unwrap(), precious);
+        }
+        let mut dead = vec![0; 100_000];
+        dead[70_000] = 1;
+        fs::write(&partial, dead).unwrap();
+        OutputFile::create(&path, false).unwrap().commit(false).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 0);
+    }
 
     #[test]
     fn nothing_is_there_before_commit_and_nothing_is_left_without_it() {

@@ -118,10 +118,17 @@ impl WriteQueue for UringQueue {
         self.in_flight += 1;
         let (file, done) = (Rc::clone(&self.file), self.done.0.clone());
         tokio_uring::spawn(async move {
+            let total = op.len_bytes();
             let WriteOp { host_offset, bytes, tag } = op;
+            let lost = WriteError {
+                host_offset,
+                bytes: total,
+                done: 0,
+                source: io::Error::other("the write's task ended without a result"),
+            };
+            let mut report = Report { completion: Some(Completion { tag, result: Err(lost) }), done };
             let result = write_whole(&file, host_offset, bytes).await;
-            // The receiver is gone only if the run is over; then nobody waits for this.
-            let _ = done.send(Completion { tag, result });
+            report.completion = Some(Completion { tag, result });
         });
         Ok(())
     }
@@ -145,6 +152,21 @@ impl WriteQueue for UringQueue {
 
     async fn sync(&mut self) -> io::Result<()> {
         self.to_sync.sync_all()
+    }
+}
+
+/// Sends a completion when it is dropped, so that a task which panics is not waited for in vain.
+struct Report {
+    completion: Option<Completion>,
+    done: mpsc::UnboundedSender<Completion>,
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        if let Some(completion) = self.completion.take() {
+            // The receiver is gone only if the run is over; then nobody waits for this.
+            let _ = self.done.send(completion);
+        }
     }
 }
 

@@ -31,7 +31,7 @@ use crate::{
     convert::report::Access,
     extent::{EXTENT_BYTES, Extent, Payload},
     magic::{DiskFormat, HEAD_BYTES},
-    openstack::{ApiError, Session},
+    openstack::{ApiError, Session, config::Secret},
     progress::Progress,
     units::{GuestRange, to_u64, to_usize},
 };
@@ -161,8 +161,26 @@ struct Tries {
     count: u32,
     /// A 401 was answered with a new token already: a second one in a row is final.
     renewed: bool,
-    /// The next request needs a new token.
-    renew_next: bool,
+    /// The next request needs another token than this one.
+    rejected: Option<Secret>,
+    /// The token of the last request.
+    used: Option<Secret>,
+    /// Bytes since the last failure.
+    arrived_bytes: u64,
+}
+
+/// Progress that starts the count of tries anew. A server that gives a byte and cuts is not getting better.
+const PROGRESS_BYTES: u64 = 1 << 20;
+/// Lines about retries that are kept for the report.
+const RETRY_LINES_MAX: usize = 1000;
+
+impl Tries {
+    fn arrived(&mut self, bytes: u64) {
+        self.arrived_bytes += bytes;
+        if self.arrived_bytes >= PROGRESS_BYTES {
+            *self = Self::default();
+        }
+    }
 }
 
 impl Shared {
@@ -174,9 +192,10 @@ impl Shared {
     /// Waits before another try, or gives up.
     async fn after(&self, error: ApiError, guest_offset: u64, tries: &mut Tries) -> Result<(), StageError> {
         tries.count += 1;
+        tries.arrived_bytes = 0;
         if error.status() == Some(StatusCode::UNAUTHORIZED) && !tries.renewed {
             tries.renewed = true;
-            tries.renew_next = true;
+            tries.rejected = tries.used.clone();
             self.note_retry(&error, guest_offset);
             return Ok(());
         }
@@ -200,19 +219,23 @@ impl Shared {
         let line = format!("fetch at guest offset {guest_offset:#x} tried again: {error}{cause}");
         self.progress.add_retries(1);
         (self.say)(line.clone());
-        self.retries.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+        let mut lines = self.retries.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.len() < RETRY_LINES_MAX {
+            lines.push(line);
+        }
     }
 
     /// Sends a GET, with a range or without, and checks the answer's head.
-    async fn open(&self, range: Option<&Range<u64>>, renew: bool) -> Result<Body, BodyError> {
+    async fn open(&self, range: Option<&Range<u64>>, tries: &mut Tries) -> Result<Body, BodyError> {
         let url = self.session.image_url(&["images", &self.image_id, "file"]);
         let sign_in = |error: crate::openstack::session::SignInError| {
             BodyError::Api(ApiError::Answer { method: Method::GET, path: url.path().to_owned(), what: error.to_string() })
         };
-        let mut token = self.session.token().await.map_err(sign_in)?;
-        if renew {
-            token = self.session.renew(&token).await.map_err(sign_in)?;
-        }
+        let token = match tries.rejected.take() {
+            Some(rejected) => self.session.renew(&rejected).await.map_err(sign_in)?,
+            None => self.session.token().await.map_err(sign_in)?,
+        };
+        tries.used = Some(token.clone());
         let mut request = self.session.request(Method::GET, &url, &token);
         if let Some(range) = range {
             request = request.header("range", format!("bytes={}-{}", range.start, range.end - 1));
@@ -286,7 +309,7 @@ async fn sequential(shared: &Arc<Shared>, outlet: &Outlet<Extent>, look_for_rang
     let mut probing: Option<tokio::task::JoinHandle<Probe>> = None;
     let mut held: Option<(Lease, usize)> = None; // an extent that a cut body left half filled
     'again: loop {
-        let opened = shared.open(None, std::mem::take(&mut tries.renew_next)).await;
+        let opened = shared.open(None, &mut tries).await;
         let mut body = match opened {
             Ok(body) => body,
             Err(BodyError::Cancelled) => return Err(engine::Cancelled.into()),
@@ -328,9 +351,7 @@ async fn sequential(shared: &Arc<Shared>, outlet: &Outlet<Extent>, look_for_rang
             };
             let before = filled;
             let result = shared.fill(&mut body, &mut lease[..to_usize(end - at)], &mut filled, at).await;
-            if filled > before {
-                tries = Tries::default();
-            }
+            tries.arrived(to_u64(filled - before));
             match result {
                 Ok(()) => {}
                 Err(BodyError::Cancelled) => return Err(engine::Cancelled.into()),
@@ -448,7 +469,7 @@ async fn fetch_range(shared: &Shared, outlet: &Outlet<Extent>, range: Range<u64>
             None => (shared.pool.acquire_for(&shared.cx.metrics).await?, 0),
         };
         let from = at + to_u64(filled);
-        let mut body = match shared.open(Some(&(from..range.end)), std::mem::take(&mut tries.renew_next)).await {
+        let mut body = match shared.open(Some(&(from..range.end)), &mut tries).await {
             Ok(body) => body,
             Err(BodyError::Cancelled) => return Err(engine::Cancelled.into()),
             Err(BodyError::Api(error)) => {
@@ -461,9 +482,7 @@ async fn fetch_range(shared: &Shared, outlet: &Outlet<Extent>, range: Range<u64>
             let end = extent_end(at, range.end);
             let before = filled;
             let result = shared.fill(&mut body, &mut lease[..to_usize(end - at)], &mut filled, at).await;
-            if filled > before {
-                tries = Tries::default();
-            }
+            tries.arrived(to_u64(filled - before));
             match result {
                 Ok(()) => {}
                 Err(BodyError::Cancelled) => return Err(engine::Cancelled.into()),

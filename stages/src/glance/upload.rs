@@ -169,16 +169,21 @@ impl Stage for Upload {
             Ok(response) if response.status().is_success() => {}
             Ok(response) => return Err(self.failed(ApiError::from_response(Method::PUT, &url, response).await, &taken)),
             Err(error) => {
-                let error = self.what_glance_has(ApiError::connection(Method::PUT, &url, error)).await;
+                let error = cx.cancel.guard(self.what_glance_has(ApiError::connection(Method::PUT, &url, error))).await?;
                 return Err(self.failed(error, &taken));
             }
         }
         // An answer of success before the last byte was taken is none.
-        if !fed {
-            feeding.await?;
+        if taken.load(Relaxed) != self.total_bytes {
+            let what = "answered with success before the whole image was sent".to_owned();
+            let error = ApiError::Answer { method: Method::PUT, path: url.path().to_owned(), what };
+            return Err(self.failed(error, &taken));
         }
-        if inlet.recv().await?.is_some() || taken.load(Relaxed) != self.total_bytes {
-            return Err(StageError::bug(format!("{} of {} bytes were sent", taken.load(Relaxed), self.total_bytes)));
+        if !fed {
+            cx.cancel.guard(feeding).await??; // everything is taken: only the end of input is left to be seen
+        }
+        if inlet.recv().await?.is_some() {
+            return Err(StageError::bug("there was more to send than the image's length"));
         }
         outlet.finish();
         Ok(UploadReport { sent_bytes: self.total_bytes })

@@ -104,12 +104,15 @@ impl ApiError {
         let status = response.status();
         let mut body = Vec::new();
         // the text is a help, not a need: if it does not come, the status has to do
-        while let Ok(Ok(Some(chunk))) = tokio::time::timeout(std::time::Duration::from_secs(10), response.chunk()).await {
-            body.extend_from_slice(&chunk);
-            if body.len() > BODY_BYTES_MAX {
-                break;
+        let reading = async {
+            while let Ok(Some(chunk)) = response.chunk().await {
+                body.extend_from_slice(&chunk);
+                if body.len() > BODY_BYTES_MAX {
+                    break;
+                }
             }
-        }
+        };
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(10), reading).await;
         Self::Status(Box::new(StatusError {
             method,
             path: url.path().to_owned(),

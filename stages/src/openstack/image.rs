@@ -124,6 +124,12 @@ impl Image {
         Some(ExpectedHash { algorithm: "md5".to_owned(), value: filled(&self.checksum)? })
     }
 
+    /// Its id, harmless for a terminal and a shell.
+    #[must_use]
+    pub fn shown_id(&self) -> String {
+        crate::text::shell_word(&printable(&self.id))
+    }
+
     /// A property as text.
     #[must_use]
     pub fn property(&self, key: &str) -> Option<&str> {
@@ -134,7 +140,7 @@ impl Image {
     #[must_use]
     pub fn line(&self) -> String {
         let bytes = self.size.map_or_else(|| "no data".to_owned(), size);
-        format!("{}  {bytes}  {}  {}", self.id, self.created_at.as_deref().unwrap_or("?"), self.status)
+        printable(&format!("{}  {bytes}  {}  {}", self.id, self.created_at.as_deref().unwrap_or("?"), self.status))
     }
 
     /// Is it the snapshot of a volume-backed server? Such an image has no bytes of its own: it points at volume snapshots
@@ -221,7 +227,7 @@ impl Session {
         parse(self.call(Method::POST, &url, Some(("application/json", &body))).await?, Method::POST, url.path())
     }
 
-    /// Sets a property or an attribute of an image. Lost while the image is `saving`.
+    /// Sets a property or an attribute of an image; tried again like a GET, for setting twice is setting. Lost while the image is `saving`.
     ///
     /// # Errors
     /// [`ApiError`].
@@ -250,7 +256,7 @@ impl Session {
         let usage = self.call(Method::GET, &self.image_url(&["info", "usage"]), None).await.ok()?;
         let total = &usage["usage"]["image_size_total"];
         let limit = total["limit"].as_u64()?; // -1 is no limit
-        Some(limit.saturating_sub(total["usage"].as_u64()?) << 20)
+        Some(limit.saturating_sub(total["usage"].as_u64()?).saturating_mul(1 << 20))
     }
 }
 
@@ -288,6 +294,38 @@ fn stays_behind(key: &str) -> bool {
     ];
     // a signature covers the old bytes, and Glance would check it
     NAMES.contains(&key) || key.starts_with("img_signature") || key.starts_with("os_glance") || key.starts_with("virta_")
+}
+
+/// May these properties be set on a converted image by hand?
+///
+/// # Errors
+/// A text that names the one that may not, and what to do.
+pub fn check_properties(properties: &[(String, String)]) -> Result<(), String> {
+    for (key, _) in properties {
+        let attribute = matches!(
+            key.as_str(),
+            "id" | "name"
+                | "disk_format"
+                | "container_format"
+                | "status"
+                | "owner"
+                | "visibility"
+                | "protected"
+                | "min_disk"
+                | "min_ram"
+                | "tags"
+                | "os_hidden"
+        );
+        if attribute {
+            return Err(format!(
+                "--property {key}: that is an attribute which the conversion sets; change it afterwards with `openstack image set`"
+            ));
+        }
+        if stays_behind(key) {
+            return Err(format!("--property {key}: that name is reserved"));
+        }
+    }
+    Ok(())
 }
 
 /// The record of a converted image: private, bare, qcow2, with the source's properties, tags and requirements.

@@ -16,6 +16,8 @@ use super::{
 
 /// A token with less than this left is renewed first (keystoneauth, `MIN_TOKEN_LIFE_SECONDS`).
 const MIN_TOKEN_LIFE_S: i64 = 120;
+/// Largest answer to a small call: a page of a thousand images is about 2 MiB.
+const ANSWER_BYTES_MAX: usize = 32 << 20;
 /// Tries of a small call that failed on the way.
 const CALL_TRIES: u32 = 4;
 
@@ -206,8 +208,8 @@ impl Session {
     /// # Cancel safety
     /// Dropped in the middle, the service may or may not have acted.
     pub async fn call(&self, method: Method, url: &Url, content: Option<(&'static str, &Value)>) -> Result<Value, ApiError> {
-        // What a second POST or PATCH would do after a lost answer is for the caller to know.
-        let repeatable = matches!(method, Method::GET | Method::DELETE | Method::PUT);
+        // What a second POST would do after a lost answer is for the caller to know.
+        let repeatable = method != Method::POST;
         let mut renewed = false;
         let mut tries = 0;
         loop {
@@ -247,11 +249,11 @@ fn sign_in_failed(method: &Method, url: &Url, error: &SignInError) -> ApiError {
 /// Sends a small request and reads its JSON.
 async fn answer(method: &Method, url: &Url, request: RequestBuilder) -> Result<Value, ApiError> {
     let whole = async {
-        let response = request.send().await.map_err(|error| ApiError::connection(method.clone(), url, error))?;
+        let mut response = request.send().await.map_err(|error| ApiError::connection(method.clone(), url, error))?;
         if !response.status().is_success() {
             return Err(ApiError::from_response(method.clone(), url, response).await);
         }
-        let bytes = response.bytes().await.map_err(|error| ApiError::connection(method.clone(), url, error))?;
+        let bytes = bounded_body(method, url, &mut response).await?;
         if bytes.is_empty() {
             return Ok(Value::Null);
         }
@@ -265,6 +267,19 @@ async fn answer(method: &Method, url: &Url, request: RequestBuilder) -> Result<V
         Ok(result) => result,
         Err(_) => Err(ApiError::Silence { method: method.clone(), path: url.path().to_owned(), seconds: CALL_TIMEOUT.as_secs() }),
     }
+}
+
+/// A small body. One that does not end is no answer.
+async fn bounded_body(method: &Method, url: &Url, response: &mut Response) -> Result<Vec<u8>, ApiError> {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| ApiError::broken(method.clone(), url, error))? {
+        bytes.extend_from_slice(&chunk);
+        if bytes.len() > ANSWER_BYTES_MAX {
+            let what = format!("the answer is longer than {ANSWER_BYTES_MAX} bytes");
+            return Err(ApiError::Answer { method: method.clone(), path: url.path().to_owned(), what });
+        }
+    }
+    Ok(bytes)
 }
 
 impl Token {
@@ -308,7 +323,7 @@ async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, Sig
     read_token(cloud, &url, response).await
 }
 
-async fn read_token(cloud: &CloudConfig, url: &Url, response: Response) -> Result<SignedIn, SignInError> {
+async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response) -> Result<SignedIn, SignInError> {
     let bad = |what: String| SignInError::Call {
         cloud: cloud.name.clone(),
         auth_url: cloud.auth_url.clone(),
@@ -316,7 +331,8 @@ async fn read_token(cloud: &CloudConfig, url: &Url, response: Response) -> Resul
     };
     let secret = response.headers().get("x-subject-token").and_then(|value| value.to_str().ok()).map(Secret::new);
     let secret = secret.ok_or_else(|| bad("the answer has no X-Subject-Token".to_owned()))?;
-    let body: Value = response.json().await.map_err(|error| bad(format!("the answer is no JSON: {}", error.without_url())))?;
+    let body = bounded_body(&Method::POST, url, &mut response).await.map_err(|error| bad(error.to_string()))?;
+    let body: Value = serde_json::from_slice(&body).map_err(|error| bad(format!("the answer is no JSON: {error}")))?;
     let token = &body["token"];
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let expires_at = token["expires_at"].as_str().and_then(|end| end.parse().ok());

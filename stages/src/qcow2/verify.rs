@@ -59,6 +59,11 @@ pub fn check<R: ReadAt>(image: &Qcow2<R>) -> Result<CheckReport, Qcow2Error> {
         let Some(table) = image.l2_table(index)? else { continue };
         let host = entry.host_offset().expect("there is a table");
         references.add(host.0, cluster_bytes)?;
+        // Tables that share a cluster would make the work unbounded: 4 Mi entries may point at one table.
+        if references.at(host.0) > 1 {
+            let what = "is an L2 table and something else, too".to_owned();
+            return Err(Qcow2Error::Corrupt { host_cluster: host.0 / cluster_bytes, what });
+        }
         for (word, in_table) in table.chunks_exact(8).zip(0_u64..) {
             let entry = L2Entry::from_word(be_word(word));
             let cluster = index * bits.entries_per_cluster() + in_table;
@@ -166,6 +171,11 @@ struct References {
 }
 
 impl References {
+    /// References to the host cluster at this offset, which was added before.
+    fn at(&self, host_offset: u64) -> u32 {
+        self.counts[to_usize(host_offset / self.cluster_bytes)]
+    }
+
     /// One reference to each host cluster that `[host_offset, host_offset + bytes)` touches.
     fn add(&mut self, host_offset: u64, bytes: u64) -> Result<(), Qcow2Error> {
         if bytes == 0 {

@@ -54,10 +54,10 @@ mod tests {
         #[test]
         fn fast_equals_scan(bytes in 0_usize..4000, start in 0_usize..64, dirty in prop::option::of((0_usize..4000, 1_u8..))) {
             let mut buffer = vec![0; start + bytes];
-            if let Some((at, value)) = dirty {
-                if let Some(byte) = buffer.get_mut(start + at) {
-                    *byte = value;
-                }
+            if let Some((at, value)) = dirty
+                && let Some(byte) = buffer.get_mut(start + at)
+            {
+                *byte = value;
             }
             let buffer = &buffer[start..];
             prop_assert_eq!(is_zero(buffer), super::super::scan::is_zero(buffer));

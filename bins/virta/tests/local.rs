@@ -1,0 +1,133 @@
+//! The command line on local files.
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
+
+use std::{
+    fs,
+    os::unix::fs::FileExt,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use stages::qcow2::Qcow2;
+
+fn virta(folder: &Path, arguments: &[&str]) -> (Option<i32>, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_virta"))
+        .args(arguments)
+        .current_dir(folder)
+        .env_clear()
+        .env("HOME", folder.join("home"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (output.status.code(), text)
+}
+
+#[track_caller]
+fn ends(folder: &Path, arguments: &[&str], code: i32, texts: &[&str]) {
+    let (found, text) = virta(folder, arguments);
+    assert_eq!(found, Some(code), "{arguments:?}: {text}");
+    for wanted in texts {
+        assert!(text.contains(wanted), "{arguments:?}: no {wanted:?} in {text}");
+    }
+}
+
+/// 5 MiB with a hole, an odd size.
+fn folder_with_disk() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let file = fs::File::create(folder.path().join("disk.raw")).unwrap();
+    file.set_len((5 << 20) + 333).unwrap();
+    file.write_all_at(&[7; 100_000], 0).unwrap();
+    file.write_all_at(&[9; 333], 5 << 20).unwrap();
+    folder
+}
+
+fn assert_is_the_disk(folder: &Path, name: &str) {
+    let raw = fs::read(folder.join("disk.raw")).unwrap();
+    let image = Qcow2::open(fs::File::open(folder.join(name)).unwrap()).unwrap();
+    let mut guest = vec![1; usize::try_from(image.virtual_bytes()).unwrap()];
+    image.read_guest(0, &mut guest).unwrap();
+    assert!(guest[..raw.len()] == *raw);
+}
+
+#[test]
+fn a_file_becomes_a_qcow2_file_and_nothing_else_changes() {
+    let folder = folder_with_disk();
+    let place = folder.path();
+    ends(
+        place,
+        &["convert", "disk.raw", "disk.qcow2", "--report", "r.json", "--io", "pwrite"],
+        0,
+        &["made", "5.0 MiB", "receipt"],
+    );
+    assert_is_the_disk(place, "disk.qcow2");
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(place.join("r.json")).unwrap()).unwrap();
+    assert_eq!(report["virtual_bytes"], (5 << 20) + 512);
+    assert_eq!(report["image_bytes"], fs::metadata(place.join("disk.qcow2")).unwrap().len());
+    assert!(!place.join("disk.qcow2.partial").exists());
+    ends(place, &["convert", "disk.raw", "disk.qcow2"], 2, &["exists", "--force"]);
+    ends(place, &["convert", "disk.raw", "disk.qcow2", "--force", "--cluster-size", "512", "-f", "value"], 0, &["disk.qcow2"]);
+    assert_is_the_disk(place, "disk.qcow2");
+}
+
+#[test]
+fn the_source_is_never_written_to_whatever_the_destination_is_called() {
+    let folder = folder_with_disk();
+    let place = folder.path();
+    let before = fs::read(place.join("disk.raw")).unwrap();
+    fs::hard_link(place.join("disk.raw"), place.join("link")).unwrap();
+    std::os::unix::fs::symlink("disk.raw", place.join("symlink")).unwrap();
+    fs::hard_link(place.join("disk.raw"), place.join("out.qcow2.partial")).unwrap();
+    for destination in ["link", "symlink", "./disk.raw", "out.qcow2", "out.qcow2.partial"] {
+        let (code, text) = virta(place, &["convert", "disk.raw", destination, "--force"]);
+        assert_eq!(code, Some(2), "{destination}: {text}");
+        assert_eq!(fs::read(place.join("disk.raw")).unwrap(), before, "{destination}");
+    }
+    // somebody else's file that is called like our partial one
+    fs::write(place.join("other.qcow2.partial"), "precious").unwrap();
+    ends(place, &["convert", "disk.raw", "other.qcow2", "--force"], 2, &["is in the way"]);
+    assert_eq!(fs::read(place.join("other.qcow2.partial")).unwrap(), b"precious");
+}
+
+#[test]
+fn wrong_usage_ends_with_2_and_says_what_to_do() {
+    let folder = folder_with_disk();
+    let place = folder.path();
+    fs::write(place.join("q"), b"QFI\xfb\0\0\0\x03 and so on").unwrap();
+    fs::write(place.join("packed.raw"), b"\xfd7zXZ\0 and so on").unwrap();
+    fs::write(place.join("empty"), b"").unwrap();
+    for (arguments, code, texts) in [
+        (&["convert", "disk.raw", "x.vmdk"][..], 2, &["extension .vmdk"][..]),
+        (&["convert", "disk.raw", "-"], 2, &["not supported"]),
+        (&["convert", "-", "x.qcow2"], 2, &["not supported"]),
+        (&["convert", "-O", "qcow2", "disk.raw", "x.qcow2"], 2, &["virta always makes qcow2"]),
+        (&["convert", "-f", "raw", "disk.raw", "x.qcow2"], 2, &["output format"]),
+        (&["convert", "disk.raw", "x.qcow2", "--cluster-size", "48K"], 2, &["power of two"]),
+        (&["convert", "disk.raw", "x.qcow2", "--memory", "1M"], 2, &["at least 32.0 MiB"]),
+        (&["convert", "disk.raw", "x.qcow2", "--connections", "0"], 2, &["connections"]),
+        (&["convert", "disk.raw"], 2, &["DESTINATION"]),
+        (&["convert", "nowhere.raw", "x.qcow2"], 1, &["open nowhere.raw", "No such file"]),
+        (&["convert", ".", "x.qcow2"], 1, &["is a folder"]),
+        (&["convert", "empty", "x.qcow2"], 1, &["is empty"]),
+        (&["convert", "q", "x.qcow2"], 1, &["not a raw disk image but qcow2"]),
+        (&["convert", "packed.raw", "x.qcow2"], 1, &["xz -dk packed.raw"]),
+        (&["convert", "disk.raw", "no/such/x.qcow2"], 1, &["no/such"]),
+        (&["convert", "disk.raw", "glance:x"], 2, &["Did you `source` the openrc"]),
+        (&["convert", "--compress", "zstd", "disk.raw", "x.qcow2"], 2, &["--compress"]),
+    ] {
+        ends(place, arguments, code, texts);
+    }
+    let left: Vec<_> = fs::read_dir(place).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().contains("x.")), "{left:?}");
+}
+
+#[test]
+fn a_terabyte_of_hole_takes_no_memory_and_no_time_to_speak_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path();
+    fs::File::create(place.join("hole.raw")).unwrap().set_len(1 << 40).unwrap();
+    ends(place, &["convert", "hole.raw", "hole.qcow2", "--report", "r.json"], 0, &["256.0 KiB"]);
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(place.join("r.json")).unwrap()).unwrap();
+    assert!(report["rss_peak_bytes"].as_u64().unwrap() < 100 << 20, "{report}");
+    assert_eq!(report["data_bytes"], 0);
+}
