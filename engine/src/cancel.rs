@@ -43,9 +43,16 @@ impl fmt::Display for Cause {
 /// Acts on cancellation if told to (`true`); says whether what it acts on still exists.
 type Hook = Box<dyn Fn(bool) -> bool + Send + Sync>;
 
+/// The first cause, until somebody has told it.
+#[derive(Default)]
+struct Kept {
+    cause: Option<Cause>,
+    told: bool,
+}
+
 struct Shared {
     cancelled: AtomicBool,
-    cause: Mutex<Option<Cause>>,
+    cause: Mutex<Kept>,
     later_failures: Mutex<Vec<StageError>>,
     hooks: Mutex<Vec<Hook>>,
     /// Nothing is ever sent on it; its closing wakes those who wait for cancellation.
@@ -68,7 +75,7 @@ impl CancelToken {
     pub fn new() -> Self {
         Self(Arc::new(Shared {
             cancelled: AtomicBool::new(false),
-            cause: Mutex::new(None),
+            cause: Mutex::new(Kept::default()),
             later_failures: Mutex::new(Vec::new()),
             hooks: Mutex::new(Vec::new()),
             wake: channel::bounded(1),
@@ -80,12 +87,14 @@ impl CancelToken {
     pub fn cancel(&self, cause: Cause) {
         {
             let mut kept = self.0.cause.lock().unwrap_or_else(PoisonError::into_inner);
-            match (&*kept, cause) {
-                (None, cause) => *kept = Some(cause),
-                (Some(Cause::Abandoned { .. }), cause @ (Cause::Failed(_) | Cause::Requested(_))) => *kept = Some(cause),
-                (Some(_), Cause::Failed(error)) => {
-                    self.0.later_failures.lock().unwrap_or_else(PoisonError::into_inner).push(error);
-                }
+            let later = |error| self.0.later_failures.lock().unwrap_or_else(PoisonError::into_inner).push(error);
+            match (&kept.cause, cause) {
+                // Whoever shares the token has told the cause: what comes now are its consequences.
+                (_, Cause::Failed(error)) if kept.told => later(error),
+                (_, _) if kept.told => {}
+                (None, cause) => kept.cause = Some(cause),
+                (Some(Cause::Abandoned { .. }), cause @ (Cause::Failed(_) | Cause::Requested(_))) => kept.cause = Some(cause),
+                (Some(_), Cause::Failed(error)) => later(error),
                 (Some(_), _) => {}
             }
         }
@@ -158,7 +167,10 @@ impl CancelToken {
 
     /// Takes the cause and the failures that came after it.
     pub(crate) fn take_cause(&self) -> (Option<Cause>, Vec<StageError>) {
-        let cause = self.0.cause.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut kept = self.0.cause.lock().unwrap_or_else(PoisonError::into_inner);
+        let cause = kept.cause.take();
+        kept.told = true;
+        drop(kept);
         let later = std::mem::take(&mut *self.0.later_failures.lock().unwrap_or_else(PoisonError::into_inner));
         (cause, later)
     }

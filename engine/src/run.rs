@@ -89,7 +89,9 @@ impl Running {
             (Some(abandoned @ Cause::Abandoned { .. }), later) => {
                 RunError::Failed { error: StageError::bug(abandoned.to_string()), later }
             }
-            // A run that shares its token with another one, which has taken the cause.
+            // A run that shares its token with another one, which has told the cause: its own failure, if it has one, may be what
+            // the other only felt.
+            (None, mut later) if !later.is_empty() => RunError::Failed { error: later.remove(0), later },
             (None, _) => RunError::Cancelled("cancelled with another part of the job".to_owned()),
         })
     }

@@ -73,10 +73,10 @@ pub struct CloudArgs {
 #[derive(Args, Clone)]
 pub struct Tuning {
     /// Parallel ranges to fetch, where the image store serves ranges
-    #[arg(long, value_name = "N", default_value = "4")]
+    #[arg(long, value_name = "N", default_value = "4", value_parser = count)]
     pub connections: NonZeroUsize,
     /// Threads for zero test and copying [default: one a core, at most 8]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count)]
     pub workers: Option<NonZeroUsize>,
     /// Memory for everything in flight, stored and indexed [default: a quarter of what is free, at most 2G]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -184,6 +184,14 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     let part = fraction.parse::<u128>().map_err(|_| bad())? * u128::from(factor)
         / 10_u128.pow(u32::try_from(fraction.len()).map_err(|_| bad())?);
     bytes.checked_add(u64::try_from(part).map_err(|_| bad())?).ok_or_else(|| format!("{text} is too large"))
+}
+
+/// 1 to 256: more threads or connections than that help nobody.
+fn count(text: &str) -> Result<NonZeroUsize, String> {
+    match text.parse::<NonZeroUsize>() {
+        Ok(count) if count.get() <= 256 => Ok(count),
+        _ => Err("has to be a number from 1 to 256".to_owned()),
+    }
 }
 
 fn parse_cluster_size(text: &str) -> Result<ClusterBits, String> {

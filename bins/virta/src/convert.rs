@@ -6,8 +6,10 @@ use engine::{CancelToken, Cause};
 use stages::{
     convert::{
         self, JobError, Notices, Options, Report, Source,
+        to_file::same_file,
         to_glance::{NameCheck, check_name, images_of_name},
     },
+    disk::output::partial_of,
     openstack::Session,
     progress::Progress,
     text::{printable, shell_word, size},
@@ -114,6 +116,7 @@ async fn convert(
         return Err(JobError::Usage(text.to_owned()));
     }
     let (from, to) = (End::parse(&arguments.source), End::parse(&arguments.destination));
+    check_report(arguments)?;
     let session = match (&from, &to) {
         (End::Path(_), End::Path(_)) => None,
         _ => Some(sign_in(&arguments.cloud, display, cancel).await?),
@@ -151,7 +154,14 @@ async fn convert(
             };
             match check_name(taken, name, &source, options.force)? {
                 NameCheck::AlreadyDone(image) => return Ok(Outcome::AlreadyDone(image.id.clone())),
-                NameCheck::Free => {}
+                NameCheck::Free { unfinished } => {
+                    for id in unfinished {
+                        display.warn(&format!(
+                            "image {id} of that name is an unfinished conversion of this source: another run makes it, or a killed one left it. \
+                             If none runs: openstack image delete {id}"
+                        ));
+                    }
+                }
             }
             convert::to_glance::to_glance(&source, &session, name, options, progress, &notices, cancel).await?
         }
@@ -163,12 +173,56 @@ async fn interruptible<T>(cancel: &CancelToken, work: impl Future<Output = Resul
     cancel.guard(work).await.unwrap_or_else(|_| Err(JobError::Interrupted("interrupted".to_owned())))
 }
 
+/// The report's file is opened before anything is done, and it is none of the files that matter.
+fn check_report(arguments: &ConvertArgs) -> Result<(), JobError> {
+    use std::io::Read;
+    let Some(report) = &arguments.output.report else { return Ok(()) };
+    let usage = |text: String| Err(JobError::Usage(format!("--report {}: {text}", report.display())));
+    for end in [&arguments.source, &arguments.destination] {
+        let path = Path::new(end);
+        if path == report || same_file(path, report) || partial_of(path) == *report {
+            return usage("that is the source or the destination".to_owned());
+        }
+    }
+    let mut start = [0];
+    match std::fs::File::open(report).map(|mut file| file.read(&mut start)) {
+        Ok(Ok(1)) if start != *b"{" => {
+            return usage("that file is there and is no report of an earlier run; choose another name".to_owned());
+        }
+        _ => {}
+    }
+    match open_private(report) {
+        Ok(_) => Ok(()),
+        Err(error) => usage(format!("cannot be written: {error}")),
+    }
+}
+
+/// Opens a file for writing, for its owner alone if it is new.
+fn open_private(path: &Path) -> std::io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+fn write_report(path: &Path, json: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut file = open_private(path)?;
+    file.set_len(0)?;
+    file.write_all(json.as_bytes())?;
+    file.write_all(b"\n")
+}
+
 /// A path that is not there may be an image's name.
 async fn did_you_mean(error: JobError, path: &str, session: Option<&Session>) -> JobError {
     let is_image = match session {
         Some(session) => session.find_image(path).await.is_ok(),
         None => uuid::Uuid::parse_str(path).is_ok(),
     };
+    if session.is_none() && !is_image && !path.contains('/') {
+        return JobError::Refused(format!(
+            "{error}: there is no such file. An image in Glance is written glance:{}",
+            shell_word(&printable(path))
+        ));
+    }
     if is_image {
         return JobError::Usage(format!("{} is no file; did you mean glance:{}?", printable(path), shell_word(&printable(path))));
     }
@@ -194,19 +248,28 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
     let receipt = receipt::write(&report, &proven);
     let json = serde_json::to_string_pretty(&report).unwrap_or_default();
     match output.format {
-        FormatChoice::Table => exit::print(&format!(
-            "{}{}",
-            summary(&report, &proven),
-            what_next(&report, receipt.as_ref().ok().map(std::path::PathBuf::as_path))
-        )),
-        FormatChoice::Json => exit::print(&json),
-        FormatChoice::Value => exit::print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination))),
+        FormatChoice::Table => {
+            _ = exit::print(&format!(
+                "{}{}",
+                summary(&report, &proven),
+                what_next(&report, receipt.as_ref().ok().map(std::path::PathBuf::as_path))
+            ))
+        }
+        FormatChoice::Json => {
+            if !exit::print(&json) {
+                exit::say("virta: the conversion is done, but its report could not be written to stdout");
+                return ExitCode::from(1);
+            }
+        }
+        FormatChoice::Value => {
+            _ = exit::print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)))
+        }
     }
     if let Err(error) = receipt {
         exit::say(&format!("virta: the conversion is done, but its receipt could not be written: {error}"));
     }
     if let Some(path) = &output.report
-        && let Err(error) = std::fs::write(path, json + "\n")
+        && let Err(error) = write_report(path, &json)
     {
         exit::say(&format!("virta: the conversion is done, but its report could not be written to {}: {error}", path.display()));
         return ExitCode::from(1);
@@ -239,10 +302,11 @@ pub fn proven(report: &Report) -> Vec<String> {
 pub fn summary(report: &Report, proven: &[String]) -> String {
     let saved = match report.virtual_bytes {
         0 => String::new(),
+        all if report.image_bytes >= all => String::new(), // tables of a disk that is full, or tiny
         all => format!(", {}% smaller", 100 - (u128::from(report.image_bytes) * 100 / u128::from(all)).min(100)),
     };
     let mut lines = vec![format!(
-        "made {}: {}{saved} than {}; {} data, {} zeros; {:.1} s",
+        "made {}: {}{saved}, from {} virtual; {} data, {} zeros; {:.1} s",
         printable(&report.destination),
         size(report.image_bytes),
         size(report.virtual_bytes),

@@ -44,13 +44,13 @@ pub async fn run(arguments: DemoArgs) -> ExitCode {
     display.finish().await;
     match result {
         Ok((report, seconds)) => {
-            exit::print(&summary(&report, &proven(&report)));
-            exit::print(&format!(
+            _ = exit::print(&summary(&report, &proven(&report)));
+            _ = exit::print(&format!(
                 "proven: read back from the image service, the new image shows a guest the same {} bytes ({seconds:.1} s)",
                 report.virtual_bytes
             ));
-            exit::print(&time_table(&report));
-            exit::print(
+            _ = exit::print(&time_table(&report));
+            _ = exit::print(
                 "The image service, both images and the temporary folder are gone.\nOn a cloud: virta convert glance:SNAPSHOT glance:NEW-NAME",
             );
             ExitCode::SUCCESS

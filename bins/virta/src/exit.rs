@@ -33,9 +33,9 @@ pub fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// A line on stdout. The reader may be gone: that is no reason to stop.
-pub fn print(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// A line on stdout; was it taken? The reader may be gone: that is no reason to stop.
+pub fn print(text: &str) -> bool {
+    writeln!(std::io::stdout(), "{text}").is_ok()
 }
 
 /// Each line without control characters; the line breaks are ours.

@@ -592,3 +592,21 @@ async fn a_service_that_stumbles_at_the_very_end_costs_no_image() {
     cloud.convert(&[]).await.ends(0, &[]);
     cloud.assert_converted();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupt_at_any_moment_ends_with_130_or_with_the_finished_image() {
+    for step in 0..24_u64 {
+        let cloud = Cloud::start_with(40, Config::default(), |_| {}).await;
+        let child = cloud.command(&["convert", "glance:snap", "glance:compact"]).spawn().unwrap();
+        tokio::time::sleep(Duration::from_millis(25 + 30 * step)).await;
+        signal(&child, if step % 2 == 0 { rustix::process::Signal::INT } else { rustix::process::Signal::TERM });
+        let run = Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO);
+        if run.code == Some(0) {
+            cloud.assert_converted();
+        } else {
+            // before the handlers are there, the signal itself ends the process
+            assert!(matches!(run.code, Some(130) | None), "{:?}: {}", run.code, run.stderr);
+            cloud.assert_nothing_made();
+        }
+    }
+}

@@ -106,7 +106,13 @@ fn wrong_usage_ends_with_2_and_says_what_to_do() {
         (&["convert", "disk.raw", "x.qcow2", "--memory", "1M"], 2, &["at least 32.0 MiB"]),
         (&["convert", "disk.raw", "x.qcow2", "--connections", "0"], 2, &["connections"]),
         (&["convert", "disk.raw"], 2, &["DESTINATION"]),
-        (&["convert", "nowhere.raw", "x.qcow2"], 1, &["open nowhere.raw", "No such file"]),
+        (&["convert", "nowhere.raw", "x.qcow2"], 1, &["open nowhere.raw", "glance:nowhere.raw"]),
+        (&["convert", "disk.raw", "x.qcow2", "--report", "disk.raw"], 2, &["is the source or the destination"]),
+        (&["convert", "disk.raw", "x.qcow2", "--report", "q"], 2, &["is no report"]),
+        (&["convert", "disk.raw", "x.qcow2", "--report", "no/such"], 2, &["cannot be written"]),
+        (&["convert", "disk.raw", "x.qcow2", "--workers", "100000"], 2, &["from 1 to 256"]),
+        (&["convert", "disk.raw", "newdir/"], 2, &["names a folder"]),
+        (&["convert", "disk.raw", ""], 2, &["names a folder"]),
         (&["convert", ".", "x.qcow2"], 1, &["is a folder"]),
         (&["convert", "empty", "x.qcow2"], 1, &["is empty"]),
         (&["convert", "q", "x.qcow2"], 1, &["not a raw disk image but qcow2"]),
@@ -119,6 +125,26 @@ fn wrong_usage_ends_with_2_and_says_what_to_do() {
     }
     let left: Vec<_> = fs::read_dir(place).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(!left.iter().any(|name| name.to_string_lossy().contains("x.")), "{left:?}");
+}
+
+#[test]
+fn names_as_long_as_the_file_system_takes_work() {
+    let folder = folder_with_disk();
+    let name = format!("{}.qcow2", "n".repeat(249));
+    ends(folder.path(), &["convert", "disk.raw", &name], 0, &[]);
+    assert_is_the_disk(folder.path(), &name);
+}
+
+#[test]
+fn a_full_disk_is_told_with_its_path_and_leaves_nothing() {
+    // a file-size limit fails a write as a full disk does
+    let folder = folder_with_disk();
+    let script = format!("ulimit -f 64; exec {} convert disk.raw x.qcow2", env!("CARGO_BIN_EXE_virta"));
+    let output =
+        Command::new("bash").args(["-c", &script]).current_dir(folder.path()).env("HOME", folder.path()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("writing x.qcow2") && text.contains("write at host offset"), "{text}");
+    assert!(!folder.path().join("x.qcow2").exists() && !folder.path().join("x.qcow2.partial").exists());
 }
 
 #[test]

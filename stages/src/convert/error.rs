@@ -1,6 +1,8 @@
 //! Why a conversion failed, and the exit code that goes with it.
 
-use engine::{ErrorKind, RunError, StageError};
+use std::io;
+
+use engine::{BoxError, ErrorKind, RunError, StageError};
 
 use super::budget::MemoryTooSmall;
 use crate::{
@@ -30,8 +32,27 @@ pub enum JobError {
     #[error(transparent)]
     Memory(#[from] MemoryTooSmall),
     /// A stage failed.
-    #[error("conversion stopped: {stage} failed", stage = .0.stage)]
-    Stage(#[source] StageError),
+    #[error("the conversion failed in its {stage} stage")]
+    Stage {
+        /// Which.
+        stage: String,
+        /// What kind of failure.
+        kind: ErrorKind,
+        /// The stage's own error.
+        #[source]
+        source: BoxError,
+    },
+    /// The image could not be written.
+    #[error("writing {path}{advice}")]
+    Write {
+        /// The file under construction.
+        path: String,
+        /// What to do, with a leading `: `, or nothing.
+        advice: &'static str,
+        /// The stage's own error.
+        #[source]
+        source: BoxError,
+    },
     /// Somebody stopped it.
     #[error("{0}")]
     Interrupted(String),
@@ -51,7 +72,7 @@ pub enum JobError {
     #[error("verification failed: {0}")]
     Verification(String),
     /// It failed, and what was half made could not be removed either.
-    #[error("image {id} is left behind half made; remove it with: openstack image delete {id}{}", .left.as_ref().map(|left| format!(" (deleting it failed: {left})")).unwrap_or_default())]
+    #[error("image {id} may be left behind half made; look with `openstack image show {id}` and remove it with: openstack image delete {id}{}", .left.as_ref().map(|left| format!(" (deleting it failed: {left})")).unwrap_or_default())]
     LeftBehind {
         /// The image's id.
         id: String,
@@ -69,7 +90,7 @@ pub enum JobError {
 impl From<RunError> for JobError {
     fn from(error: RunError) -> Self {
         match error {
-            RunError::Failed { error, .. } => Self::Stage(error),
+            RunError::Failed { error, .. } => Self::from_stage(error),
             RunError::Cancelled(why) => Self::Interrupted(why),
             other => Self::Refused(other.to_string()),
         }
@@ -83,6 +104,28 @@ impl From<ConfigError> for JobError {
 }
 
 impl JobError {
+    fn from_stage(error: StageError) -> Self {
+        let StageError { stage, kind, source } = error;
+        let source = source.unwrap_or_else(|| "it gave no reason".into());
+        Self::Stage { stage, kind, source }
+    }
+
+    /// Names the file that a failed writer wrote to, and the way out of a full disk.
+    #[must_use]
+    pub fn writing_to(self, path: &std::path::Path) -> Self {
+        match self {
+            Self::Stage { stage, kind: ErrorKind::Io, source } if stage == "write" => {
+                let full = source.downcast_ref::<crate::disk::queue::WriteError>().is_some_and(|error| {
+                    matches!(error.source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+                });
+                let advice =
+                    if full { ": the disk is full. Nothing is left of the image; choose a folder with more room" } else { "" };
+                Self::Write { path: path.display().to_string(), advice, source }
+            }
+            other => other,
+        }
+    }
+
     /// An invariant that does not hold.
     #[must_use]
     pub fn bug(what: &str) -> Self {
@@ -100,12 +143,9 @@ impl JobError {
             Self::Verification(_) => 3,
             Self::LeftBehind { error, .. } => error.exit_code(),
             Self::SignIn(SignInError::Config(_)) | Self::Image(ImageError::NotFound { .. } | ImageError::Ambiguous { .. }) => 2,
-            Self::Stage(error) if Self::is_verification(error) => 3,
+            Self::Stage { kind: ErrorKind::InvalidData, source, .. } if source.is::<HashMismatch>() => 3,
+            Self::Format(Qcow2Error::TooLarge { .. }) => 2,
             _ => 1,
         }
-    }
-
-    fn is_verification(error: &StageError) -> bool {
-        error.kind == ErrorKind::InvalidData && error.source.as_ref().is_some_and(|source| source.is::<HashMismatch>())
     }
 }

@@ -65,6 +65,13 @@ pub async fn to_file(
             raw.path().display()
         )));
     }
+    let ends_with_slash = destination.as_os_str().as_encoded_bytes().ends_with(b"/");
+    if ends_with_slash || destination.file_name().is_none() {
+        return Err(JobError::Usage(format!(
+            "{:?} names a folder, not a file: add the image's name",
+            destination.display().to_string()
+        )));
+    }
     let output = OutputFile::create(destination, options.force)?;
     let backend = choose_backend(options.io, output.folder())?;
     notices.note(&source.line());
@@ -106,7 +113,8 @@ pub async fn to_file(
     let collect = Collect { geometry, source_bytes: source.bytes(), index_limit_bytes };
     let file = if expected.is_some() { Some(output.handle()?) } else { None };
     let (pipeline, _) = collect_and_hash(pipeline, &budget, collect, HashLane { expected, file, progress: progress.clone() });
-    let stages = pipeline.start(&Handle::current()).join().await?;
+    let stages =
+        pipeline.start(&Handle::current()).join().await.map_err(|error| JobError::from(error).writing_to(destination))?;
     source.check_unchanged()?;
     let written = written.one().await.ok_or_else(|| JobError::bug("the writer left no report"))?;
     progress.set_image_bytes(written.image_bytes);
@@ -148,11 +156,24 @@ pub(super) fn collect_and_hash(
     (pipeline.port(lag).threads("hash", 1, || lane.take().expect("one worker asks once")), survey)
 }
 
-/// Do two paths lead to one file?
-fn same_file(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (std::fs::metadata(a), std::fs::metadata(b)) {
-        (Ok(a), Ok(b)) => a.dev() == b.dev() && a.ino() == b.ino(),
-        _ => false,
+/// Do two paths lead to one file, or to one block device, or to a file and the loop device over it?
+#[must_use]
+pub fn same_file(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let (Ok(a_data), Ok(b_data)) = (std::fs::metadata(a), std::fs::metadata(b)) else { return false };
+    if a_data.dev() == b_data.dev() && a_data.ino() == b_data.ino() {
+        return true;
+    }
+    let device = |data: &std::fs::Metadata| data.file_type().is_block_device().then(|| data.rdev());
+    let backing = |rdev: u64| {
+        let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+        std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/loop/backing_file")).ok()
+    };
+    let is_backed_by = |rdev: u64, file: &Path| backing(rdev).is_some_and(|path| same_file(Path::new(path.trim_end()), file));
+    match (device(&a_data), device(&b_data)) {
+        (Some(a), Some(b)) => a == b,
+        (Some(rdev), None) => is_backed_by(rdev, b),
+        (None, Some(rdev)) => is_backed_by(rdev, a),
+        (None, None) => false,
     }
 }

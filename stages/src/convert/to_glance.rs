@@ -44,8 +44,11 @@ const CLEAN_UP_WITHIN: Duration = Duration::from_secs(60);
 
 /// What a name in Glance means for a conversion.
 pub enum NameCheck {
-    /// Nobody has it.
-    Free,
+    /// No finished image has it. Unfinished ones of this very source may: dead runs left them, or live ones make them.
+    Free {
+        /// Their ids.
+        unfinished: Vec<String>,
+    },
     /// This source's own finished conversion has it.
     AlreadyDone(Box<Image>),
 }
@@ -58,8 +61,8 @@ pub async fn images_of_name(session: &Session, name: &str) -> Result<Vec<Image>,
     if name.is_empty() {
         return Err(JobError::Usage("glance: needs a name for the new image, as in glance:my-server-qcow2".to_owned()));
     }
-    if name.len() > 255 {
-        return Err(JobError::Usage("the new image's name is longer than Glance's 255 bytes".to_owned()));
+    if name.chars().count() > 255 {
+        return Err(JobError::Usage("the new image's name is longer than Glance's 255 characters".to_owned()));
     }
     if uuid::Uuid::parse_str(name).is_ok() {
         return Err(JobError::Usage(format!(
@@ -74,7 +77,12 @@ pub async fn images_of_name(session: &Session, name: &str) -> Result<Vec<Image>,
 /// # Errors
 /// [`JobError::Usage`] if it is taken and `force` is not given; it lists who has it.
 pub fn check_name(taken: Vec<Image>, name: &str, source: &Source, force: bool) -> Result<NameCheck, JobError> {
-    let taken: Vec<Image> = taken.into_iter().filter(|image| image.status == "active").collect();
+    let (taken, waiting): (Vec<Image>, Vec<Image>) = taken.into_iter().partition(|image| image.status == "active");
+    let unfinished = || {
+        let Source::Glance { image: source, .. } = source else { return Vec::new() };
+        let of_source = waiting.iter().filter(|image| image.property(SOURCE_ID) == Some(&source.id));
+        of_source.filter(|image| matches!(image.status.as_str(), "queued" | "saving")).map(Image::shown_id).collect()
+    };
     if let Source::Glance { image: source, .. } = source {
         let ours = |image: &&Image| image.property(SOURCE_ID) == Some(&source.id) && image.id != source.id;
         if let Some(done) = taken.iter().find(|image| ours(image) && is_finished(image, source)) {
@@ -91,7 +99,7 @@ pub fn check_name(taken: Vec<Image>, name: &str, source: &Source, force: bool) -
         }
     }
     if taken.is_empty() || force {
-        return Ok(NameCheck::Free);
+        return Ok(NameCheck::Free { unfinished: unfinished() });
     }
     let lines: Vec<String> = taken.iter().map(|image| format!("\n    {}", image.line())).collect();
     Err(JobError::Usage(format!(
@@ -294,7 +302,10 @@ impl EmitJob<'_> {
             (Some(algorithm), Some(value)) if image_hash.checked => verified_mark(&format!("{algorithm}:{value}")),
             _ => format!("size:{}", self.layout.file_bytes()),
         };
-        self.session.set_property(self.id, VERIFIED, &json!(verified)).await?;
+        match self.cancel.guard(self.session.set_property(self.id, VERIFIED, &json!(verified))).await {
+            Ok(set) => set?,
+            Err(_) => return Err(JobError::Interrupted("interrupted".to_owned())),
+        }
         Ok(Made { image_hash, stages: surveyed_stages.into_iter().chain(emitted_stages).collect() })
     }
 

@@ -89,6 +89,11 @@ pub enum OutputError {
     },
 }
 
+/// What a file is called while it is written.
+const SUFFIX: &str = ".partial";
+/// Longest file name of the usual file systems.
+const NAME_BYTES_MAX: usize = 255;
+
 /// Extensions of other disk image formats and of compressed files.
 const OTHER_EXTENSIONS: [&str; 16] =
     ["raw", "img", "vmdk", "vdi", "vhd", "vhdx", "vpc", "iso", "qed", "qcow", "gz", "xz", "bz2", "zst", "ova", "tar"];
@@ -202,6 +207,10 @@ impl OutputFile {
             }
             if !crate::zero::is_zero(&head[..filled]) {
                 return Err(OutputError::InTheWay { path: shown() });
+            }
+            if !new {
+                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+                file.set_permissions(mode).map_err(io("set the permissions of"))?;
             }
             // The run that held the lock may have renamed or removed the file since it was opened.
             let opened = file.metadata().map_err(io("look at"))?;
@@ -317,9 +326,17 @@ impl Drop for OutputFile {
 /// The name of a file while it is being written.
 #[must_use]
 pub fn partial_of(target: &Path) -> PathBuf {
-    let mut name = target.file_name().map(ToOwned::to_owned).unwrap_or_default();
-    name.push(".partial");
-    target.with_file_name(name)
+    let name = target.file_name().map(ToOwned::to_owned).unwrap_or_default();
+    let bytes = name.as_encoded_bytes();
+    if bytes.len() + SUFFIX.len() > NAME_BYTES_MAX {
+        // a file system takes 255 bytes: the name's digest stands in for what is too long
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+        let short: String = digest.as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+        return target.with_file_name(format!("virta-{short}{SUFFIX}"));
+    }
+    let mut partial = name;
+    partial.push(SUFFIX);
+    target.with_file_name(partial)
 }
 
 #[cfg(test)]

@@ -169,8 +169,12 @@ impl Stage for Upload {
             Ok(response) if response.status().is_success() => {}
             Ok(response) => return Err(self.failed(ApiError::from_response(Method::PUT, &url, response).await, &taken)),
             Err(error) => {
-                let error = cx.cancel.guard(self.what_glance_has(ApiError::connection(Method::PUT, &url, error))).await?;
-                return Err(self.failed(error, &taken));
+                let error = ApiError::connection(Method::PUT, &url, error);
+                // Everything was sent and only the answer is missing: whether it arrived, size and hash will tell.
+                let all_sent = taken.load(Relaxed) == self.total_bytes;
+                if let Err(error) = cx.cancel.guard(self.what_glance_has(error, all_sent)).await? {
+                    return Err(self.failed(error, &taken));
+                }
             }
         }
         // An answer of success before the last byte was taken is none.
@@ -209,8 +213,9 @@ async fn stall(taken: &AtomicU64, total: u64, url: &Url) -> ApiError {
 
 impl Upload {
     /// The connection broke and no answer could be read: what became of the image says more.
-    async fn what_glance_has(&self, error: ApiError) -> ApiError {
-        match self.session.image(&self.image_id).await {
+    async fn what_glance_has(&self, error: ApiError, all_sent: bool) -> Result<(), ApiError> {
+        Err(match self.session.image(&self.image_id).await {
+            Ok(image) if all_sent && matches!(image.status.as_str(), "active" | "saving") => return Ok(()),
             Ok(image) => {
                 use std::error::Error as _;
                 let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
@@ -220,7 +225,7 @@ impl Upload {
             }
             Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => gone,
             Err(_) => error,
-        }
+        })
     }
 
     fn failed(&self, source: ApiError, taken: &AtomicU64) -> StageError {

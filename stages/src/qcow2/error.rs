@@ -42,7 +42,7 @@ pub enum Qcow2Error {
     },
     /// The disk is larger than the cluster size can describe.
     #[error(
-        "virtual size {virtual_bytes} is too large for {cluster_bytes}-byte clusters: at most {limit_bytes} (a larger cluster size allows more)"
+        "virtual size {virtual_bytes} is too large for {cluster_bytes}-byte clusters: at most {limit_bytes}; a larger --cluster-size allows more"
     )]
     TooLarge {
         /// Virtual size, bytes.
