@@ -167,7 +167,11 @@ impl OutputFile {
         }
         let partial = partial_of(&target);
         let file = Self::lock_partial(&partial)?;
-        file.set_len(0).map_err(io("empty", &partial))?;
+        // Only what a dead run left is emptied: ext4 flushes a file that was ever truncated to nothing when it is closed
+        // (auto_da_alloc), which took longer than the conversion.
+        if file.metadata().map_err(io("look at", &partial))?.len() > 0 {
+            file.set_len(0).map_err(io("empty", &partial))?;
+        }
         Ok(Self { file, target, partial: Some(partial), replace: force, done: false })
     }
 
