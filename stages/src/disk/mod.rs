@@ -9,7 +9,7 @@
 //! | [`output`] | the file an image becomes: `.partial`, locked, renamed when complete |
 //! | [`raw_file`] | a raw disk image to read, its data and its holes |
 //! | [`read`] | the source stages over it |
-//! | [`write`] | the writer stage: clusters in order of arrival, tables last |
+//! | [`mod@write`] | the writer stage: clusters in order of arrival, tables last |
 //!
 //! Invariants: an operation owns its bytes until its completion (engine I4); a short write is continued from the
 //! gap, never taken for a whole one; an output exists under its name only when it is complete and, unless told

@@ -6,7 +6,7 @@
 //!
 //! | module | noun |
 //! |---|---|
-//! | [`format`] | the header as it lies on disk, field by field with offsets asserted |
+//! | [`mod@format`] | the header as it lies on disk, field by field with offsets asserted |
 //! | [`entry`] | words of the L1, L2 and refcount tables |
 //! | [`header`] | a validated header |
 //! | [`cluster_map`] | which guest clusters hold data, sparse |
