@@ -171,6 +171,9 @@ impl Drawing {
     fn draw_bars(&self, progress: &Progress, phase: Phase) {
         let show = |bar: &ProgressBar, total: u64, done: u64| {
             if total > 0 {
+                if bar.length().is_none() {
+                    bar.reset(); // rate and ETA count from now, not from the program's start
+                }
                 bar.set_length(total);
                 bar.set_position(done.min(total));
             }
