@@ -16,16 +16,15 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Convert a raw image to qcow2: from Glance to Glance, from Glance to a file, from a file to a file
-    Convert(ConvertArgs),
+    /// Convert a raw image to qcow2, from Glance or a file, to Glance or a file
+    Convert(Box<ConvertArgs>),
     /// See it work: the main job against an image service inside this process; no cloud, nothing left behind
     Demo(DemoArgs),
 }
 
 #[derive(Args)]
+#[command(after_help = "Takes half a minute to a minute, 400 MB of memory and as much disk in the cache folder.")]
 pub struct DemoArgs {
-    #[command(flatten)]
-    pub tuning: Tuning,
     /// Progress on stderr: auto is bars on a terminal and plain lines elsewhere
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub progress: ProgressChoice,
@@ -78,7 +77,8 @@ pub struct Tuning {
     /// Threads for zero test and copying [default: one a core, at most 8]
     #[arg(long, value_name = "N", value_parser = count)]
     pub workers: Option<NonZeroUsize>,
-    /// Memory for everything in flight, stored and indexed [default: a quarter of what is free, at most 2G]
+    /// Memory to use, SIZE. To Glance it has to hold the snapshot's data; into a file 64M will do [default: a quarter of what is free,
+    /// at most 2G]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
     /// Cluster size of the image, a power of two from 512 to 2M. Larger clusters need less index

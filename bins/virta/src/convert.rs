@@ -74,18 +74,24 @@ pub fn watch_signals(cancel: &CancelToken) {
     };
     let cancel = cancel.clone();
     tokio::spawn(async move {
-        let mut asked = false;
+        let mut asked: Option<std::time::Instant> = None;
         loop {
             tokio::select! {
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
                 _ = hangup.recv() => continue,
             }
-            if asked {
-                exit::say("virta: stopped at once; what was begun may be left behind");
-                std::process::exit(130);
+            match asked {
+                // `timeout` and a terminal may signal process and group: that is one wish, not two
+                Some(first) if first.elapsed() < std::time::Duration::from_secs(1) => continue,
+                Some(_) => {
+                    exit::say(
+                        "virta: stopped at once. A half-made image may be left: the same command warns of it and names its id",
+                    );
+                    std::process::exit(130);
+                }
+                None => asked = Some(std::time::Instant::now()),
             }
-            asked = true;
             cancel.cancel(Cause::Requested("interrupted".to_owned()));
         }
     });
@@ -236,12 +242,24 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
         Ok(Outcome::AlreadyDone(id)) => {
             let id = printable(&id);
             exit::say(&format!("already done: image {id} is this source's finished and verified conversion"));
-            if output.format == FormatChoice::Value {
-                exit::print(&id);
+            match output.format {
+                FormatChoice::Value => _ = exit::print(&id),
+                FormatChoice::Json => {
+                    _ = exit::print(
+                        &serde_json::json!({ "destination": format!("glance:{id}"), "already_done": true }).to_string(),
+                    );
+                }
+                FormatChoice::Table => {}
             }
             return ExitCode::SUCCESS;
         }
-        Err(error) => return exit::failure(&error, error.exit_code()),
+        Err(error) => {
+            let code = exit::failure(&error, error.exit_code());
+            if matches!(error, JobError::Interrupted(_)) {
+                exit::say("nothing half-made is left behind, and the source is as it was");
+            }
+            return code;
+        }
     };
     report.warnings.extend(display.warnings());
     let proven = proven(&report);
@@ -287,6 +305,12 @@ pub fn proven(report: &Report) -> Vec<String> {
     } else if from_glance {
         lines.push("not proven: Glance has no hash of the source, so what was read could not be checked against one".to_owned());
     }
+    if !report.destination.starts_with("glance:") {
+        lines.push(
+            "not proven: the file, read back; check it with: qemu-img check FILE, qemu-img compare -f raw -F qcow2 RAW FILE"
+                .to_owned(),
+        );
+    }
     if report.image_hash.checked {
         let algorithm = report.image_hash.algorithm.as_deref().unwrap_or_default();
         lines.push(format!("proven: size and {algorithm} of the new image in Glance are those of what was sent"));
@@ -329,7 +353,13 @@ pub fn summary(report: &Report, proven: &[String]) -> String {
 /// What is left to do, and where the receipt is; each line after a line break.
 fn what_next(report: &Report, receipt: Option<&Path>) -> String {
     let mut text = String::new();
-    if let Some(id) = report.source.strip_prefix("glance:") {
+    if let Some(id) = report.source.strip_prefix("glance:")
+        && !report.destination.starts_with("glance:")
+    {
+        text.push_str(&format!(
+            "\nthe raw image ({id}) is still in Glance; keep it until this file is where it shall be, and boots"
+        ));
+    } else if let Some(id) = report.source.strip_prefix("glance:") {
         text.push_str(&format!(
             "\nthe raw image is still there; when you have booted from the new one: openstack image delete {id}"
         ));

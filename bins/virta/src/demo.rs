@@ -13,7 +13,7 @@ use mini_glance::{Config, MiniGlance, data::Storing};
 use serde_json::json;
 use stages::{
     compare::{Compare, RawGuest},
-    convert::{self, JobError, Notices, Report, Source},
+    convert::{self, JobError, Notices, Options, Report, Source},
     glance::ranged_file::RangedFile,
     openstack::{CloudConfig, CloudFlags, Image, Session, config::Surroundings},
     progress::{Phase, Progress},
@@ -24,7 +24,7 @@ use tokio::runtime::Handle;
 
 use crate::{
     cli::DemoArgs,
-    convert::{options, proven, summary, watch_signals},
+    convert::{proven, summary, watch_signals},
     display::Display,
     exit,
 };
@@ -40,7 +40,7 @@ pub async fn run(arguments: DemoArgs) -> ExitCode {
     let display = Display::start(arguments.progress, &progress);
     let cancel = CancelToken::new();
     watch_signals(&cancel);
-    let result = demo(&arguments, &progress, &display, &cancel).await;
+    let result = demo(&progress, &display, &cancel).await;
     display.finish().await;
     match result {
         Ok((report, seconds)) => {
@@ -59,12 +59,7 @@ pub async fn run(arguments: DemoArgs) -> ExitCode {
     }
 }
 
-async fn demo(
-    arguments: &DemoArgs,
-    progress: &Progress,
-    display: &Display,
-    cancel: &CancelToken,
-) -> Result<(Report, f64), JobError> {
+async fn demo(progress: &Progress, display: &Display, cancel: &CancelToken) -> Result<(Report, f64), JobError> {
     let failed = |what: &str, error: &dyn std::error::Error| JobError::Refused(format!("{what}: {error}"));
     let config = Config { temporary_in: temporary_folder(), ..Config::default() };
     let service = MiniGlance::start(config).await.map_err(|error| failed("the image service did not start", &error))?;
@@ -97,7 +92,7 @@ async fn demo(
     display.note("the command on a cloud would be: virta convert glance:my-server-snapshot glance:my-server");
     let source = Source::glance(&session, "my-server-snapshot").await?;
     let notices: Arc<dyn Notices> = Arc::new(display.clone());
-    let options = options(&arguments.tuning);
+    let options = Options::default();
     let report = convert::to_glance::to_glance(&source, &session, "my-server", &options, progress, &notices, cancel).await?;
 
     let id = report.destination.trim_start_matches("glance:").to_owned();

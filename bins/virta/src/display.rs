@@ -127,7 +127,7 @@ impl Drawing {
             .is_some_and(|value| value.to_ascii_lowercase().contains("utf"));
         let bar = |name: &str| {
             let template = format!(
-                "{name:<9} {{bar:30}} {{percent:>3}}%  {{binary_bytes}} of {{binary_total_bytes}}  {{binary_bytes_per_sec}}  ETA {{eta}}  {{msg}}"
+                "{name:<9} {{bar:20}} {{percent:>3}}%  {{binary_bytes}} of {{binary_total_bytes}}  {{binary_bytes_per_sec}}  ETA {{eta}}  {{wide_msg}}"
             );
             let bar = if kind == Kind::Bars { bars.add(ProgressBar::hidden()) } else { ProgressBar::hidden() };
             if let Ok(style) = ProgressStyle::with_template(&template) {
@@ -225,7 +225,7 @@ fn plain_line(progress: &Progress, phase: Phase, elapsed: Duration) -> Option<St
     };
     match phase {
         Phase::Preparing => None,
-        Phase::Reading => Some(read()),
+        Phase::Reading => Some(format!("{}{}", read(), hash())),
         Phase::Uploading => Some(format!(
             "{}% uploaded: {} of {}{}",
             percent(progress.uploaded_bytes(), progress.image_bytes()),

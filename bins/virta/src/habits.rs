@@ -21,6 +21,7 @@ pub fn hint(arguments: impl IntoIterator<Item = OsString>) -> Option<String> {
             "-f" if matches!(next, Some("raw" | "qcow2")) => {
                 "-f is the output format here, as with openstack (table, json, value): the source's format is found from its bytes"
             }
+            "--compress" => "compression is not built yet: the image is stored uncompressed",
             "-S" | "-m" | "-t" | "-T" | "-o" => "that flag is qemu-img's; see virta help convert for what there is",
             _ => continue,
         };

@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     };
     let outcome = runtime.block_on(async {
         match cli.command {
-            cli::Command::Convert(arguments) => convert::run(arguments).await,
+            cli::Command::Convert(arguments) => convert::run(*arguments).await,
             cli::Command::Demo(arguments) => demo::run(arguments).await,
         }
     });

@@ -415,7 +415,7 @@ async fn a_store_that_is_too_small_fails_at_once_and_names_the_flag() {
     cloud
         .convert(&["--memory", "32M"])
         .await
-        .ends(1, &["full at guest offset 0x", "Raise --memory (now 32.0 MiB)", "local file"]);
+        .ends(1, &["guest offset 0x", "Raise --memory (now 32.0 MiB)", "needs --memory ", "local file"]);
     cloud.assert_nothing_made();
     cloud.convert(&["--memory", "1M"]).await.ends(2, &["--memory 1.0 MiB is too small"]);
     // into a file no store is needed

@@ -117,9 +117,9 @@ fn wrong_usage_ends_with_2_and_says_what_to_do() {
         (&["convert", "empty", "x.qcow2"], 1, &["is empty"]),
         (&["convert", "q", "x.qcow2"], 1, &["not a raw disk image but qcow2"]),
         (&["convert", "packed.raw", "x.qcow2"], 1, &["xz -dk packed.raw"]),
-        (&["convert", "disk.raw", "no/such/x.qcow2"], 1, &["no/such"]),
+        (&["convert", "disk.raw", "no/such/x.qcow2"], 2, &["there is no folder no/such"]),
         (&["convert", "disk.raw", "glance:x"], 2, &["Did you `source` the openrc"]),
-        (&["convert", "--compress", "zstd", "disk.raw", "x.qcow2"], 2, &["--compress"]),
+        (&["convert", "--compress", "zstd", "disk.raw", "x.qcow2"], 2, &["compression is not built yet"]),
     ] {
         ends(place, arguments, code, texts);
     }

@@ -62,6 +62,29 @@ impl Budget {
         format!("memory {}: {leases} in flight{store}, {} for the index", size(self.memory_bytes), size(self.index_bytes))
     }
 
+    /// What to know if the disk could hold more data than the store.
+    #[must_use]
+    pub fn store_warning(&self, source_bytes: u64) -> Option<String> {
+        (source_bytes > self.store_bytes).then(|| {
+            format!(
+                "there is room for {} of data, of up to {} on this disk: should it hold more, the run ends with what it needs",
+                size(self.store_bytes),
+                size(source_bytes)
+            )
+        })
+    }
+
+    /// A warning if more was asked for than there is.
+    #[must_use]
+    pub fn available_warning(&self) -> Option<String> {
+        let available = available_bytes().filter(|available| self.memory_bytes + BASE_BYTES > *available)?;
+        Some(format!(
+            "--memory {} is more than the {} that are free: the system may end this run",
+            size(self.memory_bytes),
+            size(available)
+        ))
+    }
+
     /// A warning if an index of the worst kind (every other cluster data) could pass its part.
     #[must_use]
     pub fn index_warning(&self, geometry: Geometry) -> Option<String> {

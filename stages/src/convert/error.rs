@@ -32,7 +32,7 @@ pub enum JobError {
     #[error(transparent)]
     Memory(#[from] MemoryTooSmall),
     /// A stage failed.
-    #[error("the conversion failed in its {stage} stage")]
+    #[error("the conversion failed ({stage})")]
     Stage {
         /// Which.
         stage: String,
@@ -138,7 +138,7 @@ impl JobError {
         match self {
             Self::Usage(_) | Self::Memory(_) | Self::Uring(_) => 2,
             Self::Output(OutputError::Exists { .. } | OutputError::Extension { .. } | OutputError::Device { .. }) => 2,
-            Self::Output(OutputError::Kind { .. } | OutputError::InTheWay { .. }) => 2,
+            Self::Output(OutputError::Kind { .. } | OutputError::InTheWay { .. } | OutputError::NoFolder { .. }) => 2,
             Self::Interrupted(_) => 130,
             Self::Verification(_) => 3,
             Self::LeftBehind { error, .. } => error.exit_code(),

@@ -156,6 +156,12 @@ pub async fn to_glance(
     if let Some(warning) = budget.index_warning(geometry) {
         notices.warn(&warning);
     }
+    if let Some(warning) = budget.store_warning(source.bytes()) {
+        notices.note(&warning);
+    }
+    if let Some(warning) = budget.available_warning() {
+        notices.warn(&warning);
+    }
     let expected = source.expected_hash();
     if expected.is_none() && matches!(source, Source::Glance { .. }) {
         notices.warn(

@@ -28,6 +28,14 @@ pub enum OutputError {
         /// Where the image is.
         kept: String,
     },
+    /// The folder it should be in is not there.
+    #[error("{path}: there is no folder {folder}")]
+    NoFolder {
+        /// The file.
+        path: String,
+        /// The folder.
+        folder: String,
+    },
     /// Its name promises another format.
     #[error("{path}: the extension .{extension} is not that of a qcow2 image; name it .qcow2")]
     Extension {
@@ -164,6 +172,10 @@ impl OutputFile {
             if OTHER_EXTENSIONS.contains(&lower.as_str()) {
                 return Err(OutputError::Extension { path: shown, extension: lower });
             }
+        }
+        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if !folder.is_dir() {
+            return Err(OutputError::NoFolder { path: shown, folder: folder.display().to_string() });
         }
         let partial = partial_of(&target);
         let file = Self::lock_partial(&partial)?;
@@ -408,6 +420,6 @@ mod tests {
         assert!(matches!(OutputFile::create(folder.path(), true), Err(OutputError::Kind { what: "a folder", .. })));
         assert!(matches!(OutputFile::create(Path::new("/dev/null"), true), Err(OutputError::Kind { .. })));
         let nowhere = folder.path().join("no/such/a.qcow2");
-        assert!(matches!(OutputFile::create(&nowhere, false), Err(OutputError::Io { .. })));
+        assert!(matches!(OutputFile::create(&nowhere, false), Err(OutputError::NoFolder { .. })));
     }
 }

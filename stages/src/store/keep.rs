@@ -20,9 +20,10 @@ const OVERHEAD_BYTES: u64 = 256;
 /// The store is full.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the snapshot holds more data than the {} of memory for it: full at guest offset {guest_offset:#x} of {virtual_bytes:#x}. \
-     Raise --memory (now {}), or convert to a local file, which needs no store",
-    size(*.limit_bytes), size(*.memory_bytes)
+    "the snapshot's data is more than the {} of memory for it: full after {}% of the disk (guest offset {guest_offset:#x} of \
+     {virtual_bytes:#x}); at this rate all of it needs --memory {}. Raise --memory (now {}), or convert to a local file, which needs \
+     64 MiB: virta convert SOURCE FILE.qcow2",
+    size(*.limit_bytes), percent(*.guest_offset, *.virtual_bytes), needed(self), size(*.memory_bytes)
 )]
 pub struct StoreFull {
     /// The store's part of the memory budget, bytes.
@@ -33,6 +34,17 @@ pub struct StoreFull {
     pub guest_offset: u64,
     /// Size of the disk.
     pub virtual_bytes: u64,
+}
+
+fn percent(part: u64, whole: u64) -> u64 {
+    part.saturating_mul(100) / whole.max(1)
+}
+
+/// What the rest of the disk would ask for if it is like its beginning, and some.
+fn needed(full: &StoreFull) -> String {
+    let part = u128::from(full.guest_offset.max(1));
+    let all = u128::from(full.memory_bytes) * u128::from(full.virtual_bytes) / part;
+    format!("{}M", (all >> 20) * 5 / 4 + 1)
 }
 
 /// Memory for data clusters. Clones share one limit.
