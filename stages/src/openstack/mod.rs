@@ -3,6 +3,7 @@
 //! | module | noun |
 //! |---|---|
 //! | [`config`] | which cloud, whose credentials: clouds.yaml, secure.yaml, `OS_*`, flags |
+//! | [`surroundings`] | the files and variables that say so |
 //! | [`http`] | clients: trust store, `OS_CACERT`, proxies, no total time-out |
 //! | [`session`] | a token that renews itself, the catalog, requests with it |
 //! | [`image`] | images: find, create, change, delete; what carries over to a converted one |
@@ -23,6 +24,7 @@ pub mod error;
 pub mod http;
 pub mod image;
 pub mod session;
+pub mod surroundings;
 
 pub use config::{CloudConfig, CloudFlags, ConfigError};
 pub use error::ApiError;
