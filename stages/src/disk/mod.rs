@@ -78,3 +78,15 @@ pub fn choose_backend(mode: IoMode, folder: &Path) -> Result<Backend, UringDenie
         (Err(source), _) => Err(UringDenied { folder: folder.display().to_string(), source }),
     }
 }
+
+/// What a path leads to, if it is neither a file nor a block device.
+fn no_file(kind: std::fs::FileType) -> Option<&'static str> {
+    use std::os::unix::fs::FileTypeExt;
+    let kinds = [
+        (kind.is_dir(), "a folder"),
+        (kind.is_fifo(), "a FIFO"),
+        (kind.is_char_device(), "a character device"),
+        (kind.is_socket(), "a socket"),
+    ];
+    kinds.into_iter().find_map(|(is, name)| is.then_some(name))
+}

@@ -148,17 +148,7 @@ impl OutputFile {
                     }
                     return Self::open_device(target);
                 }
-                let what = if kind.is_dir() {
-                    Some("a folder")
-                } else if kind.is_fifo() {
-                    Some("a FIFO")
-                } else if kind.is_char_device() {
-                    Some("a character device")
-                } else if kind.is_socket() {
-                    Some("a socket")
-                } else {
-                    None
-                };
+                let what = super::no_file(kind);
                 if let Some(what) = what {
                     return Err(OutputError::Kind { path: shown, what });
                 }

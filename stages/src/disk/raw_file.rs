@@ -100,17 +100,7 @@ impl RawFile {
         let shown = || path.display().to_string();
         let io = |action| move |source| SourceError::Io { action, path: path.display().to_string(), source };
         let kind = std::fs::metadata(path).map_err(io("open"))?.file_type();
-        let what = if kind.is_dir() {
-            Some("a folder")
-        } else if kind.is_fifo() {
-            Some("a FIFO")
-        } else if kind.is_char_device() {
-            Some("a character device")
-        } else if kind.is_socket() {
-            Some("a socket")
-        } else {
-            None
-        };
+        let what = super::no_file(kind);
         if let Some(what) = what {
             return Err(SourceError::Kind { path: shown(), what });
         }
