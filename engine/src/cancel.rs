@@ -59,6 +59,29 @@ struct Shared {
     wake: (channel::Sender<()>, channel::Receiver<()>),
 }
 
+impl Shared {
+    fn cancel(&self, cause: Cause) {
+        {
+            let mut kept = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
+            let later = |error| self.later_failures.lock().unwrap_or_else(PoisonError::into_inner).push(error);
+            match (&kept.cause, cause) {
+                // Whoever shares the token has told the cause: what comes now are its consequences.
+                (_, Cause::Failed(error)) if kept.told => later(error),
+                (_, _) if kept.told => {}
+                (None, cause) => kept.cause = Some(cause),
+                (Some(Cause::Abandoned { .. }), cause @ (Cause::Failed(_) | Cause::Requested(_))) => kept.cause = Some(cause),
+                (Some(_), Cause::Failed(error)) => later(error),
+                (Some(_), _) => {}
+            }
+        }
+        self.cancelled.store(true, Ordering::SeqCst);
+        self.wake.0.close();
+        for hook in self.hooks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            hook(true);
+        }
+    }
+}
+
 /// Cancels a run, or tells whether it is. Clones are the same token.
 #[derive(Clone)]
 pub struct CancelToken(Arc<Shared>);
@@ -82,27 +105,19 @@ impl CancelToken {
         }))
     }
 
+    /// A token that is cancelled with this one, and can be cancelled without it: for a part of a job that may fail and be tried
+    /// again while the rest goes on.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        let child = Self::new();
+        self.on_cancel(&child.0, |shared| shared.cancel(Cause::Requested("cancelled with the job it is a part of".to_owned())));
+        child
+    }
+
     /// Cancels, keeping `cause` if it is the first. [`Cause::Abandoned`] gives way to a later real cause: a
     /// failing stage drops its ports before its error is known.
     pub fn cancel(&self, cause: Cause) {
-        {
-            let mut kept = self.0.cause.lock().unwrap_or_else(PoisonError::into_inner);
-            let later = |error| self.0.later_failures.lock().unwrap_or_else(PoisonError::into_inner).push(error);
-            match (&kept.cause, cause) {
-                // Whoever shares the token has told the cause: what comes now are its consequences.
-                (_, Cause::Failed(error)) if kept.told => later(error),
-                (_, _) if kept.told => {}
-                (None, cause) => kept.cause = Some(cause),
-                (Some(Cause::Abandoned { .. }), cause @ (Cause::Failed(_) | Cause::Requested(_))) => kept.cause = Some(cause),
-                (Some(_), Cause::Failed(error)) => later(error),
-                (Some(_), _) => {}
-            }
-        }
-        self.0.cancelled.store(true, Ordering::SeqCst);
-        self.0.wake.0.close();
-        for hook in self.0.hooks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            hook(true);
-        }
+        self.0.cancel(cause);
     }
 
     /// Was it cancelled?

@@ -11,6 +11,7 @@ use std::{
 use engine::{BlockingStage, ErrorKind, Inlet, NoInput, NoOutput, Outlet, StageContext, StageError};
 
 use crate::{
+    disk::RawFile,
     progress::Progress,
     qcow2::{Mapping, Qcow2, Qcow2Error},
     read_at::ReadAt,
@@ -26,7 +27,7 @@ pub enum Difference {
     /// A byte differs.
     #[error("the images differ: first at guest offset {guest_offset:#x}")]
     Byte {
-        /// The first one found by this worker.
+        /// The first one.
         guest_offset: u64,
     },
     /// The disks are of different sizes.
@@ -64,6 +65,22 @@ impl<R: ReadAt + Send> GuestBytes for RawGuest<R> {
     }
 }
 
+impl GuestBytes for RawFile {
+    fn virtual_bytes(&self) -> u64 {
+        self.bytes()
+    }
+
+    fn read(&self, guest_offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        if let Some(run) = self.run_at(guest_offset).map_err(io::Error::other)?
+            && !run.data
+            && run.end - guest_offset >= to_u64(buf.len())
+        {
+            return Ok(false);
+        }
+        self.file().read_exact_at(guest_offset, buf).map(|()| true)
+    }
+}
+
 impl<R: ReadAt + Send> GuestBytes for Qcow2<R> {
     fn virtual_bytes(&self) -> u64 {
         Self::virtual_bytes(self)
@@ -80,7 +97,7 @@ impl<R: ReadAt + Send> GuestBytes for Qcow2<R> {
     }
 }
 
-/// Source and sink at once: several workers compare two images, each with its own readers.
+/// Source and sink at once: several workers compare two images, each with its own readers. What they find is in `first`.
 ///
 /// Sizes may differ by what a qcow2 rounds up to 512 bytes; those bytes have to be zero.
 pub struct Compare {
@@ -90,6 +107,8 @@ pub struct Compare {
     pub b: Box<dyn GuestBytes>,
     /// How far the workers are, together.
     pub cursor: Arc<AtomicU64>,
+    /// The first guest offset that differs, of all workers; `u64::MAX` while there is none.
+    pub first: Arc<AtomicU64>,
     /// Told how far they are.
     pub progress: Progress,
 }
@@ -109,7 +128,8 @@ impl BlockingStage for Compare {
         loop {
             cx.cancel.check()?;
             let start = self.cursor.fetch_add(STEP_BYTES, Relaxed);
-            if start >= total {
+            // what comes before a difference that was found is still looked at
+            if start >= total || start > self.first.load(Relaxed) {
                 break;
             }
             let bytes = to_usize(STEP_BYTES.min(total - start));
@@ -125,7 +145,8 @@ impl BlockingStage for Compare {
             if !same {
                 let byte = |has: bool, bytes: &[u8], at: usize| if has { bytes[at] } else { 0 };
                 let at = (0..bytes).find(|&at| byte(has_a, a, at) != byte(has_b, b, at)).unwrap_or(0);
-                return Err(StageError::new(ErrorKind::InvalidData, Difference::Byte { guest_offset: start + to_u64(at) }));
+                self.first.fetch_min(start + to_u64(at), Relaxed);
+                break;
             }
             self.progress.add_verified(to_u64(bytes));
         }
@@ -135,7 +156,7 @@ impl BlockingStage for Compare {
 }
 
 /// Reads, with zeros for what lies past the disk's end.
-fn read_padded(image: &dyn GuestBytes, start: u64, buf: &mut [u8]) -> io::Result<bool> {
+pub(crate) fn read_padded(image: &dyn GuestBytes, start: u64, buf: &mut [u8]) -> io::Result<bool> {
     let there = to_usize(image.virtual_bytes().saturating_sub(start)).min(buf.len());
     let (inside, outside) = buf.split_at_mut(there);
     outside.fill(0);

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use engine::{Item, Lease, Slice};
 
-use crate::units::{GuestRange, HostOffset};
+use crate::units::{ClusterBits, GuestRange, to_usize};
 
 /// Largest run of guest bytes that travels with data, and the size of a lease: 2 MiB, one cluster of the largest
 /// size. Smaller items would drown in channel cost, larger ones hold memory without speeding anything up; see
@@ -52,6 +52,26 @@ pub struct FateRun {
     pub fate: Fate,
 }
 
+/// What is remembered of a data cluster: how many bytes its stored form has, and a digest of its guest bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The cluster size for one that is stored as it is, less for a compressed one.
+    pub stored_bytes: u32,
+    /// 128 bits over the guest bytes, padded to the whole cluster; see [`crate::compress::encode::digest`].
+    pub digest: [u32; 4],
+}
+
+/// The bytes of an extent's data clusters.
+#[derive(Debug)]
+pub enum Stored {
+    /// There are none: every cluster is zero.
+    Nothing,
+    /// All of the extent's bytes, padded with zeros to whole clusters.
+    Whole(Slice),
+    /// The data clusters alone, one after the other, each in the form that its record tells.
+    Packed(Bytes),
+}
+
 /// An extent whose clusters have their fate.
 #[derive(Debug)]
 pub struct Classified {
@@ -59,8 +79,46 @@ pub struct Classified {
     pub guest: GuestRange,
     /// The fates of its clusters, from the first to the last; together they cover `guest`.
     pub runs: Vec<FateRun>,
-    /// All of the extent's bytes, padded with zeros to whole clusters; `None` where every cluster is zero.
-    pub payload: Option<Slice>,
+    /// One for each data cluster, in order; empty before they were made, for who needs none.
+    pub records: Vec<Record>,
+    /// The data clusters' bytes.
+    pub stored: Stored,
+}
+
+impl Classified {
+    /// An extent of zeros.
+    #[must_use]
+    pub fn zeros(guest: GuestRange, cluster_bits: ClusterBits) -> Self {
+        let runs = vec![FateRun { clusters: cluster_bits.clusters_for(guest.bytes()), fate: Fate::Zero }];
+        Self { guest, runs, records: Vec::new(), stored: Stored::Nothing }
+    }
+
+    /// The runs with their guest ranges; the last range ends with the disk, not with its cluster.
+    pub fn ranges(&self, cluster_bits: ClusterBits) -> impl Iterator<Item = (GuestRange, FateRun)> + '_ {
+        let mut at = 0;
+        self.runs.iter().map(move |run| {
+            let padded = run.clusters * cluster_bits.cluster_bytes();
+            let range = GuestRange::new(self.guest.start.0 + at, padded.min(self.guest.bytes() - at));
+            at += padded;
+            (range, *run)
+        })
+    }
+
+    /// Indices of the data clusters within the extent.
+    pub fn data_clusters(&self) -> impl Iterator<Item = usize> + '_ {
+        let mut first = 0;
+        self.runs.iter().flat_map(move |run| {
+            let clusters = first..first + to_usize(run.clusters);
+            first = clusters.end;
+            if run.fate == Fate::Data { clusters } else { 0..0 }
+        })
+    }
+
+    /// Guest bytes of the data runs, not counting what pads the last cluster.
+    #[must_use]
+    pub fn data_bytes(&self, cluster_bits: ClusterBits) -> u64 {
+        self.ranges(cluster_bits).filter(|(_, run)| run.fate == Fate::Data).map(|(range, _)| range.bytes()).sum()
+    }
 }
 
 impl Item for Classified {
@@ -69,19 +127,34 @@ impl Item for Classified {
     }
 }
 
-/// Where the bytes of a run are now.
-#[derive(Clone, Debug)]
+/// Where in its home a run of guest bytes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// Nowhere: they are zeros.
     Zeros,
-    /// In the qcow2 file, contiguous.
-    Host(HostOffset),
-    /// In the cluster store: whole clusters.
+    /// As they are, contiguous, from this byte of the home on.
+    Plain(u64),
+    /// One cluster, compressed into so many bytes from this byte of the home on.
+    Compressed(u64, u32),
+}
+
+/// What holds an extent's data clusters now.
+#[derive(Clone, Debug)]
+pub enum Home {
+    /// Nothing: it has none.
+    Nowhere,
+    /// The qcow2 file; places are host offsets.
+    File,
+    /// The cluster store's memory, packed.
     Memory(Bytes),
+    /// The scratch file, packed; places are file offsets, the first of them is given here.
+    Scratch(u64),
+    /// Nothing will keep them: they are here until the hash lane has passed, and are read again later.
+    Passing(Bytes),
 }
 
 /// A part of an extent that is in one place.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct PlacedRun {
     /// Which guest bytes; not padded, so the disk's last run may end inside a cluster.
     pub guest: GuestRange,
@@ -89,17 +162,57 @@ pub struct PlacedRun {
     pub place: Place,
 }
 
-/// An extent whose bytes are safe: written, stored, or known to be zero.
+/// An extent whose bytes are safe: written, stored, known to be zero, or known to be readable again.
 #[derive(Clone, Debug)]
 pub struct Placed {
     /// Which guest bytes.
     pub guest: GuestRange,
     /// Its parts in guest order; together they cover `guest`.
     pub runs: Vec<PlacedRun>,
+    /// One for each data cluster, in order, where somebody needs them.
+    pub records: Vec<Record>,
+    /// Where its data is.
+    pub home: Home,
 }
 
 impl Item for Placed {
     fn bytes(&self) -> u64 {
         self.guest.bytes()
+    }
+}
+
+impl Placed {
+    /// The runs of an extent whose data clusters are packed from byte `first` of their home on.
+    #[must_use]
+    pub fn packed_runs(classified: &Classified, cluster_bits: ClusterBits, first: u64) -> Vec<PlacedRun> {
+        let cluster_bytes = cluster_bits.cluster_bytes();
+        let mut runs: Vec<PlacedRun> = Vec::with_capacity(classified.runs.len());
+        let mut records = classified.records.iter();
+        let mut at = first;
+        for (range, run) in classified.ranges(cluster_bits) {
+            if run.fate == Fate::Zero {
+                runs.push(PlacedRun { guest: range, place: Place::Zeros });
+                continue;
+            }
+            let mut plain_from = None; // of a run of clusters that are stored as they are
+            let mut guest_at = range.start.0;
+            while guest_at < range.end.0 {
+                let guest = GuestRange::new(guest_at, cluster_bytes.min(range.end.0 - guest_at));
+                let stored = records.next().map_or(cluster_bytes, |record| u64::from(record.stored_bytes));
+                if stored == cluster_bytes {
+                    match (plain_from, runs.last_mut()) {
+                        (Some(()), Some(last)) => last.guest.end = guest.end,
+                        _ => runs.push(PlacedRun { guest, place: Place::Plain(at) }),
+                    }
+                    plain_from = Some(());
+                } else {
+                    runs.push(PlacedRun { guest, place: Place::Compressed(at, u32::try_from(stored).unwrap_or(u32::MAX)) });
+                    plain_from = None;
+                }
+                at += stored;
+                guest_at = guest.end.0;
+            }
+        }
+        runs
     }
 }

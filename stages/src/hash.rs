@@ -6,10 +6,12 @@ use engine::{BlockingStage, ErrorKind, Inlet, NoOutput, Outlet, StageContext, St
 use md5::Digest as _;
 
 use crate::{
-    extent::{Place, Placed},
+    compress::{Codec, Decoder},
+    extent::{Home, Place, Placed},
     progress::Progress,
     read_at::ReadAt,
-    units::{to_u64, to_usize},
+    units::{ClusterBits, to_u64, to_usize},
+    watermark::Watermark,
 };
 
 /// A digest under way.
@@ -102,22 +104,28 @@ pub struct HashMismatch {
     pub actual: String,
 }
 
-/// Bytes read back at once from the image under construction.
-const READ_BYTES: usize = 1 << 20;
+/// Bytes read back at once from the image under construction: no compressed cluster is longer.
+const READ_BYTES: usize = 2 << 20;
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 /// Sink: takes extents in guest order, wherever their bytes are now, and checks the source's hash over them.
 ///
-/// The lane holds no lease. It reads what the store keeps or what was written to the file, so it may lag behind the
-/// fetch as far as its port is long, and what it proves is not only that the right bytes arrived but that they
-/// are the ones in the store or in the file.
+/// The lane holds no lease. It reads what the store keeps or what was written to the file, decompresses it where it is compressed, and
+/// may lag behind the fetch as far as its port is long: what it proves is not only that the right bytes arrived but that
+/// they are the ones in the store or in the file. What nothing keeps passes it before it is let go.
 pub struct HashLane {
     /// What the digest has to be; `None` where there is nothing to check: then it only drains its port.
     pub expected: Option<ExpectedHash>,
-    /// The file that [`Place::Host`] speaks of.
+    /// The file that [`Home::File`] or [`Home::Scratch`] speaks of.
     pub file: Option<File>,
+    /// Cluster size.
+    pub cluster_bits: ClusterBits,
+    /// How compressed clusters are compressed.
+    pub codec: Option<Codec>,
     /// Told how far it is.
     pub progress: Progress,
+    /// Told what it has passed.
+    pub watermark: Option<Watermark>,
 }
 
 impl BlockingStage for HashLane {
@@ -132,27 +140,35 @@ impl BlockingStage for HashLane {
             })?),
             None => None,
         };
-        let mut buffer = Vec::new();
+        let mut decoder = self.codec.map(Decoder::new);
+        let (mut buffer, mut cluster) = (Vec::new(), Vec::new());
+        let mut passing = false;
         while let Some(placed) = inlet.recv_blocking()? {
-            let Some(hasher) = hasher.as_mut() else { continue };
-            for run in placed.runs {
-                let bytes = run.guest.bytes();
-                match run.place {
-                    Place::Zeros => hash_zeros(hasher, bytes),
-                    Place::Memory(stored) => hasher.update(&stored[..to_usize(bytes)]),
-                    Place::Host(host) => {
-                        let file = self.file.as_ref().ok_or_else(|| StageError::bug("bytes in a file, but no file"))?;
-                        buffer.resize(READ_BYTES, 0);
-                        let mut done = 0;
-                        while done < bytes {
-                            let part = &mut buffer[..to_usize(bytes - done).min(READ_BYTES)];
-                            file.read_exact_at(host.0 + done, part).map_err(|error| StageError::new(ErrorKind::Io, error))?;
-                            hasher.update(part);
-                            done += to_u64(part.len());
+            passing |= matches!(placed.home, Home::Passing(_));
+            let end = placed.guest.end.0;
+            if let Some(hasher) = hasher.as_mut() {
+                for run in &placed.runs {
+                    let bytes = run.guest.bytes();
+                    match run.place {
+                        Place::Zeros => hash_zeros(hasher, bytes),
+                        Place::Plain(at) => self.each_part(&placed.home, at, bytes, &mut buffer, |part| hasher.update(part))?,
+                        Place::Compressed(at, stored) => {
+                            cluster.resize(to_usize(self.cluster_bits.cluster_bytes()), 0);
+                            let decoder = decoder.as_mut().ok_or_else(|| StageError::bug("compressed bytes, but no codec"))?;
+                            let mut decoded = Ok(());
+                            self.each_part(&placed.home, at, u64::from(stored), &mut buffer, |part| {
+                                decoded = decoder.decode(part, &mut cluster);
+                            })?;
+                            decoded.map_err(|error| StageError::new(ErrorKind::InvalidData, error))?;
+                            hasher.update(&cluster[..to_usize(bytes)]);
                         }
                     }
+                    self.progress.add_hashed(bytes);
                 }
-                self.progress.add_hashed(bytes);
+            }
+            drop(placed);
+            if let Some(watermark) = self.watermark.as_ref().filter(|_| passing) {
+                watermark.advance(end);
             }
         }
         let actual = hasher.map(Hasher::finish);
@@ -164,6 +180,39 @@ impl BlockingStage for HashLane {
         }
         outlet.finish();
         Ok(self.expected)
+    }
+}
+
+impl HashLane {
+    /// Lets `take` have bytes `[at, at + bytes)` of `home`; in one part if they are at most [`READ_BYTES`].
+    fn each_part(
+        &self,
+        home: &Home,
+        at: u64,
+        bytes: u64,
+        buffer: &mut Vec<u8>,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<(), StageError> {
+        let first = match home {
+            Home::Memory(stored) | Home::Passing(stored) => {
+                let part = stored.get(to_usize(at)..to_usize(at + bytes));
+                take(part.ok_or_else(|| StageError::bug("bytes were let go before the hash lane"))?);
+                return Ok(());
+            }
+            Home::Scratch(first) => first + at,
+            Home::File => at,
+            Home::Nowhere => return Err(StageError::bug("data clusters that are nowhere")),
+        };
+        let file = self.file.as_ref().ok_or_else(|| StageError::bug("bytes in a file, but no file"))?;
+        buffer.resize(READ_BYTES, 0);
+        let mut done = 0;
+        while done < bytes {
+            let part = &mut buffer[..to_usize(bytes - done).min(READ_BYTES)];
+            file.read_exact_at(first + done, part).map_err(|error| StageError::new(ErrorKind::Io, error))?;
+            take(part);
+            done += to_u64(part.len());
+        }
+        Ok(())
     }
 }
 

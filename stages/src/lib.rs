@@ -19,6 +19,7 @@
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
 pub mod compare;
+pub mod compress;
 pub mod convert;
 pub mod disk;
 pub mod extent;
@@ -32,4 +33,5 @@ pub mod read_at;
 pub mod store;
 pub mod text;
 pub mod units;
+pub mod watermark;
 pub mod zero;

@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
 };
 
-use crate::{extent::Classified, units::ClusterBits, zero::classify::data_bytes};
+use crate::{extent::Classified, units::ClusterBits};
 
 /// What a conversion is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,11 @@ struct Counters {
     surveyed_bytes: AtomicU64,
     zero_bytes: AtomicU64,
     data_bytes: AtomicU64,
+    stored_bytes: AtomicU64,
     fetched_bytes: AtomicU64,
+    reread_bytes: AtomicU64,
+    retried_bytes: AtomicU64,
+    scratch_bytes: AtomicU64,
     hashed_bytes: AtomicU64,
     hash_expected: AtomicU64,
     image_bytes: AtomicU64,
@@ -68,8 +72,16 @@ impl Progress {
         zero_bytes, add_zero;
         /// Of those, in clusters that are stored.
         data_bytes, add_data;
+        /// What compressed data clusters take so far.
+        stored_bytes, add_stored;
         /// Bytes received from Glance.
         fetched_bytes, add_fetched;
+        /// Of those, received a second time because nothing kept them, or to verify.
+        reread_bytes, add_reread;
+        /// Of those, received again after an error or a pause.
+        retried_bytes, add_retried;
+        /// Bytes written to the scratch file.
+        scratch_bytes, add_scratch;
         /// Guest bytes the source hash has covered.
         hashed_bytes, add_hashed;
         /// Bytes of the image handed to the connection.
@@ -137,7 +149,7 @@ impl Progress {
 
     /// An extent has its fates.
     pub fn surveyed(&self, classified: &Classified, cluster_bits: ClusterBits) {
-        let data = data_bytes(classified, cluster_bits);
+        let data = classified.data_bytes(cluster_bits);
         self.add_surveyed(classified.guest.bytes());
         self.add_data(data);
         self.add_zero(classified.guest.bytes() - data);

@@ -14,6 +14,7 @@ use engine::{
     StageContext, StageError, TokioLocal, testing::assert_conserves,
 };
 use stages::{
+    compress::{Codec, Compression, EncodeClusters},
     disk::{
         pwrite::PwriteQueue,
         queue::WriteQueue,
@@ -24,13 +25,14 @@ use stages::{
     extent::{Classified, Extent, Payload, Placed},
     hash::{ExpectedHash, HashLane, Hasher},
     progress::Progress,
-    qcow2::{Geometry, Qcow2, verify},
+    qcow2::{Qcow2, verify},
     store::Collect,
     units::{ClusterBits, GuestRange, to_u64, to_usize},
     zero::classify::classify,
 };
 
 const BITS: u32 = 16;
+const CODEC: Codec = Codec::Zstd;
 
 /// A source of extents out of memory, 256 KiB each, in the order given.
 struct Memory {
@@ -61,7 +63,10 @@ impl BlockingStage for Memory {
             lease[..end - start].copy_from_slice(&self.raw[start..end]);
             let guest = GuestRange::new(to_u64(start), to_u64(end - start));
             let extent = Extent { guest, payload: Payload::Bytes(lease) };
-            outlet.send_blocking(classify(extent, ClusterBits::from_bits(BITS).unwrap()))?;
+            let bits = ClusterBits::from_bits(BITS).unwrap();
+            // every other extent compressed: both kinds of clusters meet in one file
+            let mut encoder = EncodeClusters::new(bits, (number % 2 == 0).then(|| Compression::new(CODEC)), Progress::default());
+            outlet.send_blocking(encoder.encode(classify(extent, bits)))?;
         }
         outlet.finish();
         Ok(())
@@ -92,7 +97,7 @@ struct Outcome {
 /// Runs source, writer, collector and hash lane.
 async fn run<S>(
     executor: impl engine::LocalExecutor,
-    build: impl FnOnce(Geometry) -> S + Send + 'static,
+    build: impl FnOnce() -> S + Send + 'static,
     backwards: bool,
     cancel_after: Option<u64>,
     file: Option<File>,
@@ -103,16 +108,28 @@ where
     let raw = raw();
     let cancel = CancelToken::new();
     let pool = BufferPool::new(6, 1 << 20, 4096, &cancel);
-    let geometry = Geometry::new(to_u64(raw.len()), ClusterBits::from_bits(BITS).unwrap()).unwrap();
     let mut hasher = Hasher::new("sha256").unwrap();
     hasher.update(&raw);
     let expected = file.is_some().then(|| ExpectedHash { algorithm: "sha256".to_owned(), value: hasher.finish() });
     let source_bytes = to_u64(raw.len());
     let mut source = Some(Memory { raw, pool: pool.clone(), backwards, cancel_after });
-    let mut collect = Some(Collect { geometry, source_bytes, index_limit_bytes: 1 << 20 });
-    let mut lane = Some(HashLane { expected, file, progress: Progress::default() });
+    let mut collect = Some(Collect {
+        cluster_bits: ClusterBits::DEFAULT,
+        source_bytes: Some(source_bytes),
+        index_limit_bytes: 1 << 20,
+        survey: false,
+        watermark: None,
+    });
+    let mut lane = Some(HashLane {
+        expected,
+        file,
+        cluster_bits: ClusterBits::DEFAULT,
+        codec: Some(CODEC),
+        progress: Progress::default(),
+        watermark: None,
+    });
     let pipeline = Pipeline::new(&cancel).threads("source", 1, || source.take().unwrap());
-    let (pipeline, report) = pipeline.ring_reporting("write", executor, move || Ok(build(geometry)));
+    let (pipeline, report) = pipeline.ring_reporting("write", executor, move || Ok(build()));
     let pipeline: Pipeline<NoOutput> =
         pipeline.threads("collect", 1, || collect.take().unwrap()).port(100).threads("hash", 1, || lane.take().unwrap());
     let result = pipeline.start(&tokio::runtime::Handle::current()).join().await;
@@ -123,8 +140,9 @@ where
     Outcome { result, pool }
 }
 
-fn writer<Q: WriteQueue>(queue: Q, geometry: Geometry) -> WriteImage<Q> {
-    WriteImage { queue, geometry, sync: true, index_limit_bytes: 1 << 20 }
+fn writer<Q: WriteQueue>(queue: Q) -> WriteImage<Q> {
+    let cluster_bits = ClusterBits::from_bits(BITS).unwrap();
+    WriteImage { queue, cluster_bits, codec: Some(CODEC), sync: true, index_limit_bytes: 1 << 20 }
 }
 
 fn assert_is_the_image(file: &[u8]) {
@@ -142,9 +160,9 @@ async fn on_a_real_file(folder: &Path, ring: bool) {
         let file = open();
         let lane = Some(file.try_clone().unwrap());
         let outcome = if ring {
-            run(UringExecutor, move |geometry| writer(UringQueue::new(file, 4).unwrap(), geometry), backwards, None, lane).await
+            run(UringExecutor, move || writer(UringQueue::new(file, 4).unwrap()), backwards, None, lane).await
         } else {
-            run(TokioLocal, move |geometry| writer(PwriteQueue::new(file, 4, 2).unwrap(), geometry), backwards, None, lane).await
+            run(TokioLocal, move || writer(PwriteQueue::new(file, 4, 2).unwrap()), backwards, None, lane).await
         };
         let report = outcome.result.unwrap();
         let bytes = std::fs::read(&path).unwrap();
@@ -175,7 +193,7 @@ async fn on_a_simulated_disk(behaviour: Behaviour, cancel_after: Option<u64>) ->
     let disk = Arc::new(Mutex::new(Disk::default()));
     let for_writer = Arc::clone(&disk);
     let outcome =
-        run(TokioLocal, move |geometry| writer(SimQueue::new(for_writer, behaviour), geometry), false, cancel_after, None).await;
+        run(TokioLocal, move || writer(SimQueue::new(for_writer, behaviour)), false, cancel_after, None).await;
     (outcome, disk)
 }
 

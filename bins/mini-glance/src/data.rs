@@ -59,17 +59,30 @@ pub struct BodyFault {
     cut_after: Option<u64>,
     stall_after: Option<(u64, Duration)>,
     corrupt: bool,
+    overlong: bool,
+    changed_tail: bool,
 }
 
 impl BodyFault {
     /// Takes what the service was told to do to the next body.
     pub fn take(faults: &mut Faults) -> Self {
         let at = faults.cut_after_bytes;
+        faults.gets_of_data += 1;
         Self {
+            overlong: Faults::take(&mut faults.overlong_gets),
+            changed_tail: faults.changed_tail_after_gets.is_some_and(|after| faults.gets_of_data > after),
             cut_after: Faults::take(&mut faults.cut_gets).then_some(at),
             stall_after: Faults::take(&mut faults.stalling_gets).then_some((at, faults.stall)),
             corrupt: Faults::take(&mut faults.corrupt_gets),
         }
+    }
+}
+
+impl BodyFault {
+    /// Does the body go on past its end?
+    #[must_use]
+    pub const fn is_overlong(self) -> bool {
+        self.overlong
     }
 }
 
@@ -79,6 +92,7 @@ struct FileBody {
     at: u64,
     end: u64,
     sent: u64,
+    file_bytes: u64,
     fault: BodyFault,
     pause: Option<Pin<Box<tokio::time::Sleep>>>,
 }
@@ -93,7 +107,8 @@ impl http_body::Body for FileBody {
             self.pause = None;
         }
         if self.at >= self.end {
-            return Poll::Ready(None);
+            let more = std::mem::take(&mut self.fault.overlong);
+            return Poll::Ready(more.then(|| Ok(Frame::data(Bytes::from_static(b"what does not belong here")))));
         }
         let mut chunk = usize::try_from(self.end - self.at).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
         if let Some(cut) = self.fault.cut_after {
@@ -117,13 +132,16 @@ impl http_body::Body for FileBody {
         if std::mem::take(&mut self.fault.corrupt) {
             bytes[chunk / 2] ^= 1;
         }
+        if self.fault.changed_tail && self.at + chunk as u64 == self.file_bytes {
+            bytes[chunk - 1] ^= 1;
+        }
         self.at += chunk as u64;
         self.sent += chunk as u64;
         Poll::Ready(Some(Ok(Frame::data(bytes.into()))))
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.end - self.at)
+        if self.fault.overlong { SizeHint::default() } else { SizeHint::with_exact(self.end - self.at) }
     }
 }
 
@@ -133,7 +151,8 @@ impl http_body::Body for FileBody {
 /// If it cannot be opened.
 pub fn body(path: &Path, start: u64, end: u64, fault: BodyFault) -> io::Result<Body> {
     let file = File::open(path)?;
-    Ok(FileBody { file, at: start, end, sent: 0, fault, pause: None }.boxed())
+    let file_bytes = file.metadata()?.len();
+    Ok(FileBody { file, at: start, end, sent: 0, file_bytes, fault, pause: None }.boxed())
 }
 
 /// A file being stored: written sparsely, with the digests that Glance keeps.

@@ -53,6 +53,20 @@ pub struct Faults {
     pub corrupt_puts: bool,
     /// So many PUTs of data are cut off after `cut_after_bytes`.
     pub cut_puts: u32,
+    /// So many PUTs of data get 503 first.
+    pub failing_puts: u32,
+    /// So many PUTs end as if their worker was killed halfway: no answer, and the image stays `saving`.
+    pub dying_puts: u32,
+    /// In so many PUTs the image is deleted halfway: 410.
+    pub vanishing_puts: u32,
+    /// So many PUTs stop reading for `stall` after `cut_after_bytes`.
+    pub stalling_puts: u32,
+    /// So many GETs of data get a body that goes on past its end. Their length is not announced.
+    pub overlong_gets: u32,
+    /// From so many GETs of data on, the image's last bytes are other ones.
+    pub changed_tail_after_gets: Option<u32>,
+    /// GETs of data so far.
+    pub gets_of_data: u32,
     /// Bytes that `/v2/info/usage` says are left; `None` for no such limit.
     pub quota_left_bytes: Option<u64>,
     /// A pause before each answer.

@@ -70,6 +70,7 @@ impl Tokens {
             "expires_at": text(end),
             "catalog": [
                 { "id": "k", "type": "identity", "name": "keystone", "endpoints": endpoint(format!("{base}/v3")) },
+                { "id": "n", "type": "compute", "name": "nova", "endpoints": endpoint(format!("{base}/compute/v2.1")) },
                 { "id": "g", "type": "image", "name": "glance", "endpoints": endpoint(base.to_owned()) },
             ],
         } });

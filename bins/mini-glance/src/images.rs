@@ -29,6 +29,10 @@ pub struct Record {
     pub data: Option<PathBuf>,
     /// A refused upload left a file in the store: each further PUT fails.
     pub spoiled: bool,
+    /// Projects that it is shared with.
+    pub members: Vec<String>,
+    /// Others use it: it cannot be deleted.
+    pub in_use: bool,
 }
 
 impl Record {
@@ -42,6 +46,13 @@ impl Record {
     #[must_use]
     pub fn size(&self) -> Option<u64> {
         self.shown.get("size").and_then(Value::as_u64)
+    }
+
+    /// Its members, as the API shows them.
+    #[must_use]
+    pub fn members_shown(&self, id: &str) -> Value {
+        let member = |project: &String| json!({ "member_id": project, "image_id": id, "status": "pending", "schema": "/v2/schemas/member" });
+        json!({ "members": self.members.iter().map(member).collect::<Vec<_>>(), "schema": "/v2/schemas/members" })
     }
 
     /// Sets an attribute.
@@ -169,7 +180,7 @@ impl Images {
             check_settable(key, value)?;
             shown.insert(key.clone(), value.clone());
         }
-        self.0.insert(id, Record { shown: shown.clone(), data: None, spoiled: false });
+        self.0.insert(id, Record { shown: shown.clone(), data: None, spoiled: false, members: Vec::new(), in_use: false });
         Ok(Value::Object(shown))
     }
 
@@ -215,13 +226,32 @@ impl Images {
         Ok(Value::Object(record.shown.clone()))
     }
 
+    /// POST /v2/images/ID/members.
+    ///
+    /// # Errors
+    /// 403 for an image that is not shared, 404, 409 for one who is a member already.
+    pub fn add_member(&mut self, id: &str, project: &str) -> Refusal<Value> {
+        let record = self.get_mut(id)?;
+        if record.text("visibility") != "shared" {
+            return refuse(StatusCode::FORBIDDEN, "Only shared images have members.");
+        }
+        if record.members.iter().any(|member| member == project) {
+            return refuse(StatusCode::CONFLICT, format!("Member {project} is duplicated for image {id}"));
+        }
+        record.members.push(project.to_owned());
+        Ok(json!({ "member_id": project, "image_id": id, "status": "pending" }))
+    }
+
     /// DELETE /v2/images/ID.
     ///
     /// # Errors
-    /// 403 if it is protected, 404.
+    /// 403 if it is protected, 404, 409 if others use it.
     pub fn delete(&mut self, id: &str) -> Refusal<()> {
         if self.get(id)?.shown["protected"] == true {
             return refuse(StatusCode::FORBIDDEN, format!("Image {id} is protected and cannot be deleted."));
+        }
+        if self.get(id)?.in_use {
+            return refuse(StatusCode::CONFLICT, format!("Image {id} could not be deleted because it is in use: The image cannot be deleted because it is in use through the backend store outside of Glance."));
         }
         if let Some(record) = self.0.remove(id)
             && let Some(path) = record.data

@@ -74,6 +74,8 @@ struct State {
     images: Images,
     faults: Faults,
     requests: Vec<String>,
+    /// Id, name, image of each server.
+    servers: Vec<(String, String, String)>,
 }
 
 struct Shared {
@@ -121,7 +123,7 @@ impl MiniGlance {
         };
         std::fs::create_dir_all(&store).map_err(StartError::Store)?;
         let state =
-            State { tokens: Tokens::default(), images: Images::default(), faults: Faults::default(), requests: Vec::new() };
+            State { tokens: Tokens::default(), images: Images::default(), faults: Faults::default(), requests: Vec::new(), servers: Vec::new() };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             base: format!("http://{address}"),
@@ -171,6 +173,25 @@ impl MiniGlance {
         if let Some(record) = self.shared.state().images.0.get_mut(id) {
             record.set(key, value);
         }
+    }
+
+    /// Adds a server that was built from an image.
+    pub fn add_server(&self, name: &str, image: &str) {
+        let id = uuid::Uuid::new_v4().hyphenated().to_string();
+        self.shared.state().servers.push((id, name.to_owned(), image.to_owned()));
+    }
+
+    /// Makes an image one that others use: it cannot be deleted.
+    pub fn set_in_use(&self, id: &str) {
+        if let Some(record) = self.shared.state().images.0.get_mut(id) {
+            record.in_use = true;
+        }
+    }
+
+    /// Who an image is shared with.
+    #[must_use]
+    pub fn members(&self, id: &str) -> Vec<String> {
+        self.shared.state().images.0.get(id).map(|record| record.members.clone()).unwrap_or_default()
     }
 
     /// Where an image's bytes are.
@@ -387,6 +408,24 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
             });
             Ok(unbox(tagged))
         }
+        (Method::GET, ["v2", "images", id, "members"]) => {
+            let state = shared.state();
+            Ok(unbox(state.images.get(id).map(|record| json_response(StatusCode::OK, &record.members_shown(id)))))
+        }
+        (Method::POST, ["v2", "images", id, "members"]) => {
+            let id = (*id).to_owned();
+            let body = read_json(request).await?;
+            let member = body["member"].as_str().unwrap_or_default().to_owned();
+            let added = shared.state().images.add_member(&id, &member);
+            Ok(unbox(added.map(|member| json_response(StatusCode::OK, &member))))
+        }
+        (Method::GET, ["compute", "v2.1", "servers"]) => {
+            let wanted = query(&request).into_iter().find(|(key, _)| key == "image").map(|(_, image)| image);
+            let state = shared.state();
+            let of_image = state.servers.iter().filter(|(_, _, image)| wanted.as_ref().is_none_or(|wanted| wanted == image));
+            let servers: Vec<Value> = of_image.map(|(id, name, _)| json!({ "id": id, "name": name })).collect();
+            Ok(json_response(StatusCode::OK, &json!({ "servers": servers })))
+        }
         (Method::GET, ["v2", "info", "usage"]) => {
             let left = shared.state().faults.quota_left_bytes;
             let usage = match left {
@@ -475,7 +514,9 @@ fn download(shared: &Arc<Shared>, id: &str, range: &str) -> Answer {
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-    headers.insert(CONTENT_LENGTH, HeaderValue::from(end - start));
+    if !fault.is_overlong() {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(end - start));
+    }
     if !checksum.is_empty() {
         // of the whole image, even on a 206
         headers.insert("content-md5", HeaderValue::from_str(&checksum).map_err(io::Error::other)?);
@@ -486,6 +527,14 @@ fn download(shared: &Arc<Shared>, id: &str, range: &str) -> Answer {
         headers.insert(CONTENT_RANGE, HeaderValue::from_str(&text).map_err(io::Error::other)?);
     }
     Ok(response)
+}
+
+/// What becomes of one PUT.
+struct PutFate {
+    cut: bool,
+    dies: bool,
+    vanishes: bool,
+    stalls: bool,
 }
 
 fn header_number(headers: &HeaderMap, name: &str) -> Option<u64> {
@@ -500,7 +549,10 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
     let announced = header_number(request.headers(), "content-length");
     let declared = header_number(request.headers(), "x-openstack-image-size");
     let path = shared.store.join(id);
-    let (faults, cuts, disk_format) = {
+    if Faults::take(&mut shared.state().faults.failing_puts) {
+        return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable. Please try again at a later time."));
+    }
+    let (faults, fate, disk_format) = {
         let mut state = shared.state();
         let record = match state.images.get_mut(id) {
             Ok(record) => record,
@@ -524,8 +576,14 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
         }
         let disk_format = record.text("disk_format").to_owned();
         record.set("status", json!("saving"));
-        let cuts = Faults::take(&mut state.faults.cut_puts);
-        (state.faults.clone(), cuts, disk_format)
+        let faults = &mut state.faults;
+        let fate = PutFate {
+            cut: Faults::take(&mut faults.cut_puts),
+            dies: Faults::take(&mut faults.dying_puts),
+            vanishes: Faults::take(&mut faults.vanishing_puts),
+            stalls: Faults::take(&mut faults.stalling_puts),
+        };
+        (faults.clone(), fate, disk_format)
     };
     let back_to_queued = |spoiled: bool| {
         if let Some(record) = shared.state().images.0.get_mut(id) {
@@ -534,6 +592,7 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
         }
         let _ = std::fs::remove_file(&path);
     };
+    let mut fate = fate;
     let mut storing = Storing::create(&path)?;
     let mut incoming = request.into_body();
     while let Some(frame) = incoming.frame().await {
@@ -560,6 +619,16 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
                 "Image storage media is full: There is not enough disk space on the image storage media.",
             ));
         }
+        let half = announced.is_some_and(|announced| storing.bytes() * 2 >= announced);
+        if fate.dies && half {
+            return Err(io::Error::other("told to die")); // the image stays as it is
+        }
+        if fate.vanishes && half {
+            let _ = shared.state().images.delete(id);
+        }
+        if std::mem::take(&mut fate.stalls) {
+            tokio::time::sleep(faults.stall).await;
+        }
         if shared.state().images.get(id).is_err() {
             let _ = std::fs::remove_file(&path);
             return Ok(html(
@@ -567,7 +636,7 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
                 &format!("Image {id} could not be found after upload. The image may have been deleted during the upload."),
             ));
         }
-        if faults.quota_hit_mid_body && announced.is_some_and(|announced| storing.bytes() * 2 >= announced) {
+        if faults.quota_hit_mid_body && half {
             back_to_queued(false);
             // what is unread resets the connection when it closes
             return Ok(html(
@@ -575,7 +644,7 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
                 "Image exceeds the storage quota: The size of the data would exceed the quota.",
             ));
         }
-        if cuts && storing.bytes() >= faults.cut_after_bytes {
+        if fate.cut && storing.bytes() >= faults.cut_after_bytes {
             back_to_queued(false);
             return Err(io::Error::other("told to cut the upload off"));
         }

@@ -1,37 +1,44 @@
 //! `virta convert`.
 
-use std::{path::Path, process::ExitCode, sync::Arc};
+use std::{io::IsTerminal, path::Path, process::ExitCode, sync::Arc};
 
 use engine::{CancelToken, Cause};
 use stages::{
     convert::{
-        self, JobError, Notices, Options, Report, Source,
+        self, Job, JobError, Notices, Options, Report, Source,
+        names::{NameCheck, check_name, images_of_name},
         to_file::same_file,
-        to_glance::{NameCheck, check_name, images_of_name},
     },
     disk::output::partial_of,
-    openstack::Session,
+    glance::Remote,
+    openstack::{Image, Session},
     progress::Progress,
     text::{printable, shell_word, size},
 };
 
 use crate::{
-    cli::{ConvertArgs, FormatChoice, OutputArgs, Tuning},
+    cli::{CloudArgs, ConvertArgs, FormatChoice, OutputArgs, Tuning, VerifyChoice},
     display::Display,
     exit, receipt,
     sign_in::sign_in,
 };
 
 /// Where an image is.
-enum End {
+pub enum End {
+    /// A local file.
     Path(String),
+    /// An image in Glance.
     Glance(String),
+    /// stdin or stdout.
+    Stdio,
 }
 
 impl End {
-    fn parse(text: &str) -> Self {
+    /// As it was typed.
+    pub fn parse(text: &str) -> Self {
         match text.strip_prefix("glance:") {
             Some(name) => Self::Glance(name.to_owned()),
+            None if text == "-" => Self::Stdio,
             None => Self::Path(text.to_owned()),
         }
     }
@@ -59,6 +66,10 @@ pub fn options(tuning: &Tuning) -> Options {
     }
     if let Some(memory) = tuning.memory {
         options.memory_bytes = memory;
+    }
+    options.scratch.clone_from(&tuning.scratch);
+    if let Some(limit) = tuning.scratch_limit {
+        options.scratch_limit_bytes = limit;
     }
     options
 }
@@ -99,45 +110,61 @@ pub fn watch_signals(cancel: &CancelToken) {
 
 /// Runs the command.
 pub async fn run(arguments: ConvertArgs) -> ExitCode {
-    let options = Options { force: arguments.force, properties: arguments.property.clone(), ..options(&arguments.tuning) };
+    let compression = match arguments.compress.with_level(arguments.compress_level) {
+        Ok(compression) => compression,
+        Err(text) => return exit::usage(&text),
+    };
+    let options = Options {
+        force: arguments.force,
+        properties: arguments.property.clone(),
+        compression,
+        verify: arguments.verify.into(),
+        ..options(&arguments.tuning)
+    };
     let progress = Progress::default();
     let display = Display::start(arguments.output.progress, &progress);
     let cancel = CancelToken::new();
     watch_signals(&cancel);
-    let result = convert(&arguments, &options, &progress, &display, &cancel).await;
+    let result = convert(&arguments, options, &progress, &display, &cancel).await;
     display.finish().await;
-    conclude(result, &display, &arguments.output)
+    let on_stdout = arguments.destination != "-";
+    conclude(result, &display, &arguments.output, on_stdout)
 }
 
 async fn convert(
     arguments: &ConvertArgs,
-    options: &Options,
+    options: Options,
     progress: &Progress,
     display: &Display,
     cancel: &CancelToken,
 ) -> Result<Outcome, JobError> {
     let notices: Arc<dyn Notices> = Arc::new(display.clone());
-    if arguments.source == "-" || arguments.destination == "-" {
-        let text = "`-` (stdin, stdout) is not supported by this version; a file called - is ./-";
-        return Err(JobError::Usage(text.to_owned()));
-    }
     let (from, to) = (End::parse(&arguments.source), End::parse(&arguments.destination));
     check_report(arguments)?;
-    let session = match (&from, &to) {
-        (End::Path(_), End::Path(_)) => None,
-        _ => Some(sign_in(&arguments.cloud, display, cancel).await?),
+    check_ends(arguments, &from, &to)?;
+    let needs_source_cloud = matches!(from, End::Glance(_)) || (matches!(to, End::Glance(_)) && arguments.to_os_cloud.is_none());
+    let source_cloud = match needs_source_cloud {
+        true => Some(sign_in("cloud", &arguments.cloud, display, cancel).await?),
+        false => None,
     };
-    let signed_in = || session.clone().ok_or_else(|| JobError::bug("a cloud is needed, and nobody signed in"));
+    let destination_cloud = match &arguments.to_os_cloud {
+        Some(name) => {
+            let cloud = CloudArgs { os_cloud: Some(name.clone()), ..CloudArgs::default() };
+            Some(sign_in("destination: cloud", &cloud, display, cancel).await?)
+        }
+        None => source_cloud.clone(),
+    };
+    let signed_in = |session: &Option<Session>| session.clone().ok_or_else(|| JobError::bug("a cloud is needed, and nobody signed in"));
     let mut taken = None;
     let source = match &from {
         End::Glance(name) => {
-            let session = signed_in()?;
+            let session = signed_in(&source_cloud)?;
             let looking = async {
                 // two questions to Glance at once: each costs it a look-up of the token, too
                 let (source, names) = tokio::join!(Source::glance(&session, name), async {
-                    match &to {
-                        End::Glance(name) => images_of_name(&session, name).await,
-                        End::Path(_) => Ok(Vec::new()),
+                    match (&to, &destination_cloud) {
+                        (End::Glance(name), Some(session)) => images_of_name(session, name).await,
+                        _ => Ok(Vec::new()),
                     }
                 });
                 taken = Some(names?);
@@ -146,33 +173,105 @@ async fn convert(
             interruptible(cancel, looking).await?
         }
         End::Path(path) => match Source::local(Path::new(path)) {
-            Err(error) if !Path::new(path).exists() => return Err(did_you_mean(error, path, session.as_ref()).await),
+            Err(error) if !Path::new(path).exists() => return Err(did_you_mean(error, path, source_cloud.as_ref()).await),
             other => other?,
         },
+        End::Stdio => Source::stdin()?,
     };
+    let job = Job::new(source, options, progress, &notices, cancel);
     let report = match &to {
-        End::Path(path) => convert::to_file::to_file(&source, Path::new(path), options, progress, &notices, cancel).await?,
+        End::Stdio => convert::to_stream::to_stream(&job, stdout()?, "-").await?,
+        End::Path(path) if is_forward_only(path) => {
+            let file = std::fs::File::options().write(true).open(path);
+            let file = file.map_err(|error| JobError::Refused(format!("opening {path}: {error}")))?;
+            convert::to_stream::to_stream(&job, file, path).await?
+        }
+        End::Path(path) => convert::to_file::to_file(&job, Path::new(path)).await?,
         End::Glance(name) => {
-            let session = signed_in()?;
+            let session = signed_in(&destination_cloud)?;
             let taken = match taken {
                 Some(taken) => taken,
                 None => interruptible(cancel, images_of_name(&session, name)).await?,
             };
-            match check_name(taken, name, &source, options.force)? {
-                NameCheck::AlreadyDone(image) => return Ok(Outcome::AlreadyDone(image.id.clone())),
-                NameCheck::Free { unfinished } => {
-                    for id in unfinished {
-                        display.warn(&format!(
-                            "image {id} of that name is an unfinished conversion of this source: another run makes it, or a killed one left it. \
-                             If none runs: openstack image delete {id}"
-                        ));
-                    }
-                }
+            if let Some(outcome) = claim_name(&job, &session, taken, name).await? {
+                return Ok(outcome);
             }
-            convert::to_glance::to_glance(&source, &session, name, options, progress, &notices, cancel).await?
+            convert::to_glance::to_glance(&job, &session, name).await?
         }
     };
     Ok(Outcome::Made(Box::new(report)))
+}
+
+/// What cannot go together is refused before anything is asked of anybody.
+fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobError> {
+    let usage = |text: &str| Err(JobError::Usage(text.to_owned()));
+    if matches!(to, End::Stdio) && std::io::stdout().is_terminal() {
+        return usage("`-` writes the image to stdout, and stdout is a terminal: send it into a file or a pipe");
+    }
+    if arguments.to_os_cloud.is_some() && !matches!(to, End::Glance(_)) {
+        return usage("--to-os-cloud chooses the cloud of a new image: the destination has to be glance:NAME");
+    }
+    let verify = arguments.verify;
+    if verify == VerifyChoice::Readback && (matches!(to, End::Stdio) || matches!(to, End::Path(path) if is_forward_only(path))) {
+        return usage("--verify readback reads back what was made, and a pipe cannot be read back: use --verify hash");
+    }
+    if matches!(from, End::Path(_)) && arguments.destination == arguments.source {
+        return usage("source and destination are one and the same");
+    }
+    Ok(())
+}
+
+/// A FIFO or what stdout is can only be written forward.
+fn is_forward_only(path: &str) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    path == "/dev/stdout" || std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
+}
+
+fn stdout() -> Result<std::fs::File, JobError> {
+    use std::os::fd::AsFd;
+    let handle = std::io::stdout().as_fd().try_clone_to_owned();
+    handle.map(std::fs::File::from).map_err(|error| JobError::Refused(format!("stdout cannot be written: {error}")))
+}
+
+/// May the new image have this name? What an earlier run left half done is proven or removed first.
+async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str) -> Result<Option<Outcome>, JobError> {
+    match check_name(session, taken, name, &job.source, job.options.force)? {
+        NameCheck::AlreadyDone(image) => return Ok(Some(Outcome::AlreadyDone(image.id.clone()))),
+        NameCheck::Unproven(image) => {
+            job.notices.note(&format!(
+                "image {name} ({}) was made from this source and never verified since: it is read and compared now",
+                image.shown_id()
+            ));
+            if convert::readback::prove(job, session, &image).await? {
+                return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
+            }
+            return Err(convert::names::unproven(&image));
+        }
+        NameCheck::Free { unfinished } => {
+            for image in unfinished {
+                let id = image.shown_id();
+                job.notices.warn(&format!(
+                    "image {id} of that name is an unfinished conversion of this source: another run makes it, or a killed one left it. \
+                     If none runs: openstack image delete {id}"
+                ));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// An image as something to read, for this job.
+pub fn remote_of(session: &Session, image: &Image, job: &Job) -> Remote {
+    Remote {
+        session: session.clone(),
+        image_id: image.id.clone(),
+        image_bytes: image.size.unwrap_or(0),
+        progress: job.progress.clone(),
+        retries: job.retries.clone(),
+        patience: job.options.patience,
+        cancel: job.cancel.clone(),
+        again: true,
+    }
 }
 
 async fn interruptible<T>(cancel: &CancelToken, work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {
@@ -236,16 +335,24 @@ async fn did_you_mean(error: JobError, path: &str, session: Option<&Session>) ->
 }
 
 /// Prints the report, or the error, and gives the exit code.
-pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &OutputArgs) -> ExitCode {
+pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &OutputArgs, on_stdout: bool) -> ExitCode {
+    // where the image itself went to stdout, nothing else may
+    let print = |text: &str| {
+        if on_stdout {
+            return exit::print(text);
+        }
+        exit::say(text);
+        true
+    };
     let mut report = match result {
         Ok(Outcome::Made(report)) => report,
         Ok(Outcome::AlreadyDone(id)) => {
             let id = printable(&id);
             exit::say(&format!("already done: image {id} is this source's finished and verified conversion"));
             match output.format {
-                FormatChoice::Value => _ = exit::print(&id),
+                FormatChoice::Value => _ = print(&id),
                 FormatChoice::Json => {
-                    _ = exit::print(
+                    _ = print(
                         &serde_json::json!({ "destination": format!("glance:{id}"), "already_done": true }).to_string(),
                     );
                 }
@@ -267,20 +374,20 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
     let json = serde_json::to_string_pretty(&report).unwrap_or_default();
     match output.format {
         FormatChoice::Table => {
-            _ = exit::print(&format!(
+            _ = print(&format!(
                 "{}{}",
                 summary(&report, &proven),
                 what_next(&report, receipt.as_ref().ok().map(std::path::PathBuf::as_path))
             ))
         }
         FormatChoice::Json => {
-            if !exit::print(&json) {
+            if !print(&json) {
                 exit::say("virta: the conversion is done, but its report could not be written to stdout");
                 return ExitCode::from(1);
             }
         }
         FormatChoice::Value => {
-            _ = exit::print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)))
+            _ = print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)))
         }
     }
     if let Err(error) = receipt {
@@ -305,16 +412,21 @@ pub fn proven(report: &Report) -> Vec<String> {
     } else if from_glance {
         lines.push("not proven: Glance has no hash of the source, so what was read could not be checked against one".to_owned());
     }
-    if !report.destination.starts_with("glance:") {
-        lines.push(
-            "not proven: the file, read back; check it with: qemu-img check FILE, qemu-img compare -f raw -F qcow2 RAW FILE"
-                .to_owned(),
-        );
+    let to_glance = report.destination.starts_with("glance:");
+    if report.read_back {
+        let what = if to_glance { "what Glance serves of the new image" } else { "the file, read back," };
+        lines.push(format!("proven: {what} decodes to the {} bytes that were read of the source", report.virtual_bytes));
+    } else if !to_glance && report.destination != "-" {
+        lines.push(format!(
+            "not proven: the file, read back; to prove it: virta verify {} {}",
+            shell_word(&printable(&report.source)),
+            shell_word(&printable(&report.destination))
+        ));
     }
     if report.image_hash.checked {
         let algorithm = report.image_hash.algorithm.as_deref().unwrap_or_default();
         lines.push(format!("proven: size and {algorithm} of the new image in Glance are those of what was sent"));
-    } else if report.destination.starts_with("glance:") {
+    } else if to_glance {
         lines.push(
             "proven: the new image's size in Glance; not proven: its content, for Glance computed no hash of it".to_owned(),
         );
@@ -340,9 +452,11 @@ pub fn summary(report: &Report, proven: &[String]) -> String {
     )];
     if report.fetched_bytes > 0 || report.uploaded_bytes > 0 {
         lines.push(format!(
-            "fetched {}, sent {}; scratch disk 0, memory at most {}",
+            "fetched {}{}, sent {}; scratch disk {}, memory at most {}",
             size(report.fetched_bytes),
+            if report.reread_bytes > 0 { format!(" ({} of it a second time)", size(report.reread_bytes)) } else { String::new() },
             size(report.uploaded_bytes),
+            if report.scratch_peak_bytes > 0 { size(report.scratch_peak_bytes) } else { "0".to_owned() },
             size(report.rss_peak_bytes)
         ));
     }

@@ -1,30 +1,23 @@
 //! `virta demo`: the whole main job against an image service inside this process. No cloud, nothing left behind.
 
-use std::{
-    io,
-    path::PathBuf,
-    process::ExitCode,
-    sync::{Arc, atomic::AtomicU64},
-    time::Instant,
-};
+use std::{io, path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
 
-use engine::{CancelToken, Pipeline};
+use engine::CancelToken;
 use mini_glance::{Config, MiniGlance, data::Storing};
 use serde_json::json;
 use stages::{
-    compare::{Compare, RawGuest},
-    convert::{self, JobError, Notices, Options, Report, Source},
-    glance::ranged_file::RangedFile,
+    convert::{
+        self, Job, JobError, Notices, Options, Report, Source,
+        readback::{Target, compare},
+    },
     openstack::{CloudConfig, CloudFlags, Image, Session, config::Surroundings},
-    progress::{Phase, Progress},
-    qcow2::Qcow2,
+    progress::Progress,
     text::size,
 };
-use tokio::runtime::Handle;
 
 use crate::{
     cli::DemoArgs,
-    convert::{proven, summary, watch_signals},
+    convert::{proven, remote_of, summary, watch_signals},
     display::Display,
     exit,
 };
@@ -92,68 +85,16 @@ async fn demo(progress: &Progress, display: &Display, cancel: &CancelToken) -> R
     display.note("the command on a cloud would be: virta convert glance:my-server-snapshot glance:my-server");
     let source = Source::glance(&session, "my-server-snapshot").await?;
     let notices: Arc<dyn Notices> = Arc::new(display.clone());
-    let options = Options::default();
-    let report = convert::to_glance::to_glance(&source, &session, "my-server", &options, progress, &notices, cancel).await?;
+    let job = Job::new(source, Options::default(), progress, &notices, cancel);
+    let report = convert::to_glance::to_glance(&job, &session, "my-server").await?;
 
     let id = report.destination.trim_start_matches("glance:").to_owned();
     let image = session.image(&id).await?;
     let raw = session.image(&snapshot).await?;
     let started = Instant::now();
-    read_back(&session, &raw, &image, progress, cancel).await?;
+    let target = |image: &Image| Target::glance(remote_of(&session, image, &job));
+    compare(&target(&raw).await?, &target(&image).await?, COMPARERS, progress, cancel).await?;
     Ok((report, started.elapsed().as_secs_f64()))
-}
-
-/// Compares what the service serves of both images, as a guest would see it.
-async fn read_back(
-    session: &Session,
-    raw: &Image,
-    image: &Image,
-    progress: &Progress,
-    cancel: &CancelToken,
-) -> Result<(), JobError> {
-    progress.set_phase(Phase::Verifying);
-    let open = |image: &Image| {
-        RangedFile::new(session.clone(), image.id.clone(), image.size.unwrap_or(0), Handle::current(), cancel.clone())
-    };
-    let cursor = Arc::new(AtomicU64::new(0));
-    let mut workers = Vec::new();
-    for _ in 0..COMPARERS {
-        // Opening reads the header and the L1 table, over HTTP, on a thread that may block.
-        let file = open(image);
-        let raw = RawGuest(open(raw), raw.size.unwrap_or(0));
-        workers.push(OpenAndCompare { file, raw, cursor: Arc::clone(&cursor), progress: progress.clone() });
-    }
-    let mut workers = workers.into_iter();
-    Pipeline::new(cancel)
-        .threads("verify", COMPARERS, || workers.next().expect("as many as there are workers"))
-        .start(&Handle::current())
-        .join()
-        .await?;
-    Ok(())
-}
-
-/// [`Compare`], with the image opened on the worker's thread.
-struct OpenAndCompare {
-    file: RangedFile,
-    raw: RawGuest<RangedFile>,
-    cursor: Arc<AtomicU64>,
-    progress: Progress,
-}
-
-impl engine::BlockingStage for OpenAndCompare {
-    type In = engine::NoInput;
-    type Out = engine::NoOutput;
-    type Report = ();
-
-    fn run(
-        self,
-        inlet: engine::Inlet<engine::NoInput>,
-        outlet: engine::Outlet<engine::NoOutput>,
-        cx: engine::StageContext,
-    ) -> Result<(), engine::StageError> {
-        let image = Qcow2::open(self.file).map_err(|error| engine::StageError::new(engine::ErrorKind::InvalidData, error))?;
-        Compare { a: Box::new(self.raw), b: Box::new(image), cursor: self.cursor, progress: self.progress }.run(inlet, outlet, cx)
-    }
 }
 
 /// Where the demo's store goes: the user's cache, which is on a disk more often than /tmp is.

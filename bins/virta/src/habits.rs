@@ -15,13 +15,12 @@ pub fn hint(arguments: impl IntoIterator<Item = OsString>) -> Option<String> {
             "--" => return None,
             "-O" => "-O FORMAT is qemu-img's: virta always makes qcow2, so leave it out",
             "-Oqcow2" => "-O FORMAT is qemu-img's: virta always makes qcow2, so leave it out",
-            "-c" => "-c is qemu-img's: virta stores clusters uncompressed, so leave it out",
+            "-c" => "-c is qemu-img's: here it is --compress zlib, or --compress zstd",
             "-W" => "-W is qemu-img's: virta always works in parallel, so leave it out",
             "-p" => "-p is qemu-img's: virta shows progress by itself (--progress none hides it)",
             "-f" if matches!(next, Some("raw" | "qcow2")) => {
                 "-f is the output format here, as with openstack (table, json, value): the source's format is found from its bytes"
             }
-            "--compress" => "compression is not built yet: the image is stored uncompressed",
             "-S" | "-m" | "-t" | "-T" | "-o" => "that flag is qemu-img's; see virta help convert for what there is",
             _ => continue,
         };

@@ -8,6 +8,7 @@ mod exit;
 mod habits;
 mod receipt;
 mod sign_in;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
     let outcome = runtime.block_on(async {
         match cli.command {
             cli::Command::Convert(arguments) => convert::run(*arguments).await,
+            cli::Command::Verify(arguments) => verify::run(arguments).await,
             cli::Command::Demo(arguments) => demo::run(arguments).await,
         }
     });

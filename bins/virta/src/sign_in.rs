@@ -11,8 +11,8 @@ use stages::{
 
 use crate::cli::CloudArgs;
 
-/// Signs in to the chosen cloud and says where it is.
-pub async fn sign_in(arguments: &CloudArgs, notices: &dyn Notices, cancel: &CancelToken) -> Result<Session, JobError> {
+/// Signs in to the chosen cloud and says where it is; `what` begins the line (`cloud`, `destination: cloud`).
+pub async fn sign_in(what: &str, arguments: &CloudArgs, notices: &dyn Notices, cancel: &CancelToken) -> Result<Session, JobError> {
     let flags = CloudFlags {
         cloud: arguments.os_cloud.clone(),
         region_name: arguments.os_region_name.clone(),
@@ -38,6 +38,6 @@ pub async fn sign_in(arguments: &CloudArgs, notices: &dyn Notices, cancel: &Canc
     };
     let who = session.whoami();
     let region = who.region.as_ref().map(|region| format!(", region {region}")).unwrap_or_default();
-    notices.note(&format!("cloud {}{region}, project {}, user {}", who.cloud, who.project, who.user));
+    notices.note(&format!("{what} {}{region}, project {}, user {}", who.cloud, who.project, who.user));
     Ok(session)
 }

@@ -129,6 +129,10 @@ impl Cloud {
         assert_eq!(self.others(), Vec::<Value>::new());
     }
 
+    fn posts(&self) -> usize {
+        self.service.requests().iter().filter(|request| request.starts_with("POST /v2/images")).count()
+    }
+
     fn gets_of_data(&self) -> (usize, usize) {
         let requests = self.service.requests();
         let gets = requests.iter().filter(|request| request.starts_with("GET") && request.contains("/file"));
@@ -285,7 +289,7 @@ async fn tokens_that_end_in_the_middle_are_renewed() {
 async fn a_server_that_never_gets_better_is_given_up_with_its_status() {
     let cloud = Cloud::start(|faults| faults.failing_gets = 1000).await;
     let run = cloud.convert(&[]).await;
-    run.ends(1, &["gave up after", "503 Service Unavailable", "guest offset 0x0"]);
+    run.ends(1, &["gave up after", "503 Service Unavailable", "file offset 0x0"]);
     cloud.assert_nothing_made();
 }
 
@@ -337,13 +341,112 @@ async fn refused_uploads_show_glances_words_what_to_do_and_leave_nothing() {
         cloud.convert(&[]).await.ends(1, texts);
         cloud.assert_nothing_made();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_fail_are_sent_again_from_the_store() {
+    // cut halfway, the image is queued again and takes the bytes; an expired token is renewed
     let cloud = Cloud::start(|_| {}).await;
     cloud.service.faults(|faults| {
-        faults.cut_puts = 1;
+        faults.cut_puts = 2;
         faults.cut_after_bytes = 3 << 20;
     });
-    cloud.convert(&[]).await.ends(1, &["uploading image"]);
+    cloud.convert(&[]).await.ends(0, &["upload tried again (1 of 5)", "upload tried again (2 of 5)"]);
+    cloud.assert_converted();
+    let report = cloud.report();
+    assert_eq!(report["fetched_bytes"], cloud.raw.len(), "the source is not fetched again");
+    assert_eq!(report["retries"].as_array().unwrap().len(), 2);
+    assert_eq!(cloud.posts(), 1, "the image that there is takes them");
+    // a worker that dies leaves the image saving for good: it is deleted and a new one made
+    let cloud = Cloud::start(|faults| faults.dying_puts = 1).await;
+    cloud.convert(&[]).await.ends(0, &["upload tried again", "a new one is made"]);
+    cloud.assert_converted();
+    assert_eq!(cloud.posts(), 2);
+    // gone in the middle: somebody deleted it
+    let cloud = Cloud::start(|faults| faults.vanishing_puts = 1).await;
+    cloud.convert(&[]).await.ends(0, &["upload tried again", "a new one is made"]);
+    cloud.assert_converted();
+    // a service that never takes it is given up after five, and nothing is left
+    let cloud = Cloud::start(|faults| faults.failing_puts = 100).await;
+    cloud.convert(&[]).await.ends(1, &["upload tried again (4 of 5)", "503 Service Unavailable"]);
     cloud.assert_nothing_made();
+}
+
+/// Bytes of the disk's data clusters.
+fn data_bytes(raw: &[u8]) -> usize {
+    raw.chunks(65536).filter(|cluster| cluster.iter().any(|&byte| byte != 0)).count() * 65536
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_memory_does_not_hold_is_read_again_or_goes_to_the_scratch_file() {
+    for (ranges, access) in [(Ranges::Served, "random"), (Ranges::Refused, "sequential")] {
+        for compress in ["none", "zstd", "zlib"] {
+            let cloud = Cloud::start_with(200, Config::default(), |faults| faults.ranges = ranges).await;
+            let run = cloud.convert(&["--memory", "32M", "--compress", compress, "--verify", "readback"]).await;
+            run.ends(0, &["stored data: up to", "no scratch file", "did not fit and will be read again", "proven: what Glance serves"]);
+            cloud.assert_converted();
+            let report = cloud.report();
+            assert_eq!((&report["access"], &report["compression"]), (&json!(access), &json!(compress)));
+            assert_eq!(report["scratch_peak_bytes"], 0);
+            let (reread, again) = (report["reread_bytes"].as_u64().unwrap(), report["source_tier_bytes"].as_u64().unwrap());
+            assert!(again > 10 << 20 && reread > again, "{reread} {again}");
+            let parts = reread + report["retried_bytes"].as_u64().unwrap();
+            assert_eq!(report["fetched_bytes"].as_u64().unwrap() - parts, u64::try_from(cloud.raw.len()).unwrap());
+            let rss = report["rss_peak_bytes"].as_u64().unwrap();
+            assert!(rss < 150 << 20, "{rss} bytes resident with --memory 32M");
+
+            // a scratch file takes what it may
+            let mut flags = vec!["convert", "glance:snap", "glance:scratched", "--memory", "32M", "--compress", compress];
+            flags.extend(["--scratch", ".", "--report", "report.json"]);
+            cloud.run(&flags).await.ends(0, &["then a scratch file in ."]);
+            let report = cloud.report();
+            assert_eq!((&report["source_tier_bytes"], &report["reread_bytes"]), (&json!(0), &json!(0)));
+            assert!(report["scratch_peak_bytes"].as_u64().unwrap() > 10 << 20);
+            let image = cloud.service.images().into_iter().find(|image| image["name"] == "scratched").unwrap();
+            cloud.assert_is_the_disk(&cloud.service.data_path(image["id"].as_str().unwrap()).unwrap());
+            flags[2] = "glance:limited";
+            flags.extend(["--scratch-limit", "10M"]);
+            cloud.run(&flags).await.ends(0, &["reached its limit of 10.0 MiB", "read again"]);
+            let report = cloud.report();
+            assert!(report["scratch_peak_bytes"].as_u64().unwrap() <= 10 << 20);
+            assert!(report["source_tier_bytes"].as_u64().unwrap() > 0);
+            let image = cloud.service.images().into_iter().find(|image| image["name"] == "limited").unwrap();
+            cloud.assert_is_the_disk(&cloud.service.data_path(image["id"].as_str().unwrap()).unwrap());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_changes_between_two_readings_is_never_half_uploaded() {
+    let cloud = Cloud::start_with(200, Config::default(), |faults| faults.ranges = Ranges::Refused).await;
+    // the second GET of data gets other bytes at the disk's end, where memory did not reach
+    cloud.service.faults(|faults| faults.changed_tail_after_gets = Some(2));
+    cloud.convert(&["--memory", "32M"]).await.ends(3, &["the source has changed since it was first read", "guest offset 0x"]);
+    cloud.assert_nothing_made();
+    // another image under the old id: its record tells
+    let cloud = Cloud::start_with(200, Config::default(), |_| {}).await;
+    cloud.service.faults(|faults| faults.latency = Duration::from_millis(300));
+    let child = cloud.command(&["convert", "glance:snap", "glance:compact", "--memory", "32M"]).spawn().unwrap();
+    seen(&cloud.service, &format!("GET /v2/images/{}/file", cloud.snapshot)).await;
+    cloud.service.set(&cloud.snapshot, "os_hash_value", json!("another"));
+    Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO).ends(3, &["is not what it was", "its hash differs"]);
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_images_are_smaller_and_exact() {
+    let cloud = Cloud::start(|_| {}).await;
+    for (compress, flags) in [("zlib", &["--compress-level", "1"][..]), ("zstd", &[]), ("zstd", &["--compress-level", "19"])] {
+        let mut arguments = vec!["convert", "glance:snap", "disk.qcow2", "--force", "--compress", compress, "--verify", "readback"];
+        arguments.extend(["--report", "report.json"]);
+        arguments.extend(flags);
+        cloud.run(&arguments).await.ends(0, &["proven: the file, read back"]);
+        cloud.assert_is_the_disk(&cloud.folder.path().join("disk.qcow2"));
+        let report = cloud.report();
+        assert!(report["stored_bytes"].as_u64().unwrap() < u64::try_from(data_bytes(&cloud.raw)).unwrap());
+    }
+    cloud.run(&["convert", "glance:snap", "x", "--compress", "zlib", "--compress-level", "13"]).await.ends(2, &["levels 1 to 12"]);
+    cloud.run(&["convert", "glance:snap", "x", "--compress-level", "3"]).await.ends(2, &["needs --compress"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -410,13 +513,8 @@ async fn what_is_no_raw_disk_is_refused_with_the_right_command() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_is_too_small_fails_at_once_and_names_the_flag() {
+async fn memory_is_bounded_and_too_little_is_refused() {
     let cloud = Cloud::start_with(160, Config::default(), |_| {}).await;
-    cloud
-        .convert(&["--memory", "32M"])
-        .await
-        .ends(1, &["guest offset 0x", "Raise --memory (now 32.0 MiB)", "needs --memory ", "local file"]);
-    cloud.assert_nothing_made();
     cloud.convert(&["--memory", "1M"]).await.ends(2, &["--memory 1.0 MiB is too small"]);
     // into a file no store is needed
     cloud.run(&["convert", "glance:snap", "disk.qcow2", "--memory", "32M", "--report", "report.json"]).await.ends(0, &[]);
@@ -503,7 +601,17 @@ async fn an_image_that_was_never_verified_is_not_taken_as_done() {
     cloud.convert(&[]).await.ends(0, &[]);
     let id = cloud.assert_converted()["id"].as_str().unwrap().to_owned();
     cloud.service.set(&id, "virta_verified", Value::Null);
-    cloud.convert(&[]).await.ends(2, &["may have died", &format!("openstack image delete {id}")]);
+    // it is read and compared, and gets its mark
+    cloud.convert(&[]).await.ends(0, &["it is read and compared now", "already done"]);
+    assert!(cloud.assert_converted()["virta_verified"].as_str().unwrap().starts_with("hash:sha512:"));
+    // one that shows a guest something else is refused, and left to its owner
+    cloud.service.set(&id, "virta_verified", Value::Null);
+    let path = cloud.service.data_path(&id).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    let end = bytes.len() - 100_000;
+    bytes[end] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    cloud.convert(&[]).await.ends(2, &["the images differ: first at guest offset 0x", "may have died", &format!("openstack image delete {id}")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -26,7 +26,13 @@ pub struct Budget {
     pub store_bytes: u64,
     /// Memory of the index, bytes.
     pub index_bytes: u64,
+    /// Memory for what no tier keeps until the hash lane has passed it, bytes; later, for what is read again. 0 where the
+    /// destination needs no store.
+    pub window_bytes: u64,
 }
+
+/// Largest window: four connections with ranges of 64 MiB.
+const WINDOW_BYTES_MAX: u64 = 256 << 20;
 
 /// `--memory` is below what works.
 #[derive(Debug, thiserror::Error)]
@@ -49,29 +55,22 @@ impl Budget {
         let most = usize::try_from(memory_bytes / 4 / EXTENT_BYTES).unwrap_or(usize::MAX);
         let leases = in_flight.clamp(4, most.max(4));
         let rest = memory_bytes - leases as u64 * EXTENT_BYTES;
-        let (store_bytes, index_bytes) = if with_store { (rest - rest / 8, rest / 8) } else { (0, rest) };
-        Ok(Self { memory_bytes, leases, store_bytes, index_bytes })
+        let (index_bytes, window_bytes) = if with_store { (rest / 8, (rest / 4).min(WINDOW_BYTES_MAX)) } else { (rest, 0) };
+        let store_bytes = rest - index_bytes - window_bytes;
+        Ok(Self { memory_bytes, leases, store_bytes, index_bytes, window_bytes })
     }
 
     /// The line that is printed at the start.
     #[must_use]
     pub fn describe(&self) -> String {
         let leases = size(self.leases as u64 * EXTENT_BYTES);
-        let store =
-            if self.store_bytes > 0 { format!(", {} for stored clusters", size(self.store_bytes)) } else { String::new() };
-        format!("memory {}: {leases} in flight{store}, {} for the index", size(self.memory_bytes), size(self.index_bytes))
-    }
-
-    /// What to know if the disk could hold more data than the store.
-    #[must_use]
-    pub fn store_warning(&self, source_bytes: u64) -> Option<String> {
-        (source_bytes > self.store_bytes).then(|| {
-            format!(
-                "there is room for {} of data, of up to {} on this disk: should it hold more, the run ends with what it needs",
-                size(self.store_bytes),
-                size(source_bytes)
-            )
-        })
+        let mut parts = format!("memory {}: {leases} in flight", size(self.memory_bytes));
+        if self.store_bytes > 0 {
+            parts.push_str(&format!(", {} for stored clusters", size(self.store_bytes)));
+            parts.push_str(&format!(", {} for what passes", size(self.window_bytes)));
+        }
+        parts.push_str(&format!(", {} for the index", size(self.index_bytes)));
+        parts
     }
 
     /// A warning if more was asked for than there is.
@@ -165,7 +164,7 @@ mod tests {
             for in_flight in [1, 10, 100, 100_000] {
                 for with_store in [false, true] {
                     let budget = Budget::split(memory, in_flight, with_store).unwrap();
-                    assert!(budget.leases as u64 * EXTENT_BYTES + budget.store_bytes + budget.index_bytes <= memory);
+                    assert!(budget.leases as u64 * EXTENT_BYTES + budget.store_bytes + budget.index_bytes + budget.window_bytes <= memory);
                     assert!(budget.leases >= 4 && budget.index_bytes > 0);
                 }
             }

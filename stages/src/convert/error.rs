@@ -7,9 +7,12 @@ use engine::{BoxError, ErrorKind, RunError, StageError};
 use super::budget::MemoryTooSmall;
 use crate::{
     disk::{OutputError, SourceError, UringDenied},
+    compare::Difference,
+    glance::connection::{FetchError, ReadError},
     hash::HashMismatch,
     openstack::{ApiError, ConfigError, image::ImageError, session::SignInError},
     qcow2::Qcow2Error,
+    store::{reread::SourceChanged, scratch::ScratchError},
 };
 
 /// A conversion that did not happen. Nothing half-made is left behind.
@@ -31,6 +34,12 @@ pub enum JobError {
     /// The budget.
     #[error(transparent)]
     Memory(#[from] MemoryTooSmall),
+    /// The scratch folder.
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
+    /// Reading an image.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     /// A stage failed.
     #[error("the conversion failed ({stage})")]
     Stage {
@@ -71,6 +80,16 @@ pub enum JobError {
     /// What was made is not what it should be.
     #[error("verification failed: {0}")]
     Verification(String),
+    /// Everything was sent, and Glance does not get on with it.
+    #[error("the whole image was sent, but Glance has image {id} as {status} after {seconds} s")]
+    Stuck {
+        /// The image's id.
+        id: String,
+        /// Its status.
+        status: String,
+        /// How long was waited.
+        seconds: u64,
+    },
     /// It failed, and what was half made could not be removed either.
     #[error("image {id} may be left behind half made; look with `openstack image show {id}` and remove it with: openstack image delete {id}{}", .left.as_ref().map(|left| format!(" (deleting it failed: {left})")).unwrap_or_default())]
     LeftBehind {
@@ -103,7 +122,22 @@ impl From<ConfigError> for JobError {
     }
 }
 
+impl From<ReadError> for JobError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Cancelled => Self::interrupted(),
+            ReadError::Failed(error) => Self::Fetch(error),
+        }
+    }
+}
+
 impl JobError {
+    /// Somebody stopped it.
+    #[must_use]
+    pub fn interrupted() -> Self {
+        Self::Interrupted("interrupted".to_owned())
+    }
+
     fn from_stage(error: StageError) -> Self {
         let StageError { stage, kind, source } = error;
         let source = source.unwrap_or_else(|| "it gave no reason".into());
@@ -136,14 +170,18 @@ impl JobError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) | Self::Memory(_) | Self::Uring(_) => 2,
+            Self::Usage(_) | Self::Memory(_) | Self::Uring(_) | Self::Scratch(_) => 2,
             Self::Output(OutputError::Exists { .. } | OutputError::Extension { .. } | OutputError::Device { .. }) => 2,
             Self::Output(OutputError::Kind { .. } | OutputError::InTheWay { .. } | OutputError::NoFolder { .. }) => 2,
             Self::Interrupted(_) => 130,
             Self::Verification(_) => 3,
             Self::LeftBehind { error, .. } => error.exit_code(),
             Self::SignIn(SignInError::Config(_)) | Self::Image(ImageError::NotFound { .. } | ImageError::Ambiguous { .. }) => 2,
-            Self::Stage { kind: ErrorKind::InvalidData, source, .. } if source.is::<HashMismatch>() => 3,
+            Self::Stage { kind: ErrorKind::InvalidData, source, .. }
+                if source.is::<HashMismatch>() || source.is::<SourceChanged>() || source.is::<Difference>() =>
+            {
+                3
+            }
             Self::Format(Qcow2Error::TooLarge { .. }) => 2,
             _ => 1,
         }

@@ -1,13 +1,15 @@
 //! The main job: how the stages are joined into a conversion, what it costs, what it reports.
 //!
 //! ```text
-//! to a file:  plan ── read x N (classify) ──> write (ring) ──> collect ──> hash
-//!             fetch ── classify x N ────────>
-//! to Glance:  fetch ── classify x N ──> keep x N ──> collect ──> hash            survey
-//!                                                       └─ survey ─> layout ─> emit ──> upload
+//! to a file:   plan ── read x N (classify) ──> (encode x N) ──> write (ring) ──> collect ──> hash
+//!              fetch ── classify x N ────────>
+//! to a stream: fetch ── classify x N ──> keep x N ──> (scratch) ──> collect ──> hash           survey
+//!                                                                      └─ survey ─> layout
+//!              (again ── recheck x N) ──> emit ──> (trickle) ──> upload, pipe                     emission
 //! ```
 //! The hash lane reads what the store keeps or what was written, lags as it has to, and ends while the upload runs. A
-//! conversion counts as done only after it agreed.
+//! conversion counts as done only after it agreed. An emission that fails is made again from the store: its token is a child of the
+//! run's.
 //!
 //! | module | noun |
 //! |---|---|
@@ -16,19 +18,30 @@
 //! | [`report`] | what is told afterwards: a contract |
 //! | [`error`] | why it failed, and the exit code that goes with it |
 //! | [`source`] | what is converted, checked before anything is made |
+//! | [`names`] | who has the new image's name already |
+//! | [`job`] | a conversion under way: survey and emission |
 //! | [`to_file`] | a source becomes a local file |
 //! | [`to_glance`] | a source becomes a new image in Glance |
+//! | [`to_stream`] | a source becomes bytes on a pipe |
+//! | [`readback`] | what was made is read, decoded and compared |
+//! | [`retire`] | the source goes, or the new image takes its place |
 
 pub mod budget;
 pub mod error;
+pub mod job;
+pub mod names;
 pub mod options;
+pub mod readback;
 pub mod report;
+pub mod retire;
 pub mod source;
 pub mod to_file;
 pub mod to_glance;
+pub mod to_stream;
 
 pub use budget::Budget;
 pub use error::JobError;
-pub use options::{Notices, Options};
+pub use job::Job;
+pub use options::{Notices, Options, Verify};
 pub use report::Report;
 pub use source::Source;

@@ -1,20 +1,40 @@
 //! What can be asked of a conversion.
 
-use std::num::NonZeroUsize;
+use std::{num::NonZeroUsize, path::PathBuf};
 
-use crate::{disk::IoMode, units::ClusterBits};
+use crate::{compress::Compression, disk::IoMode, glance::Patience, units::ClusterBits};
+
+/// How sure one wants to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Verify {
+    /// The source is not hashed. Size and hash of a new image in Glance are still compared.
+    None,
+    /// The source's hash over what was read; size and hash of the new image in Glance over what was sent.
+    #[default]
+    Hash,
+    /// That, and the new image is read back, decoded, and compared cluster by cluster with what was read of the source.
+    Readback,
+}
 
 /// Options of one conversion, with defaults that suit a small machine.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Cluster size of the image.
     pub cluster_bits: ClusterBits,
+    /// How clusters are compressed, if at all.
+    pub compression: Option<Compression>,
+    /// How sure one wants to be.
+    pub verify: Verify,
     /// Parallel ranges, where the source takes them.
     pub connections: NonZeroUsize,
-    /// Threads for zero test and copying.
+    /// Threads for zero test, compression and copying.
     pub workers: NonZeroUsize,
     /// All memory for data, store and index, bytes.
     pub memory_bytes: u64,
+    /// Folder for a scratch file, where memory does not hold the data.
+    pub scratch: Option<PathBuf>,
+    /// Bytes that it may take.
+    pub scratch_limit_bytes: u64,
     /// How local files are written.
     pub io: IoMode,
     /// Flush a local file and its folder before it counts as done.
@@ -23,6 +43,10 @@ pub struct Options {
     pub force: bool,
     /// Properties to set on a new image, over those of the source.
     pub properties: Vec<(String, String)>,
+    /// The run's name, by which a half-made image is recognised; a random one if there is none.
+    pub run: Option<String>,
+    /// When to give up.
+    pub patience: Patience,
 }
 
 impl Default for Options {
@@ -30,14 +54,20 @@ impl Default for Options {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             cluster_bits: ClusterBits::DEFAULT,
+            compression: None,
+            verify: Verify::default(),
             // four streams fill a 10 Gbit/s link and leave Glance's other users room
             connections: NonZeroUsize::new(4).unwrap_or(NonZeroUsize::MIN),
             workers: NonZeroUsize::new(cores.min(8)).unwrap_or(NonZeroUsize::MIN),
             memory_bytes: super::budget::default_memory_bytes(),
+            scratch: None,
+            scratch_limit_bytes: u64::MAX,
             io: IoMode::Auto,
             sync: true,
             force: false,
             properties: Vec::new(),
+            run: None,
+            patience: Patience::default(),
         }
     }
 }
@@ -50,6 +80,11 @@ pub trait Notices: Send + Sync {
     /// Something that goes into the report's `warnings`, too.
     fn warn(&self, line: &str) {
         self.note(line);
+    }
+
+    /// An image is made, or about to be: whoever keeps a record of runs writes its id down before the request leaves.
+    fn making(&self, image_id: &str) {
+        let _ = image_id;
     }
 }
 

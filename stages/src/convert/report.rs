@@ -123,7 +123,15 @@ pub struct Report {
     pub source_hash: HashReport,
     /// The image's digest.
     pub image_hash: HashReport,
-    /// Part of `fetched_bytes` that was read a second time.
+    /// The new image was read back and shows a guest the bytes that were read of the source.
+    pub read_back: bool,
+    /// `none`, `zlib` or `zstd`.
+    pub compression: &'static str,
+    /// Bytes of stored clusters in memory at the largest.
+    pub memory_tier_bytes: u64,
+    /// Bytes of stored clusters that no tier kept and that were read again to emit them.
+    pub source_tier_bytes: u64,
+    /// Part of `fetched_bytes` that was read a second time: what no tier kept, and what was read to verify.
     pub reread_bytes: u64,
     /// Part of `fetched_bytes` that was fetched again after an error.
     pub retried_bytes: u64,
@@ -137,6 +145,13 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
+/// Where stored clusters were.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tiers {
+    pub(super) memory_bytes: u64,
+    pub(super) source_bytes: u64,
+}
+
 /// What a conversion knows at its end.
 pub(super) struct ReportParts<'a> {
     pub(super) source: String,
@@ -146,7 +161,9 @@ pub(super) struct ReportParts<'a> {
     pub(super) image_bytes: u64,
     pub(super) started: Instant,
     pub(super) access: Access,
-    pub(super) retried_bytes: u64,
+    pub(super) read_back: bool,
+    pub(super) compression: &'static str,
+    pub(super) tiers: Tiers,
     pub(super) source_hash: HashReport,
     pub(super) image_hash: HashReport,
     pub(super) stages: Vec<MetricsSnapshot>,
@@ -168,14 +185,18 @@ impl Report {
             stored_bytes: parts.stored_bytes,
             image_bytes: parts.image_bytes,
             uploaded_bytes: progress.uploaded_bytes(),
-            scratch_peak_bytes: 0,
+            scratch_peak_bytes: progress.scratch_bytes(),
             rss_peak_bytes: rss_peak_bytes(),
             elapsed_s: parts.started.elapsed().as_secs_f64(),
             access: parts.access,
             source_hash: parts.source_hash,
             image_hash: parts.image_hash,
-            reread_bytes: 0,
-            retried_bytes: parts.retried_bytes,
+            read_back: parts.read_back,
+            compression: parts.compression,
+            memory_tier_bytes: parts.tiers.memory_bytes,
+            source_tier_bytes: parts.tiers.source_bytes,
+            reread_bytes: progress.reread_bytes(),
+            retried_bytes: progress.retried_bytes(),
             filesystems: Vec::new(),
             stages: parts.stages.into_iter().map(Into::into).collect(),
             retries: parts.retries,

@@ -1,29 +1,26 @@
 //! What is converted: a local file or an image in Glance, checked before anything is made.
 
-use std::{
-    num::NonZeroUsize,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{num::NonZeroUsize, path::Path, sync::Arc};
 
-use engine::{BufferPool, CancelToken, Pipeline, ReportHandle};
+use engine::{BufferPool, Pipeline, ReportHandle};
 
-use super::{JobError, Notices, Options, report::Access};
+use super::{Job, JobError, Options, report::Access};
 use crate::{
     disk::{
-        RawFile,
+        PipeSource, RawFile,
+        pipe::ReadPipe,
         read::{PlanReads, ReadExtents},
     },
     extent::Classified,
     glance::{
-        Fetch, FetchReport,
-        fetch::{Say, glance_advice},
+        Fetch, Remote,
+        fetch::{Plan, glance_advice},
     },
     hash::ExpectedHash,
     magic::DiskFormat,
     openstack::{Image, Session},
-    progress::Progress,
     text::{shell_word, size},
+    watermark::Watermark,
     zero::classify::Classify,
 };
 
@@ -41,18 +38,14 @@ pub enum Source {
         /// Its size, bytes.
         bytes: u64,
     },
+    /// A pipe, which can be read once.
+    Pipe(PipeSource),
 }
 
-/// What a source tells at the end.
-pub(super) struct SourceReport {
-    pub(super) access: Access,
-    pub(super) retried_bytes: u64,
-}
-
-/// How to get it.
+/// How to learn how a source was read.
 pub(super) enum SourceHandle {
-    Local,
-    Glance(ReportHandle<FetchReport>),
+    Known(Access),
+    Glance(ReportHandle<Access>),
 }
 
 impl Source {
@@ -123,12 +116,33 @@ impl Source {
         Ok(Self::Glance { session: session.clone(), image: Box::new(image), bytes })
     }
 
-    /// Its size, bytes.
+    /// What stdin is: a file is read at any offset, anything else once.
+    ///
+    /// # Errors
+    /// If it is a terminal, or a file that is not raw.
+    pub fn stdin() -> Result<Self, JobError> {
+        use std::os::fd::AsFd;
+        let stdin = std::io::stdin();
+        if std::io::IsTerminal::is_terminal(&stdin) {
+            return Err(JobError::Usage("`-` reads a disk from stdin, and stdin is a terminal: give it a file or a pipe".to_owned()));
+        }
+        let file = stdin.as_fd().try_clone_to_owned().map(std::fs::File::from);
+        let file = file.map_err(|error| JobError::Refused(format!("stdin cannot be read: {error}")))?;
+        let kind = file.metadata().map_err(|error| JobError::Refused(format!("stdin cannot be read: {error}")))?.file_type();
+        let at_start = rustix::fs::seek(&file, rustix::fs::SeekFrom::Current(0)) == Ok(0);
+        if at_start && (kind.is_file() || std::os::unix::fs::FileTypeExt::is_block_device(&kind)) {
+            return Ok(Self::Local(Arc::new(RawFile::from_file(file, Path::new("stdin"))?)));
+        }
+        Ok(Self::Pipe(PipeSource::new(file, "stdin")))
+    }
+
+    /// Its size, bytes; `None` for a pipe.
     #[must_use]
-    pub fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> Option<u64> {
         match self {
-            Self::Local(raw) => raw.bytes(),
-            Self::Glance { bytes, .. } => *bytes,
+            Self::Local(raw) => Some(raw.bytes()),
+            Self::Glance { bytes, .. } => Some(*bytes),
+            Self::Pipe(_) => None,
         }
     }
 
@@ -138,6 +152,7 @@ impl Source {
         match self {
             Self::Local(raw) => raw.path().display().to_string(),
             Self::Glance { image, .. } => format!("glance:{}", image.id),
+            Self::Pipe(_) => "-".to_owned(),
         }
     }
 
@@ -147,6 +162,7 @@ impl Source {
         match self {
             Self::Local(raw) => format!("source: {}, {} raw", raw.path().display(), size(raw.bytes())),
             Self::Glance { image, bytes, .. } => format!("source: image {} ({}), {} raw", image.shown(), image.id, size(*bytes)),
+            Self::Pipe(_) => "source: stdin, a pipe: raw, and as long as it comes".to_owned(),
         }
     }
 
@@ -154,7 +170,7 @@ impl Source {
     #[must_use]
     pub fn expected_hash(&self) -> Option<ExpectedHash> {
         match self {
-            Self::Local(_) => None,
+            Self::Local(_) | Self::Pipe(_) => None,
             Self::Glance { image, .. } => image.expected_hash(),
         }
     }
@@ -164,78 +180,61 @@ impl Source {
     pub fn leases(&self, options: &Options) -> usize {
         let workers = options.workers.get();
         match self {
-            Self::Local(_) => 2 * workers + 4,
+            Self::Local(_) | Self::Pipe(_) => 2 * workers + 4,
             Self::Glance { .. } => 2 * options.connections.get() + 2 * workers + 4,
         }
     }
 
+    /// The image, if it is one.
+    pub(super) fn remote(&self, job: &Job) -> Option<Remote> {
+        let Self::Glance { session, image, bytes } = self else { return None };
+        Some(Remote {
+            session: session.clone(),
+            image_id: image.id.clone(),
+            image_bytes: *bytes,
+            progress: job.progress.clone(),
+            retries: job.retries.clone(),
+            patience: job.options.patience,
+            cancel: job.cancel.clone(),
+            again: false,
+        })
+    }
+
     /// The pipeline's first part: from the source to classified extents.
-    pub(super) fn pipeline(
-        &self,
-        options: &Options,
-        pool: &BufferPool,
-        progress: &Progress,
-        retries: &Arc<Mutex<Vec<String>>>,
-        notices: &Arc<dyn Notices>,
-        cancel: &CancelToken,
-    ) -> (Pipeline<Classified>, SourceHandle) {
+    pub(super) fn pipeline(&self, job: &Job, pool: &BufferPool, watermark: &Watermark) -> (Pipeline<Classified>, SourceHandle) {
+        let (options, cancel, progress) = (&job.options, &job.cancel, &job.progress);
         let cluster_bits = options.cluster_bits;
         let workers = options.workers.get();
+        let classify = || Classify { cluster_bits, progress: progress.clone() };
         match self {
             Self::Local(raw) => {
-                let plan = || PlanReads { source: Arc::clone(raw), cluster_bits };
+                let plan = || PlanReads { source: Arc::clone(raw), cluster_bits, watermark: watermark.clone() };
                 let read =
                     || ReadExtents { source: Arc::clone(raw), pool: pool.clone(), cluster_bits, progress: progress.clone() };
                 let pipeline = Pipeline::new(cancel).threads("plan", 1, plan).port(16).threads("read", workers, read);
-                (pipeline, SourceHandle::Local)
+                (pipeline, SourceHandle::Known(Access::Random))
             }
-            Self::Glance { session, image, bytes } => {
-                let notices = Arc::clone(notices);
-                let say: Say = Arc::new(move |line| notices.note(&line));
+            Self::Pipe(pipe) => {
+                let read = || ReadPipe { source: pipe.clone(), pool: pool.clone() };
+                let pipeline = Pipeline::new(cancel).threads("read", 1, read).cpu("classify", workers, classify);
+                (pipeline, SourceHandle::Known(Access::Once))
+            }
+            Self::Glance { .. } => {
                 let fetch = Fetch {
-                    session: session.clone(),
-                    image_id: image.id.clone(),
-                    image_bytes: *bytes,
+                    remote: self.remote(job).expect("it is an image"),
+                    plan: Plan::All,
                     connections: connections_within(options.connections, pool),
                     pool: pool.clone(),
-                    progress: progress.clone(),
-                    retries: Arc::clone(retries),
-                    say,
+                    watermark: watermark.clone(),
                 };
                 let (pipeline, report) = Pipeline::new(cancel).network_reporting("fetch", fetch);
-                let classify = || Classify { cluster_bits, progress: progress.clone() };
                 (pipeline.cpu("classify", workers, classify), SourceHandle::Glance(report))
             }
-        }
-    }
-
-    /// After reading: is it still what it was?
-    pub(super) fn check_unchanged(&self) -> Result<(), JobError> {
-        match self {
-            Self::Local(raw) => Ok(raw.check_unchanged()?),
-            Self::Glance { .. } => Ok(()), // an image's data never changes; its hash is checked by the lane
         }
     }
 }
 
 /// A connection without a lease could only wait.
-fn connections_within(wanted: NonZeroUsize, pool: &BufferPool) -> NonZeroUsize {
+pub(super) fn connections_within(wanted: NonZeroUsize, pool: &BufferPool) -> NonZeroUsize {
     wanted.min(NonZeroUsize::new(pool.count() / 2).unwrap_or(NonZeroUsize::MIN))
-}
-
-impl SourceHandle {
-    pub(super) async fn report(self) -> SourceReport {
-        match self {
-            Self::Local => SourceReport { access: Access::Random, retried_bytes: 0 },
-            Self::Glance(handle) => match handle.one().await {
-                Some(report) => SourceReport { access: report.access, retried_bytes: report.retried_bytes },
-                None => SourceReport { access: Access::Sequential, retried_bytes: 0 },
-            },
-        }
-    }
-}
-
-/// The lines of retries so far.
-pub(super) fn retry_lines(retries: &Mutex<Vec<String>>) -> Vec<String> {
-    retries.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }

@@ -1,18 +1,15 @@
 //! A source becomes a local qcow2 file, in one pass.
 
-use std::{
-    path::Path,
-    sync::{Arc, Mutex},
-    time::Instant,
-};
+use std::path::Path;
 
-use engine::{BufferPool, CancelToken, Pipeline, StageError, TokioLocal};
+use engine::{BufferPool, Pipeline, StageError, TokioLocal};
 use tokio::runtime::Handle;
 
 use super::{
-    Budget, JobError, Notices, Options, Report,
-    report::{HashReport, ReportParts},
-    source::{Source, retry_lines},
+    Budget, Job, JobError, Report, Source, Verify,
+    job::{LEASE_ALIGN, ReportOf, access_of, collect_and_hash},
+    readback::{Target, against_survey},
+    report::{HashReport, Tiers},
 };
 use crate::{
     disk::{
@@ -22,40 +19,29 @@ use crate::{
         uring::{UringExecutor, UringQueue},
         write::WriteImage,
     },
-    extent::{EXTENT_BYTES, PlacedRun},
+    extent::EXTENT_BYTES,
     hash::HashLane,
-    progress::{Phase, Progress},
-    qcow2::Geometry,
-    store::{Collect, collect::HELD_MAX},
-    text::size,
-    units::{to_u64, to_usize},
+    progress::Phase,
+    store::Collect,
+    units::to_usize,
+    watermark::Watermark,
 };
 
 /// Writes in flight: enough to keep a device and the page cache busy, few enough to be no matter for memory.
 const WRITE_DEPTH: usize = 8;
 /// Threads that call `pwrite` where there is no io_uring.
 const PWRITE_THREADS: usize = 2;
-/// Alignment of leases: what every disk in use asks of memory for direct I/O.
-pub(super) const LEASE_ALIGN: usize = 4096;
 
-/// Converts `source` into a qcow2 file at `destination`.
+/// Converts the job's source into a qcow2 file at `destination`.
 ///
 /// # Errors
 /// [`JobError`]; the destination is then as it was before.
 ///
 /// # Cancel safety
-/// Cancel with `cancel`: everything in flight is waited for and the partial file removed. Dropping the future leaves
+/// Cancel with the job's token: everything in flight is waited for and the partial file removed. Dropping the future leaves
 /// that to the threads.
-pub async fn to_file(
-    source: &Source,
-    destination: &Path,
-    options: &Options,
-    progress: &Progress,
-    notices: &Arc<dyn Notices>,
-    cancel: &CancelToken,
-) -> Result<Report, JobError> {
-    let started = Instant::now();
-    let geometry = Geometry::new(source.bytes(), options.cluster_bits)?;
+pub async fn to_file(job: &Job, destination: &Path) -> Result<Report, JobError> {
+    let Job { source, options, progress, cancel, .. } = job;
     let budget = Budget::split(options.memory_bytes, source.leases(options) + WRITE_DEPTH, false)?;
     if let Source::Local(raw) = source
         && (same_file(raw.path(), destination) || same_file(raw.path(), &partial_of(destination)))
@@ -74,86 +60,70 @@ pub async fn to_file(
     }
     let output = OutputFile::create(destination, options.force)?;
     let backend = choose_backend(options.io, output.folder())?;
-    notices.note(&source.line());
-    notices.note(&format!(
-        "destination: {}, qcow2 with {} clusters, written with {}",
-        destination.display(),
-        size(options.cluster_bits.cluster_bytes()),
-        match backend {
-            Backend::Uring => "io_uring",
-            Backend::Pwrite => "pwrite",
-        }
-    ));
-    notices.note(&format!("{}; {} workers", budget.describe(), options.workers));
-    if let Some(warning) = budget.index_warning(geometry) {
-        notices.warn(&warning);
-    }
+    let how = match backend {
+        Backend::Uring => "io_uring",
+        Backend::Pwrite => "pwrite",
+    };
+    job.announce(&format!("{} (written with {how})", destination.display()), &budget)?;
 
-    let expected = source.expected_hash();
-    progress.set_virtual_bytes(source.bytes());
-    progress.set_hash_expected(if expected.is_some() { source.bytes() } else { 0 });
+    let expected = job.expected_hash();
+    progress.set_virtual_bytes(source.bytes().unwrap_or(0));
+    progress.set_hash_expected(expected.as_ref().and_then(|_| source.bytes()).unwrap_or(0));
     progress.set_phase(Phase::Reading);
-    let retries = Arc::new(Mutex::new(Vec::new()));
     let pool = BufferPool::new(budget.leases, to_usize(EXTENT_BYTES), LEASE_ALIGN, cancel);
-    let (pipeline, source_handle) = source.pipeline(options, &pool, progress, &retries, notices, cancel);
-
+    let (pipeline, source_handle) = source.pipeline(job, &pool, &Watermark::new(u64::MAX));
+    drop(pool);
+    let survey = options.verify == Verify::Readback;
+    let pipeline = if survey || options.compression.is_some() {
+        pipeline.cpu("encode", options.workers.get(), || job.encoder())
+    } else {
+        pipeline
+    };
     let file = output.handle()?;
     let (sync, index_limit_bytes) = (options.sync, budget.index_bytes / 2);
+    let (cluster_bits, codec) = (options.cluster_bits, job.codec());
     let io = |error| StageError::new(engine::ErrorKind::Io, error);
     let (pipeline, written) = match backend {
         Backend::Uring => pipeline.ring_reporting("write", UringExecutor, move || {
             let queue = UringQueue::new(file, WRITE_DEPTH).map_err(io)?;
-            Ok(WriteImage { queue, geometry, sync, index_limit_bytes })
+            Ok(WriteImage { queue, cluster_bits, codec, sync, index_limit_bytes })
         }),
         Backend::Pwrite => pipeline.ring_reporting("write", TokioLocal, move || {
             let queue = PwriteQueue::new(file, WRITE_DEPTH, PWRITE_THREADS).map_err(io)?;
-            Ok(WriteImage { queue, geometry, sync, index_limit_bytes })
+            Ok(WriteImage { queue, cluster_bits, codec, sync, index_limit_bytes })
         }),
     };
-    let collect = Collect { geometry, source_bytes: source.bytes(), index_limit_bytes };
+    let collect = Collect { cluster_bits, source_bytes: source.bytes(), index_limit_bytes, survey, watermark: None };
     let file = if expected.is_some() { Some(output.handle()?) } else { None };
-    let (pipeline, _) = collect_and_hash(pipeline, &budget, collect, HashLane { expected, file, progress: progress.clone() });
+    let lane =
+        HashLane { expected: expected.clone(), file, cluster_bits, codec, progress: progress.clone(), watermark: None };
+    let (pipeline, surveyed): (Pipeline<_>, _) = collect_and_hash(pipeline, &budget, collect, lane);
     let stages =
         pipeline.start(&Handle::current()).join().await.map_err(|error| JobError::from(error).writing_to(destination))?;
-    source.check_unchanged()?;
+    job.check_unchanged().await?;
     let written = written.one().await.ok_or_else(|| JobError::bug("the writer left no report"))?;
     progress.set_image_bytes(written.image_bytes);
+    if survey {
+        let surveyed = surveyed.one().await.ok_or_else(|| JobError::bug("the survey left no report"))?;
+        progress.set_virtual_bytes(surveyed.source_bytes);
+        let target = Target::Path(output.path().to_owned());
+        against_survey(&target, &surveyed.into(), options.workers.get(), progress, cancel).await?;
+    }
     progress.set_phase(Phase::Finishing);
     let destination = output.commit(options.sync)?;
-    let source_report = source_handle.report().await;
-    Ok(Report::assemble(ReportParts {
-        source: source.shown(),
+    Ok(job.report(ReportOf {
         destination: destination.display().to_string(),
-        virtual_bytes: geometry.virtual_bytes(),
+        virtual_bytes: written.virtual_bytes,
         stored_bytes: written.stored_bytes,
         image_bytes: written.image_bytes,
-        started,
-        access: source_report.access,
-        retried_bytes: source_report.retried_bytes,
-        source_hash: HashReport::checked(source.expected_hash()),
+        access: access_of(source_handle).await,
+        read_back: survey,
+        tiers: Tiers::default(),
+        expected,
         image_hash: HashReport::none(),
         stages,
-        retries: retry_lines(&retries),
         progress,
     }))
-}
-
-/// Adds the collector and the hash lane, which may lag by as many extents as the disk has, as far as their records (not
-/// their bytes) fit into a quarter of the index's memory.
-pub(super) fn collect_and_hash(
-    pipeline: Pipeline<crate::extent::Placed>,
-    budget: &Budget,
-    collect: Collect,
-    lane: HashLane,
-) -> (Pipeline<engine::NoOutput>, engine::ReportHandle<crate::store::Survey>) {
-    // at worst every cluster of an extent is a run of its own
-    let runs = EXTENT_BYTES / collect.geometry.cluster_bits().cluster_bytes();
-    let record_bytes = (runs * to_u64(size_of::<PlacedRun>())).max(1);
-    let lag = collect.source_bytes.div_ceil(EXTENT_BYTES).min(budget.index_bytes / 4 / record_bytes);
-    let lag = to_usize(lag).clamp(16, HELD_MAX);
-    let (mut collect, mut lane) = (Some(collect), Some(lane));
-    let (pipeline, survey) = pipeline.port(64).threads_reporting("collect", 1, || collect.take().expect("one worker asks once"));
-    (pipeline.port(lag).threads("hash", 1, || lane.take().expect("one worker asks once")), survey)
 }
 
 /// Do two paths lead to one file, or to one block device, or to a file and the loop device over it?

@@ -2,200 +2,67 @@
 //!
 //! The image is made (POST) only after the survey, when its exact length is known and compared with the quota, and its id
 //! is chosen here, so that it can be removed even if the answer to the POST is lost. It counts as done, and gets
-//! `virta_verified`, only when the source's hash agreed and Glance's size and hash of it are ours. Anything else,
-//! an interrupt included, deletes it.
+//! `virta_verified`, only when the source's hash agreed, Glance's size and hash of it are ours, and, where asked for, what Glance
+//! serves decodes to the source's bytes. Anything else, an interrupt included, deletes it.
+//!
+//! # Uploads that fail
+//! | what happened | what is done |
+//! |---|---|
+//! | cut, silent, 5xx, 408, 429, 401; the image is `queued` again | sent again from the store |
+//! | the image stays `saving` (a worker died), is gone, or got a 5xx of its own | deleted; a new one is made |
+//! | the answer alone was lost, and Glance has all bytes | success, if size and hash say so |
+//! | 400, 403, 409, 413, 415 | ends the run at once, with Glance's own words |
 
 use std::{
-    sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    sync::{Mutex, PoisonError},
+    time::Instant,
 };
 
-use engine::{BufferPool, CancelToken, ErrorKind, Pipeline, RunError};
+use engine::{ErrorKind, RunError};
+use reqwest::StatusCode;
 use serde_json::json;
 use tokio::runtime::Handle;
 
 use super::{
-    Budget, JobError, Notices, Options, Report,
-    report::{HashReport, ReportParts},
-    source::{Source, retry_lines},
-    to_file::{LEASE_ALIGN, collect_and_hash},
+    Job, JobError, Report, Source, Verify,
+    job::{ReportOf, Surveyed, cause_of},
+    names::verified_mark,
+    readback::{Target, against_survey},
+    report::HashReport,
 };
 use crate::{
-    extent::EXTENT_BYTES,
-    glance::Upload,
-    hash::{ExpectedHash, HashLane, Hasher},
+    glance::{ImageFile, Remote, Upload, upload::UploadError},
+    hash::{ExpectedHash, Hasher},
     openstack::{
         ApiError, Image, Session,
-        image::{SOURCE_HASH, SOURCE_ID, VERIFIED, check_properties, converted_record},
+        image::{VERIFIED, check_properties, converted_record},
     },
-    progress::{Phase, Progress},
-    qcow2::{Geometry, Layout, StreamWriter},
-    store::{Collect, Emit, EmitReport, Keep, MemoryStore, Survey},
-    text::size,
-    units::to_usize,
+    progress::Phase,
+    store::EmitReport,
+    text::{causes, printable, shell_word, size},
 };
 
-/// How long Glance may take to make an uploaded image `active`.
-const ACTIVE_WITHIN: Duration = Duration::from_secs(900);
-/// How long the answer to a POST is waited for after an interrupt.
-const ANSWER_AFTER_CANCEL: Duration = Duration::from_secs(3);
-/// How long removing a half-made image may take.
-const CLEAN_UP_WITHIN: Duration = Duration::from_secs(60);
-
-/// What a name in Glance means for a conversion.
-pub enum NameCheck {
-    /// No finished image has it. Unfinished ones of this very source may: dead runs left them, or live ones make them.
-    Free {
-        /// Their ids.
-        unfinished: Vec<String>,
-    },
-    /// This source's own finished conversion has it.
-    AlreadyDone(Box<Image>),
-}
-
-/// Who has this name already? Asked while the source is looked up; [`check_name`] decides.
-///
-/// # Errors
-/// [`JobError::Usage`] if the name cannot be an image's: empty, too long, or a UUID.
-pub async fn images_of_name(session: &Session, name: &str) -> Result<Vec<Image>, JobError> {
-    if name.is_empty() {
-        return Err(JobError::Usage("glance: needs a name for the new image, as in glance:my-server-qcow2".to_owned()));
-    }
-    if name.chars().count() > 255 {
-        return Err(JobError::Usage("the new image's name is longer than Glance's 255 characters".to_owned()));
-    }
-    if uuid::Uuid::parse_str(name).is_ok() {
-        return Err(JobError::Usage(format!(
-            "{name} is an id: a conversion always makes a new image and never writes into one that is there. Give it a name"
-        )));
-    }
-    Ok(session.images_named(name).await?)
-}
-
-/// May an image of this name be made, with `taken` having it?
-///
-/// # Errors
-/// [`JobError::Usage`] if it is taken and `force` is not given; it lists who has it.
-pub fn check_name(taken: Vec<Image>, name: &str, source: &Source, force: bool) -> Result<NameCheck, JobError> {
-    let (taken, waiting): (Vec<Image>, Vec<Image>) = taken.into_iter().partition(|image| image.status == "active");
-    let unfinished = || {
-        let Source::Glance { image: source, .. } = source else { return Vec::new() };
-        let of_source = waiting.iter().filter(|image| image.property(SOURCE_ID) == Some(&source.id));
-        of_source.filter(|image| matches!(image.status.as_str(), "queued" | "saving")).map(Image::shown_id).collect()
-    };
-    if let Source::Glance { image: source, .. } = source {
-        let ours = |image: &&Image| image.property(SOURCE_ID) == Some(&source.id) && image.id != source.id;
-        if let Some(done) = taken.iter().find(|image| ours(image) && is_finished(image, source)) {
-            return Ok(NameCheck::AlreadyDone(Box::new(done.clone())));
-        }
-        if let Some(unproven) = taken.iter().find(ours).filter(|_| !force) {
-            return Err(JobError::Usage(format!(
-                "image {name} ({id}) says that it was made from this source, but not that it was verified since: the run that made it \
-                 may have died, or it is a snapshot that inherited the mark. Take another name; or, if nobody needs it, remove it and \
-                 start again: openstack image delete {id}",
-                name = crate::text::printable(name),
-                id = unproven.shown_id()
-            )));
-        }
-    }
-    if taken.is_empty() || force {
-        return Ok(NameCheck::Free { unfinished: unfinished() });
-    }
-    let lines: Vec<String> = taken.iter().map(|image| format!("\n    {}", image.line())).collect();
-    Err(JobError::Usage(format!(
-        "an image called {} is there already; choose another name, or make a second one with --force:{}",
-        crate::text::printable(name),
-        lines.concat()
-    )))
-}
-
-/// Is `image` a conversion of `source` that was verified? Properties alone prove nothing: Nova copies them onto the snapshots
-/// of servers that boot from an image. The mark has to name the hash of the very image that carries it.
-fn is_finished(image: &Image, source: &Image) -> bool {
-    let hash = |image: &Image| image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
-    let Some(own) = hash(image) else { return false };
-    image.disk_format.as_deref() == Some("qcow2")
-        && image.owner == source.owner
-        && image.property(VERIFIED) == Some(&verified_mark(&own))
-        && image.property(SOURCE_HASH).map(str::to_owned) == hash(source)
-}
-
-/// The value of `virta_verified` for an image of this hash. Glance keeps 255 characters.
-fn verified_mark(hash: &str) -> String {
-    format!("hash:{hash}").chars().take(255).collect()
-}
-
-/// Converts `source` into a new image called `name`.
+/// Converts the job's source into a new image called `name`.
 ///
 /// # Errors
 /// [`JobError`]; no image is left behind then, or the error says which.
 ///
 /// # Cancel safety
-/// Cancel with `cancel`: the half-made image is deleted before this returns. If the future is dropped instead, the image
+/// Cancel with the job's token: the half-made image is deleted before this returns. If the future is dropped instead, the image
 /// stays, `queued` or `saving`, with `virta_run` in it.
-pub async fn to_glance(
-    source: &Source,
-    session: &Session,
-    name: &str,
-    options: &Options,
-    progress: &Progress,
-    notices: &Arc<dyn Notices>,
-    cancel: &CancelToken,
-) -> Result<Report, JobError> {
-    let started = Instant::now();
-    check_properties(&options.properties).map_err(JobError::Usage)?;
-    let geometry = Geometry::new(source.bytes(), options.cluster_bits)?;
-    let budget = Budget::split(options.memory_bytes, source.leases(options), true)?;
-    notices.note(&source.line());
-    notices.note(&format!(
-        "destination: new image {}, qcow2 with {} clusters",
-        crate::text::printable(name),
-        size(options.cluster_bits.cluster_bytes())
-    ));
-    notices.note(&format!("{}; {} workers, {} connections", budget.describe(), options.workers, options.connections));
-    if let Some(warning) = budget.index_warning(geometry) {
-        notices.warn(&warning);
-    }
-    if let Some(warning) = budget.store_warning(source.bytes()) {
-        notices.note(&warning);
-    }
-    if let Some(warning) = budget.available_warning() {
-        notices.warn(&warning);
-    }
-    let expected = source.expected_hash();
-    if expected.is_none() && matches!(source, Source::Glance { .. }) {
-        notices.warn(
-            "Glance has no hash of the source (as after a direct Ceph snapshot): what is read cannot be checked against one",
-        );
-    }
-    // survey
-    progress.set_virtual_bytes(source.bytes());
-    progress.set_hash_expected(if expected.is_some() { source.bytes() } else { 0 });
-    progress.set_phase(Phase::Reading);
-    let retries = Arc::new(Mutex::new(Vec::new()));
-    let pool = BufferPool::new(budget.leases, to_usize(EXTENT_BYTES), LEASE_ALIGN, cancel);
-    let store = MemoryStore::new(budget.store_bytes, budget.memory_bytes, geometry.virtual_bytes());
-    let (pipeline, source_handle) = source.pipeline(options, &pool, progress, &retries, notices, cancel);
-    let cluster_bits = options.cluster_bits;
-    let pipeline = pipeline.cpu("keep", options.workers.get(), || Keep { store: store.clone(), cluster_bits });
-    let collect = Collect { geometry, source_bytes: source.bytes(), index_limit_bytes: budget.index_bytes };
-    let lane = HashLane { expected: expected.clone(), file: None, progress: progress.clone() };
-    let (pipeline, survey) = collect_and_hash(pipeline, &budget, collect, lane);
-    let surveying = pipeline.start(&Handle::current());
-    let (survey, quota_left) = tokio::join!(survey.one(), cancel.guard(session.quota_left_bytes()));
-    let quota_left = quota_left.unwrap_or(None);
-    let Some(survey) = survey else {
-        surveying.join().await?;
-        return Err(JobError::bug("the survey left no report"));
+pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Report, JobError> {
+    check_properties(&job.options.properties).map_err(JobError::Usage)?;
+    let quota = tokio::spawn({
+        let session = session.clone();
+        async move { session.quota_left_bytes().await }
+    });
+    let mut surveyed = job.survey(&format!("new image {}", printable(name))).await?;
+    let image_bytes = surveyed.layout.file_bytes();
+    let running = surveyed.running.take().ok_or_else(|| JobError::bug("a survey runs once"))?;
+    let quota_left = match job.cancel.guard(quota).await {
+        Ok(left) => left.unwrap_or(None),
+        Err(_) => return Err(cause_of(JobError::interrupted(), running).await),
     };
-    source.check_unchanged()?;
-
-    // layout
-    let survey = Arc::new(survey);
-    let layout = Arc::new(Layout::plan(geometry, &survey.map)?);
-    let image_bytes = layout.file_bytes();
-    progress.set_image_bytes(image_bytes);
-    notices.note(&format!("the image will be {}, exactly {image_bytes} bytes", size(image_bytes)));
     if let Some(left) = quota_left
         && image_bytes > left
     {
@@ -204,176 +71,273 @@ pub async fn to_glance(
              (virta convert {} {}.qcow2), check it, delete the raw image, then upload the file",
             size(left),
             size(image_bytes),
-            crate::text::shell_word(&source.shown()),
-            crate::text::shell_word(name),
+            shell_word(&job.source.shown()),
+            shell_word(name),
         )));
     }
-
-    // emit
-    let id = uuid::Uuid::new_v4().hyphenated().to_string();
-    let run = uuid::Uuid::new_v4().hyphenated().to_string();
-    let source_image = match source {
-        Source::Glance { image, .. } => Some(&**image),
-        Source::Local(_) => None,
+    let emission = Emission {
+        job,
+        session,
+        surveyed: &surveyed,
+        name,
+        run: job.options.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string()),
+        made: Mutex::new(Vec::new()),
     };
-    let record = converted_record(source_image, &id, name, geometry.virtual_bytes(), &run, &options.properties);
-    let job = EmitJob { session, survey: &survey, layout: &layout, id: &id, record: &record, progress, cancel };
-    let made = job.run(surveying).await;
-    let made = match made {
+    let emitting = async {
+        let result = emission.until_active().await;
+        if result.is_err() {
+            job.cancel.cancel(engine::Cause::Requested("another part of the job failed".to_owned()));
+        }
+        result
+    };
+    let (emitted, surveying) = tokio::join!(emitting, running.join());
+    let done = match (emitted, surveying) {
+        (Ok(made), Ok(stages)) => emission.prove(made, stages).await,
+        // what stopped the emission may be the hash lane: its error says more
+        (Err(JobError::Interrupted(_)), Err(failed @ RunError::Failed { .. })) | (Ok(_), Err(failed)) => Err(failed.into()),
+        (Err(JobError::Interrupted(_)), Err(RunError::Cancelled(why))) => Err(JobError::Interrupted(why)),
+        (Err(error), _) => Err(error),
+    };
+    let made = match done {
         Ok(made) => made,
-        Err(error) => return Err(clean_up(session, &id, error).await),
+        Err(error) => return Err(emission.clean_up(error).await),
     };
-    if source_image.is_some_and(|image| image.protected == Some(true))
-        && let Err(error) = session.set_property(&id, "protected", &json!(true)).await
-    {
-        notices.warn(&format!("the source is protected, the new image could not be: {error}"));
-    }
-    let source_report = source_handle.report().await;
-    Ok(Report::assemble(ReportParts {
-        source: source.shown(),
-        destination: format!("glance:{id}"),
-        virtual_bytes: geometry.virtual_bytes(),
-        stored_bytes: survey.map.count() * cluster_bits.cluster_bytes(),
+    emission.remove_all_but(&made.id).await;
+    Ok(job.report(ReportOf {
+        destination: format!("glance:{}", made.id),
+        virtual_bytes: surveyed.layout.placement().geometry.virtual_bytes(),
+        stored_bytes: surveyed.survey.index.stored_bytes(),
         image_bytes,
-        started,
-        access: source_report.access,
-        retried_bytes: source_report.retried_bytes,
-        source_hash: HashReport::checked(expected),
+        access: surveyed.access,
+        read_back: made.read_back,
+        tiers: surveyed.tiers,
+        expected: surveyed.expected.clone(),
         image_hash: made.image_hash,
         stages: made.stages,
-        retries: retry_lines(&retries),
-        progress,
+        progress: &job.progress,
     }))
 }
 
-struct EmitJob<'a> {
+/// The image's way into Glance.
+struct Emission<'a> {
+    job: &'a Job,
     session: &'a Session,
-    survey: &'a Arc<Survey>,
-    layout: &'a Arc<Layout>,
-    id: &'a str,
-    record: &'a serde_json::Map<String, serde_json::Value>,
-    progress: &'a Progress,
-    cancel: &'a CancelToken,
+    surveyed: &'a Surveyed,
+    name: &'a str,
+    /// The run's name, in each image it makes.
+    run: String,
+    /// Ids of images that were made, or that were about to be.
+    made: Mutex<Vec<String>>,
 }
 
-struct Made {
+/// An image that Glance has wholly.
+struct Active {
+    image: Image,
+    emitted: EmitReport,
+    stages: Stages,
+}
+
+/// An image that is what it should be.
+struct Proven {
+    id: String,
     image_hash: HashReport,
-    stages: Vec<engine::MetricsSnapshot>,
+    read_back: bool,
+    stages: Stages,
 }
 
-impl EmitJob<'_> {
-    /// Makes the image, sends its bytes, waits for the source's hash and for Glance, and compares.
-    async fn run(&self, surveying: engine::Running) -> Result<Made, JobError> {
-        if let Err(error) = self.create_or_stop().await {
-            // what stopped it may be the survey's hash lane: its error says more
-            return Err(match surveying.join().await {
-                Err(failed @ RunError::Failed { .. }) if self.cancel.is_cancelled() => failed.into(),
-                _ => error,
-            });
-        }
-        self.progress.set_phase(Phase::Uploading);
-        let emit = Emit {
-            survey: Arc::clone(self.survey),
-            layout: Arc::clone(self.layout),
-            hasher: Hasher::new("sha512").ok_or_else(|| JobError::bug("sha512 is known"))?,
-        };
-        let upload = Upload {
-            session: self.session.clone(),
-            image_id: self.id.to_owned(),
-            total_bytes: self.layout.file_bytes(),
-            progress: self.progress.clone(),
-        };
-        let mut emit = Some(emit);
-        let (pipeline, emitted) =
-            Pipeline::new(self.cancel).threads_reporting("emit", 1, || emit.take().expect("one worker asks once"));
-        let emitting = pipeline.network("upload", upload).start(&Handle::current());
-        let (emitted_stages, surveyed_stages) = {
-            let emitting = async {
-                let result = emitting.join().await;
-                self.progress.set_phase(Phase::Finishing);
-                result
+/// What to do after an upload that failed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Send it again.
+    Again,
+    /// Send it again, into a new image.
+    New,
+}
+
+type Stages = Vec<engine::MetricsSnapshot>;
+
+impl Emission<'_> {
+    async fn guard<T>(&self, work: impl Future<Output = T>) -> Result<T, JobError> {
+        self.job.cancel.guard(work).await.map_err(|_| JobError::interrupted())
+    }
+
+    /// Makes an image and sends it, as often as it takes, until Glance has it.
+    async fn until_active(&self) -> Result<Active, JobError> {
+        let patience = self.job.options.patience;
+        let mut image: Option<String> = None;
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let id = match image.take() {
+                Some(id) => id,
+                None => self.create_or_stop().await?,
             };
-            let (emitting, surveying) = tokio::join!(emitting, surveying.join());
-            both(emitting, surveying)?
-        };
-        let emitted = emitted.one().await.ok_or_else(|| JobError::bug("the emitter left no report"))?;
-        let image = self
-            .cancel
-            .guard(self.wait_until_active())
-            .await
-            .map_err(|_| JobError::Interrupted("interrupted".to_owned()))
-            .flatten()?;
-        let image_hash = self.compare(&image, &emitted)?;
-        let verified = match (&image_hash.algorithm, &image_hash.value) {
-            (Some(algorithm), Some(value)) if image_hash.checked => verified_mark(&format!("{algorithm}:{value}")),
-            _ => format!("size:{}", self.layout.file_bytes()),
-        };
-        match self.cancel.guard(self.session.set_property(self.id, VERIFIED, &json!(verified))).await {
-            Ok(set) => set?,
-            Err(_) => return Err(JobError::Interrupted("interrupted".to_owned())),
+            let error = match self.send(&id).await {
+                Ok((emitted, answered, stages)) => {
+                    // without an answer Glance may still be at work on what it got
+                    let within = if answered { patience.saving } else { patience.answer };
+                    match self.wait_until_active(&id, within).await {
+                        Ok(found) => return Ok(Active { image: found, emitted, stages }),
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            if self.job.cancel.is_cancelled() {
+                return Err(JobError::interrupted());
+            }
+            let next = self.what_next(&id, &error).await?;
+            let (Some(next), true) = (next, tries < patience.uploads) else { return Err(error) };
+            self.job.retries.note(format!("upload tried again ({tries} of {}): {}", patience.uploads, causes(&error)));
+            self.job.progress.restart_upload();
+            self.job.progress.set_phase(Phase::Uploading);
+            if next == Next::New {
+                self.job.retries.say(format!("image {id} cannot take the data any more: a new one is made"));
+                if let Err(error) = self.guard(self.session.delete_image(&id)).await? {
+                    self.job.retries.say(format!("image {id} could not be deleted yet: {}", causes(&error)));
+                }
+            } else {
+                image = Some(id);
+            }
+            let retry_after = api_error(&error).and_then(ApiError::retry_after_s);
+            self.guard(tokio::time::sleep(patience.pause_after(tries, retry_after))).await?;
         }
-        Ok(Made { image_hash, stages: surveyed_stages.into_iter().chain(emitted_stages).collect() })
+    }
+
+    /// Is another try worth it, and into which image? `None`: it is not.
+    async fn what_next(&self, id: &str, error: &JobError) -> Result<Option<Next>, JobError> {
+        let stuck = matches!(error, JobError::Stuck { .. });
+        let Some(api) = api_error(error) else { return Ok(stuck.then_some(Next::New)) };
+        let retryable = api.is_retryable()
+            || matches!(api, ApiError::Answer { .. })
+            || matches!(api.status(), Some(StatusCode::UNAUTHORIZED | StatusCode::NOT_FOUND | StatusCode::GONE));
+        if !retryable {
+            return Ok(None);
+        }
+        // what became of the image? A client that goes away leaves it saving for about a second
+        let started = Instant::now();
+        let patience = self.job.options.patience;
+        loop {
+            let found = self.guard(self.session.image(id)).await?;
+            match found.as_ref().map(|image| image.status.as_str()) {
+                // a 5xx to a PUT can be a file that a refused upload left behind: each further one would get it, too
+                Ok("queued") if api.status().is_some_and(|status| status.is_server_error()) => return Ok(Some(Next::New)),
+                Ok("queued") => return Ok(Some(Next::Again)),
+                Ok("active" | "deactivated" | "killed" | "deleted") => return Ok(Some(Next::New)),
+                Ok(_) if started.elapsed() > patience.saving / 4 => return Ok(Some(Next::New)),
+                Ok(_) => {}
+                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(Some(Next::New)),
+                Err(_) if started.elapsed() > patience.saving => return Ok(Some(Next::New)),
+                Err(_) => {}
+            }
+            self.guard(tokio::time::sleep(patience.pause)).await?;
+        }
     }
 
     /// [`Self::create`]; when the run is cancelled meanwhile, its answer is still waited for, for a while: the image that it
     /// makes has to be there before it can be deleted.
-    async fn create_or_stop(&self) -> Result<(), JobError> {
+    async fn create_or_stop(&self) -> Result<String, JobError> {
         let create = self.create();
         tokio::pin!(create);
         tokio::select! {
             result = &mut create => result,
-            () = self.cancel.cancelled() => {
-                let _ = tokio::time::timeout(ANSWER_AFTER_CANCEL, create).await;
-                Err(JobError::Interrupted("interrupted".to_owned()))
+            () = self.job.cancel.cancelled() => {
+                let _ = tokio::time::timeout(self.job.options.patience.clean_up / 2, create).await;
+                Err(JobError::interrupted())
             }
         }
     }
 
-    async fn create(&self) -> Result<(), JobError> {
-        match self.session.create_image(self.record).await {
-            Ok(_) => Ok(()),
+    async fn create(&self) -> Result<String, JobError> {
+        let id = uuid::Uuid::new_v4().hyphenated().to_string();
+        let source = match &self.job.source {
+            Source::Glance { image, .. } => Some(&**image),
+            Source::Local(_) | Source::Pipe(_) => None,
+        };
+        let virtual_bytes = self.surveyed.layout.placement().geometry.virtual_bytes();
+        let record = converted_record(source, &id, self.name, virtual_bytes, &self.run, &self.job.options.properties);
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).push(id.clone());
+        self.job.notices.making(&id);
+        match self.session.create_image(&record).await {
+            Ok(_) => Ok(id),
             // The answer may have been lost on its way: the id is ours, so the image tells.
-            Err(error) if error.is_retryable() => match self.session.image(self.id).await {
-                Ok(_) => Ok(()),
-                Err(_) => match self.session.create_image(self.record).await {
-                    Ok(_) => Ok(()),
-                    Err(again) => Err(again.into()),
-                },
+            Err(error) if error.is_retryable() => match self.session.image(&id).await {
+                Ok(_) => Ok(id),
+                Err(_) => {
+                    self.job.retries.note(format!("making the image tried again: {}", causes(&error)));
+                    self.session.create_image(&record).await.map(|_| id).map_err(Into::into)
+                }
             },
             Err(error) => Err(error.into()),
         }
     }
 
-    async fn wait_until_active(&self) -> Result<Image, JobError> {
+    /// One upload, with a token of its own: its failure ends nothing else.
+    async fn send(&self, id: &str) -> Result<(EmitReport, bool, Stages), JobError> {
+        let Job { progress, options, cancel, .. } = self.job;
+        progress.set_phase(Phase::Uploading);
+        let attempt = cancel.child();
+        let (pipeline, emitted) = self.surveyed.emission(self.job, &attempt).await?;
+        let upload = Upload {
+            session: self.session.clone(),
+            image_id: id.to_owned(),
+            total_bytes: self.surveyed.layout.file_bytes(),
+            progress: progress.clone(),
+            patience: options.patience,
+        };
+        let (pipeline, uploaded) = pipeline.network_reporting("upload", upload);
+        let stages = pipeline.start(&Handle::current()).join().await?;
+        progress.set_phase(Phase::Finishing);
+        let emitted = emitted.one().await.ok_or_else(|| JobError::bug("the emitter left no report"))?;
+        let uploaded = uploaded.one().await.ok_or_else(|| JobError::bug("the upload left no report"))?;
+        Ok((emitted, uploaded.answered, stages))
+    }
+
+    async fn wait_until_active(&self, id: &str, within: std::time::Duration) -> Result<Image, JobError> {
         let started = Instant::now();
-        let mut pause = Duration::from_millis(200);
+        let mut pause = self.job.options.patience.pause / 2;
         loop {
-            let image = match self.session.image(self.id).await {
-                Ok(image) => image,
+            let status = match self.guard(self.session.image(id)).await? {
+                Ok(image) if image.status == "active" => return Ok(image),
+                Ok(image) => image.status,
                 // everything is sent: a service that stumbles now gets the time to get up again
-                Err(error) if error.is_retryable() && started.elapsed() < ACTIVE_WITHIN => {
-                    tokio::time::sleep(Duration::from_secs(5)).await;
-                    continue;
-                }
+                Err(error) if error.is_retryable() && started.elapsed() < within => "not answering".to_owned(),
                 Err(error) => return Err(error.into()),
             };
-            match image.status.as_str() {
-                "active" => return Ok(image),
-                "saving" | "importing" | "uploading" if started.elapsed() < ACTIVE_WITHIN => {}
-                other => {
-                    return Err(JobError::Refused(format!(
-                        "the whole image was sent, but Glance has it as {other} after {} s",
-                        started.elapsed().as_secs()
-                    )));
-                }
+            let working = matches!(status.as_str(), "saving" | "importing" | "uploading" | "not answering");
+            if !working || started.elapsed() > within {
+                return Err(JobError::Stuck { id: id.to_owned(), status, seconds: started.elapsed().as_secs() });
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(5));
+            self.guard(tokio::time::sleep(pause)).await?;
+            pause = (pause * 2).min(std::time::Duration::from_secs(5));
         }
     }
 
+    /// Size, hash and, if asked for, content of the new image; then its mark.
+    async fn prove(&self, active: Active, surveyed_stages: Stages) -> Result<Proven, JobError> {
+        let Active { image, emitted, stages } = active;
+        let image_hash = self.compare(&image, &emitted).await?;
+        let read_back = self.job.options.verify == Verify::Readback;
+        if read_back {
+            self.read_back(&image).await?;
+        }
+        let verified = match (&image_hash.algorithm, &image_hash.value) {
+            (Some(algorithm), Some(value)) if image_hash.checked => verified_mark(&format!("{algorithm}:{value}")),
+            _ => format!("size:{}", emitted.bytes),
+        };
+        self.guard(self.session.set_property(&image.id, VERIFIED, &json!(verified))).await??;
+        if let Source::Glance { image: source, .. } = &self.job.source
+            && source.protected == Some(true)
+            && let Err(error) = self.session.set_property(&image.id, "protected", &json!(true)).await
+        {
+            self.job.notices.warn(&format!("the source is protected, the new image could not be: {error}"));
+        }
+        let stages = surveyed_stages.into_iter().chain(stages).collect();
+        Ok(Proven { id: image.id, image_hash, read_back, stages })
+    }
+
     /// Glance's size and hash of the new image against our own.
-    fn compare(&self, image: &Image, emitted: &EmitReport) -> Result<HashReport, JobError> {
+    async fn compare(&self, image: &Image, emitted: &EmitReport) -> Result<HashReport, JobError> {
         if image.size != Some(emitted.bytes) {
             return Err(JobError::Verification(format!(
                 "the new image has {} bytes in Glance, but {} were sent",
@@ -384,7 +348,7 @@ impl EmitJob<'_> {
         let Some(theirs) = image.expected_hash() else {
             return Ok(HashReport { algorithm: Some("sha512".to_owned()), value: Some(emitted.digest.clone()), checked: false });
         };
-        let ours = if theirs.algorithm == "sha512" { emitted.digest.clone() } else { self.digest(&theirs) };
+        let ours = if theirs.algorithm == "sha512" { emitted.digest.clone() } else { self.digest(&theirs).await? };
         if ours != theirs.value.to_ascii_lowercase() {
             return Err(JobError::Verification(format!(
                 "Glance's {} of the new image is {}, ours is {ours}: it did not arrive as it was sent",
@@ -394,23 +358,108 @@ impl EmitJob<'_> {
         Ok(HashReport { algorithm: Some(theirs.algorithm), value: Some(ours), checked: true })
     }
 
-    /// The image's digest by the algorithm that this Glance uses, out of the store once more.
-    fn digest(&self, theirs: &ExpectedHash) -> String {
-        let Some(mut hasher) = Hasher::new(&theirs.algorithm) else { return String::new() };
-        for piece in StreamWriter::new(self.layout, &self.survey.map).metadata() {
-            hasher.update(&piece);
+    /// The image's digest by the algorithm that this Glance uses: emitted once more, to nobody.
+    async fn digest(&self, theirs: &ExpectedHash) -> Result<String, JobError> {
+        let hasher = Hasher::new(&theirs.algorithm).ok_or_else(|| JobError::bug("a hash that is expected is known"))?;
+        let attempt = self.job.cancel.child();
+        let (pipeline, emitted) = self.surveyed.emission_with(self.job, &attempt, hasher).await?;
+        pipeline.threads("discard", 1, || Discard).start(&Handle::current()).join().await?;
+        Ok(emitted.one().await.ok_or_else(|| JobError::bug("the emitter left no report"))?.digest)
+    }
+
+    async fn read_back(&self, image: &Image) -> Result<(), JobError> {
+        let job = self.job;
+        let remote = Remote {
+            session: self.session.clone(),
+            image_id: image.id.clone(),
+            image_bytes: image.size.unwrap_or(0),
+            progress: job.progress.clone(),
+            retries: job.retries.clone(),
+            patience: job.options.patience,
+            cancel: job.cancel.clone(),
+            again: true,
+        };
+        job.notices.note(&format!("reading {} back and comparing it with what was read of the source", size(remote.image_bytes)));
+        let access = ImageFile::access(&remote).await?;
+        let target = Target::Glance { remote, access, head_bytes: self.surveyed.layout.metadata_bytes() };
+        let workers = job.options.connections.get();
+        against_survey(&target, &self.surveyed.survey, workers, &job.progress, &job.cancel).await
+    }
+
+    /// Removes images that were made on the way, but for the one that counts.
+    async fn remove_all_but(&self, id: &str) {
+        let others = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for other in others.iter().filter(|other| *other != id) {
+            if let Err(error) = self.session.delete_image(other).await {
+                let cause = causes(&error);
+                self.job.notices.warn(&format!(
+                    "an earlier try left image {other} half made, and deleting it failed ({cause}); remove it: openstack image delete {other}"
+                ));
+            }
         }
-        for kept in &self.survey.kept {
-            hasher.update(kept);
+    }
+
+    /// Removes everything that was made, whatever happened, and says so if even that fails.
+    async fn clean_up(&self, error: JobError) -> JobError {
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let deleting = async {
+            for id in &made {
+                self.session.delete_image(id).await.map_err(|error| (id.clone(), error))?;
+            }
+            // a POST that was still on its way may land behind the DELETE
+            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+            if let Some(id) = made.last() {
+                self.session.delete_image(id).await.map_err(|error| (id.clone(), error))?;
+            }
+            Ok(())
+        };
+        // an interrupt is answered within seconds; otherwise a service that stumbles gets the time to get up again
+        let within = match error {
+            JobError::Interrupted(_) => self.job.options.patience.clean_up,
+            _ => self.job.options.patience.silence,
+        };
+        match tokio::time::timeout(within, deleting).await {
+            Ok(Ok(())) => error,
+            Ok(Err((id, left))) => JobError::LeftBehind { id, error: Box::new(error), left: Some(left) },
+            Err(_) => JobError::LeftBehind { id: made.join(" "), error: Box::new(error), left: None::<ApiError> },
         }
-        hasher.finish()
     }
 }
 
-type Stages = Vec<engine::MetricsSnapshot>;
+/// Sink: wants the emitter's digest alone.
+struct Discard;
+
+impl engine::BlockingStage for Discard {
+    type In = crate::store::Chunk;
+    type Out = engine::NoOutput;
+    type Report = ();
+
+    fn run(
+        self,
+        inlet: engine::Inlet<Self::In>,
+        outlet: engine::Outlet<engine::NoOutput>,
+        _: engine::StageContext,
+    ) -> Result<(), engine::StageError> {
+        while inlet.recv_blocking()?.is_some() {}
+        outlet.finish();
+        Ok(())
+    }
+}
+
+/// What Glance answered to the request that failed.
+fn api_error(error: &JobError) -> Option<&ApiError> {
+    match error {
+        JobError::Api(error) => Some(error),
+        JobError::Stage { source, .. } => match source.downcast_ref::<UploadError>() {
+            Some(UploadError::Api { source, .. }) => Some(source),
+            _ => None,
+        },
+        _ => None,
+    }
+}
 
 /// The outcome of two runs that share a token: the one that knows the cause tells it.
-fn both(a: Result<Stages, RunError>, b: Result<Stages, RunError>) -> Result<(Stages, Stages), JobError> {
+pub(super) fn both(a: Result<Stages, RunError>, b: Result<Stages, RunError>) -> Result<(Stages, Stages), JobError> {
     match (a, b) {
         (Ok(a), Ok(b)) => Ok((a, b)),
         // a failure that is itself a consequence (a port dropped by the stage that failed) is a bug's kind
@@ -423,20 +472,5 @@ fn both(a: Result<Stages, RunError>, b: Result<Stages, RunError>) -> Result<(Sta
             Err(if shared(&cancelled) { other } else { cancelled }.into())
         }
         (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error.into()),
-    }
-}
-
-/// Removes the half-made image, whatever happened, and says so if even that fails.
-async fn clean_up(session: &Session, id: &str, error: JobError) -> JobError {
-    let deleting = async {
-        session.delete_image(id).await?;
-        // a POST that was still on its way may land behind the DELETE
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        session.delete_image(id).await
-    };
-    match tokio::time::timeout(CLEAN_UP_WITHIN, deleting).await {
-        Ok(Ok(())) => error,
-        Ok(Err(left)) => JobError::LeftBehind { id: id.to_owned(), error: Box::new(error), left: Some(left) },
-        Err(_) => JobError::LeftBehind { id: id.to_owned(), error: Box::new(error), left: None::<ApiError> },
     }
 }

@@ -9,6 +9,7 @@
 //! | [`output`] | the file an image becomes: `.partial`, locked, renamed when complete |
 //! | [`raw_file`] | a raw disk image to read, its data and its holes |
 //! | [`read`] | the source stages over it |
+//! | [`pipe`] | a raw disk that comes through a pipe |
 //! | [`mod@write`] | the writer stage: clusters in order of arrival, tables last |
 //!
 //! Invariants: an operation owns its bytes until its completion (engine I4); a short write is continued from the
@@ -16,6 +17,7 @@
 //! otherwise, on stable storage.
 
 pub mod output;
+pub mod pipe;
 pub mod pwrite;
 pub mod queue;
 pub mod raw_file;
@@ -27,6 +29,7 @@ pub mod write;
 use std::path::Path;
 
 pub use output::{OutputError, OutputFile};
+pub use pipe::PipeSource;
 pub use raw_file::{RawFile, SourceError};
 
 /// Which back end writes, as asked for.

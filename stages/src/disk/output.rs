@@ -253,6 +253,12 @@ impl OutputFile {
         })
     }
 
+    /// Where it is while it is written.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.partial.as_deref().unwrap_or(&self.target)
+    }
+
     /// The path that the image will have.
     #[must_use]
     pub fn target(&self) -> &Path {

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use bytes::Bytes;
 use engine::Slice;
 
 use crate::units::to_u64;
@@ -13,6 +14,8 @@ pub enum WriteBytes {
     Slice(Slice),
     /// Metadata.
     Owned(Vec<u8>),
+    /// Packed clusters.
+    Shared(Bytes),
 }
 
 impl AsRef<[u8]> for WriteBytes {
@@ -20,6 +23,7 @@ impl AsRef<[u8]> for WriteBytes {
         match self {
             Self::Slice(slice) => slice,
             Self::Owned(bytes) => bytes,
+            Self::Shared(bytes) => bytes,
         }
     }
 }

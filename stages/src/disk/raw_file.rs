@@ -97,14 +97,26 @@ impl RawFile {
     /// # Errors
     /// [`SourceError`], each naming the path and what to do.
     pub fn open(path: &Path) -> Result<Self, SourceError> {
+        let io = |action| move |source| SourceError::Io { action, path: path.display().to_string(), source };
+        // looked at before it is opened: opening a FIFO would wait for its other end
+        let kind = std::fs::metadata(path).map_err(io("open"))?.file_type();
+        if let Some(what) = super::no_file(kind) {
+            return Err(SourceError::Kind { path: path.display().to_string(), what });
+        }
+        Self::from_file(File::open(path).map_err(io("open"))?, path)
+    }
+
+    /// A file or block device that is open already; `path` is what it is called in messages.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn from_file(file: File, path: &Path) -> Result<Self, SourceError> {
         let shown = || path.display().to_string();
         let io = |action| move |source| SourceError::Io { action, path: path.display().to_string(), source };
-        let kind = std::fs::metadata(path).map_err(io("open"))?.file_type();
-        let what = super::no_file(kind);
-        if let Some(what) = what {
+        let kind = file.metadata().map_err(io("look at"))?.file_type();
+        if let Some(what) = super::no_file(kind) {
             return Err(SourceError::Kind { path: shown(), what });
         }
-        let file = File::open(path).map_err(io("open"))?;
         let (bytes, identity) = if kind.is_block_device() {
             (seek(&file, SeekFrom::End(0)).map_err(|error| io("find the size of")(error.into()))?, None)
         } else {

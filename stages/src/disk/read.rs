@@ -10,6 +10,7 @@ use crate::{
     progress::Progress,
     read_at::ReadAt,
     units::{ClusterBits, GuestRange, round_up, to_usize},
+    watermark::Watermark,
     zero::classify::classify,
 };
 
@@ -36,6 +37,8 @@ pub struct PlanReads {
     pub source: Arc<RawFile>,
     /// Cluster size of the image to be; holes are widened inwards to whole clusters.
     pub cluster_bits: ClusterBits,
+    /// How far ahead it may plan.
+    pub watermark: Watermark,
 }
 
 impl BlockingStage for PlanReads {
@@ -64,6 +67,10 @@ impl BlockingStage for PlanReads {
             let data_end = round_up(data_end, cluster_bytes).min(end);
             while at < data_end {
                 let extent_end = ((at / EXTENT_BYTES + 1) * EXTENT_BYTES).min(data_end);
+                while !self.watermark.admits(extent_end) {
+                    cx.cancel.check()?;
+                    self.watermark.wait_blocking(extent_end);
+                }
                 outlet.send_blocking(ReadJob { guest: GuestRange::new(at, extent_end - at), data: true })?;
                 at = extent_end;
             }

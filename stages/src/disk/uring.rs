@@ -14,8 +14,8 @@ use tokio_uring::buf::{BoundedBuf, IoBuf};
 use super::queue::{Completion, WriteBytes, WriteError, WriteOp, WriteQueue, no_progress};
 use crate::units::to_u64;
 
-// SAFETY: the bytes lie on the heap (a pool's buffer or a Vec's allocation), so they do not move when the value
-// does; they are initialised, and nobody writes to them while the value lives (a Slice is read-only, a Vec owned).
+// SAFETY: the bytes lie on the heap (a pool's buffer, a Vec's or a Bytes' allocation) or are static, so they do not move when the
+// value does; they are initialised, and nobody writes to them while the value lives (Slice and Bytes are read-only, a Vec owned).
 unsafe impl IoBuf for WriteBytes {
     fn stable_ptr(&self) -> *const u8 {
         self.as_ref().as_ptr()

@@ -6,9 +6,10 @@ use engine::{Cancelled, ErrorKind, Inlet, LocalStage, Outlet, StageContext, Stag
 
 use super::queue::{Completion, WriteBytes, WriteError, WriteOp, WriteQueue};
 use crate::{
-    extent::{Classified, Fate, Place, Placed, PlacedRun},
+    compress::Codec,
+    extent::{Classified, Fate, Home, Place, Placed, PlacedRun, Stored},
     qcow2::{Arrival, Geometry, Qcow2Error},
-    units::{GuestRange, to_usize},
+    units::{ClusterBits, GuestRange, to_usize},
 };
 
 /// Memory for the record of placed clusters ran out.
@@ -31,14 +32,18 @@ pub struct WriteReport {
     pub image_bytes: u64,
     /// Bytes of data clusters in it.
     pub stored_bytes: u64,
+    /// Size of its disk, bytes.
+    pub virtual_bytes: u64,
 }
 
 /// Writes a qcow2 file through a [`WriteQueue`] and passes on where each extent went, in order of completion.
 pub struct WriteImage<Q> {
     /// The file.
     pub queue: Q,
-    /// Disk and cluster size.
-    pub geometry: Geometry,
+    /// Cluster size.
+    pub cluster_bits: ClusterBits,
+    /// How compressed clusters are compressed, if there are any.
+    pub codec: Option<Codec>,
     /// Flush data before the header is written, and the header after it.
     pub sync: bool,
     /// Memory for the record of placed clusters, bytes.
@@ -57,8 +62,9 @@ impl<Q: WriteQueue> LocalStage for WriteImage<Q> {
     type Report = WriteReport;
 
     async fn run(self, inlet: Inlet<Classified>, outlet: Outlet<Placed>, _: StageContext) -> Result<WriteReport, StageError> {
-        let (sync, limit_bytes, geometry) = (self.sync, self.index_limit_bytes, self.geometry);
-        let mut writer = Writer { queue: self.queue, arrival: Arrival::new(geometry), pending: HashMap::new(), next_tag: 0 };
+        let (sync, limit_bytes) = (self.sync, self.index_limit_bytes);
+        let arrival = Arrival::new(self.cluster_bits, self.codec);
+        let mut writer = Writer { queue: self.queue, arrival, disk_end: 0, pending: HashMap::new(), next_tag: 0 };
         let result = writer.write_data(&inlet, &outlet, limit_bytes).await;
         // Whatever happened, nothing is in flight when this stage returns (engine I4).
         let drained = writer.drain(&outlet).await;
@@ -76,8 +82,14 @@ impl<Q: WriteQueue> LocalStage for WriteImage<Q> {
 struct Writer<Q> {
     queue: Q,
     arrival: Arrival,
+    /// One past the last guest byte seen.
+    disk_end: u64,
     pending: HashMap<u64, Pending>,
     next_tag: u64,
+}
+
+fn shared(host_offset: u64, bytes: bytes::Bytes, tag: u64) -> WriteOp {
+    WriteOp { host_offset, bytes: WriteBytes::Shared(bytes), tag }
 }
 
 fn write_error(error: WriteError) -> StageError {
@@ -126,32 +138,16 @@ impl<Q: WriteQueue> Writer<Q> {
         }
     }
 
-    /// Gives the extent's data runs their places and submits their writes.
+    /// Gives the extent's data clusters their places and submits their writes.
     async fn start_extent(&mut self, classified: Classified, outlet: &Outlet<Placed>) -> Result<(), StageError> {
-        let cluster_bytes = self.arrival_cluster_bytes();
-        let Classified { guest, runs, payload } = classified;
+        self.disk_end = self.disk_end.max(classified.guest.end.0);
         let tag = self.next_tag;
         self.next_tag += 1;
-        let mut placed = Placed { guest, runs: Vec::with_capacity(runs.len()) };
         let mut ops = Vec::new();
-        let mut at = 0;
-        for run in runs {
-            let padded = run.clusters * cluster_bytes;
-            let guest_run = GuestRange::new(guest.start.0 + at, padded.min(guest.bytes() - at));
-            let place = match run.fate {
-                Fate::Zero => Place::Zeros,
-                Fate::Data => {
-                    let payload = payload.as_ref().ok_or_else(|| StageError::bug("data clusters without bytes"))?;
-                    let host = self.arrival.place(guest_run.start.0 / cluster_bytes, run.clusters);
-                    let bytes = payload.part(to_usize(at)..to_usize(at + padded));
-                    ops.push(WriteOp { host_offset: host.0, bytes: WriteBytes::Slice(bytes), tag });
-                    Place::Host(host)
-                }
-            };
-            placed.runs.push(PlacedRun { guest: guest_run, place });
-            at += padded;
-        }
-        drop(payload);
+        let runs = self.place(&classified, tag, &mut ops)?;
+        let Classified { guest, records, .. } = classified;
+        let home = if ops.is_empty() { Home::Nowhere } else { Home::File };
+        let placed = Placed { guest, runs, records, home };
         if ops.is_empty() {
             return Ok(outlet.send(placed).await?);
         }
@@ -162,8 +158,58 @@ impl<Q: WriteQueue> Writer<Q> {
         Ok(())
     }
 
-    fn arrival_cluster_bytes(&self) -> u64 {
-        self.arrival.geometry().cluster_bits().cluster_bytes()
+    fn place(&mut self, classified: &Classified, tag: u64, ops: &mut Vec<WriteOp>) -> Result<Vec<PlacedRun>, StageError> {
+        let bits = self.arrival.cluster_bits();
+        let cluster_bytes = bits.cluster_bytes();
+        let packed = match &classified.stored {
+            Stored::Packed(packed) => packed,
+            whole => {
+                let place = |(guest, run): (GuestRange, crate::extent::FateRun)| {
+                    if run.fate == Fate::Zero {
+                        return Ok(PlacedRun { guest, place: Place::Zeros });
+                    }
+                    let Stored::Whole(slice) = whole else { return Err(StageError::bug("data clusters without bytes")) };
+                    let host = self.arrival.place(guest.start.0 / cluster_bytes, run.clusters);
+                    let at = guest.start.0 - classified.guest.start.0;
+                    let bytes = slice.part(to_usize(at)..to_usize(at + run.clusters * cluster_bytes));
+                    ops.push(WriteOp { host_offset: host.0, bytes: WriteBytes::Slice(bytes), tag });
+                    Ok(PlacedRun { guest, place: Place::Plain(host.0) })
+                };
+                return classified.ranges(bits).map(place).collect();
+            }
+        };
+        // neighbours in the packed bytes that are neighbours in the file, too, are written at once
+        let mut write: Option<(u64, std::ops::Range<usize>)> = None;
+        let mut runs = Placed::packed_runs(classified, bits, 0);
+        for run in &mut runs {
+            let cluster = run.guest.start.0 / cluster_bytes;
+            let (at, bytes, host) = match run.place {
+                Place::Zeros => continue,
+                Place::Plain(at) => {
+                    let clusters = run.guest.bytes().div_ceil(cluster_bytes);
+                    let host = self.arrival.place(cluster, clusters);
+                    run.place = Place::Plain(host.0);
+                    (at, clusters * cluster_bytes, host)
+                }
+                Place::Compressed(at, bytes) => {
+                    let host = self.arrival.place_compressed(cluster, bytes);
+                    run.place = Place::Compressed(host.0, bytes);
+                    (at, u64::from(bytes), host)
+                }
+            };
+            let part = to_usize(at)..to_usize(at + bytes);
+            match &mut write {
+                Some((first, range)) if range.end == part.start && *first + crate::units::to_u64(range.len()) == host.0 => {
+                    range.end = part.end;
+                }
+                other => {
+                    let before = other.replace((host.0, part));
+                    ops.extend(before.map(|(host_offset, range)| shared(host_offset, packed.slice(range), tag)));
+                }
+            }
+        }
+        ops.extend(write.map(|(host_offset, range)| shared(host_offset, packed.slice(range), tag)));
+        Ok(runs)
     }
 
     /// Submits, taking completions while the queue is full.
@@ -201,10 +247,11 @@ impl<Q: WriteQueue> Writer<Q> {
 
     /// Tables, then, once they and the data are flushed, the header.
     async fn write_metadata(&mut self, sync: bool) -> Result<WriteReport, StageError> {
-        let geometry = self.arrival.geometry();
-        let arrival = std::mem::replace(&mut self.arrival, Arrival::new(geometry));
-        let stored_bytes = arrival.data_clusters() * arrival.geometry().cluster_bits().cluster_bytes();
-        let sealed = arrival.seal().map_err(format_error)?;
+        let bits = self.arrival.cluster_bits();
+        let geometry = Geometry::new(self.disk_end, bits).map_err(format_error)?;
+        let arrival = std::mem::replace(&mut self.arrival, Arrival::new(bits, None));
+        let stored_bytes = arrival.stored_bytes();
+        let sealed = arrival.seal(geometry).map_err(format_error)?;
         for (host, piece) in sealed.tables() {
             let mut op = WriteOp { host_offset: host.0, bytes: WriteBytes::Owned(piece), tag: 0 };
             while let Err(rejected) = self.queue.submit(op) {
@@ -223,7 +270,8 @@ impl<Q: WriteQueue> Writer<Q> {
         if sync {
             self.queue.sync().await.map_err(flush_error)?;
         }
-        Ok(WriteReport { image_bytes: sealed.placement().file_bytes(), stored_bytes })
+        let virtual_bytes = geometry.virtual_bytes();
+        Ok(WriteReport { image_bytes: sealed.placement().file_bytes(), stored_bytes, virtual_bytes })
     }
 
     async fn reap_metadata(&mut self) -> Result<bool, StageError> {

@@ -8,9 +8,6 @@ use reqwest::{Method, Response, Url};
 
 use crate::openstack::ApiError;
 
-/// A peer that sends nothing for so long is given up. Never a total time-out: hour-long bodies are normal.
-pub const SILENCE: Duration = Duration::from_secs(60);
-
 /// Why a body ended early, or was not read on.
 #[derive(Debug)]
 pub enum BodyError {
@@ -31,53 +28,35 @@ pub struct Body {
     response: Response,
     url: Url,
     rest: Bytes,
+    silence: Duration,
 }
 
 impl Body {
-    /// Of a response with a good status.
+    /// Of a response with a good status; given up after `silence`.
     #[must_use]
-    pub fn new(response: Response, url: Url) -> Self {
-        Self { response, url, rest: Bytes::new() }
+    pub fn new(response: Response, url: Url, silence: Duration) -> Self {
+        Self { response, url, rest: Bytes::new(), silence }
     }
 
-    /// The next bytes as they come; `None` at the end. Only time spent waiting for the peer counts as silence.
+    /// The next bytes as they come, at most `most`; `None` at the end. Only time spent waiting for the peer counts as silence.
     ///
     /// # Errors
     /// [`BodyError`].
-    pub async fn next(&mut self, cancel: &CancelToken) -> Result<Option<Bytes>, BodyError> {
-        if !self.rest.is_empty() {
-            return Ok(Some(std::mem::take(&mut self.rest)));
+    pub async fn next(&mut self, most: usize, cancel: &CancelToken) -> Result<Option<Bytes>, BodyError> {
+        while self.rest.is_empty() {
+            match cancel.guard(tokio::time::timeout(self.silence, self.response.chunk())).await? {
+                Ok(Ok(Some(chunk))) => self.rest = chunk,
+                Ok(Ok(None)) => return Ok(None),
+                Ok(Err(error)) => return Err(BodyError::Api(ApiError::broken(Method::GET, &self.url, error))),
+                Err(_) => {
+                    return Err(BodyError::Api(ApiError::Silence {
+                        method: Method::GET,
+                        path: self.url.path().to_owned(),
+                        seconds: self.silence.as_secs(),
+                    }));
+                }
+            }
         }
-        match cancel.guard(tokio::time::timeout(SILENCE, self.response.chunk())).await? {
-            Ok(Ok(chunk)) => Ok(chunk),
-            Ok(Err(error)) => Err(BodyError::Api(ApiError::broken(Method::GET, &self.url, error))),
-            Err(_) => Err(BodyError::Api(ApiError::Silence {
-                method: Method::GET,
-                path: self.url.path().to_owned(),
-                seconds: SILENCE.as_secs(),
-            })),
-        }
-    }
-
-    /// Gives back what was taken too much.
-    pub fn put_back(&mut self, rest: Bytes) {
-        debug_assert!(self.rest.is_empty(), "nothing is between");
-        self.rest = rest;
-    }
-
-    /// Fills `buf`; returns how much of it was filled when the body ended.
-    ///
-    /// # Errors
-    /// [`BodyError`], with what was filled before it in `filled`.
-    pub async fn fill(&mut self, buf: &mut [u8], filled: &mut usize, cancel: &CancelToken) -> Result<(), BodyError> {
-        while *filled < buf.len() {
-            let Some(mut chunk) = self.next(cancel).await? else { return Ok(()) };
-            let here = chunk.len().min(buf.len() - *filled);
-            let taken = chunk.split_to(here);
-            buf[*filled..*filled + here].copy_from_slice(&taken);
-            *filled += here;
-            self.rest = chunk;
-        }
-        Ok(())
+        Ok(Some(self.rest.split_to(most.min(self.rest.len()))))
     }
 }

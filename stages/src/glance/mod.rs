@@ -3,12 +3,14 @@
 //! | module | noun |
 //! |---|---|
 //! | [`range`] | Content-Range, and the window of ranges in flight |
-//! | [`retry`] | how long to wait, how often to try |
+//! | [`retry`] | how long to wait, how often to try, and the record of it |
 //! | [`body`] | a response's body, read with a watch for silence |
+//! | [`connection`] | an image's bytes from any offset on, over connections that break |
 //! | [`probe`] | does this image store serve ranges, really? |
 //! | [`fetch`] | the source stage: N ranges in parallel, or one GET |
+//! | [`trickle`] | never lets an upload fall silent |
 //! | [`upload`] | the sink stage: one PUT with the exact length |
-//! | [`ranged_file`] | an image as [`crate::read_at::ReadAt`], for reading it back |
+//! | [`file`] | an image as [`crate::read_at::ReadAt`], for reading it back |
 //!
 //! What a real Glance answers, and what other stores and proxies do, is in the module docs with its source. Two
 //! rules: probe, never assume (glance_store serves ranges from file and Cinder stores alone; on Ceph, Swift and S3 the
@@ -16,12 +18,18 @@
 //! that dies in the middle leaves a status 200 and a short body).
 
 pub mod body;
+pub mod connection;
 pub mod fetch;
+pub mod file;
 pub mod probe;
 pub mod range;
-pub mod ranged_file;
 pub mod retry;
+pub mod trickle;
 pub mod upload;
 
-pub use fetch::{Fetch, FetchReport};
+pub use connection::Remote;
+pub use fetch::Fetch;
+pub use file::ImageFile;
+pub use retry::{Patience, Retries};
+pub use trickle::Trickle;
 pub use upload::{Upload, UploadReport};

@@ -7,14 +7,10 @@
 
 use std::ops::Range;
 
-use engine::CancelToken;
 use reqwest::{Method, StatusCode, header::CONTENT_RANGE};
 
-use super::{body::Body, range::ContentRange};
-use crate::{
-    openstack::Session,
-    units::{to_u64, to_usize},
-};
+use super::{body::Body, connection::Remote, range::ContentRange};
+use crate::units::{to_u64, to_usize};
 
 /// Bytes that are compared.
 pub const SAMPLE_BYTES: usize = 4096;
@@ -31,36 +27,43 @@ pub enum Probe {
 }
 
 /// Asks for the range that `sample` was read from, and compares.
-pub async fn probe(session: &Session, image_id: &str, at: u64, sample: &[u8], image_bytes: u64, cancel: &CancelToken) -> Probe {
-    let url = session.image_url(&["images", image_id, "file"]);
+pub async fn probe(remote: &Remote, at: u64, sample: &[u8]) -> Probe {
+    let sequential = |why: &str| Probe::Sequential(why.to_owned());
+    let url = remote.session.image_url(&["images", &remote.image_id, "file"]);
     let range: Range<u64> = at..at + to_u64(sample.len());
-    let Ok(token) = session.token().await else { return Probe::Sequential("the token could not be renewed".to_owned()) };
-    let request =
-        session.request(Method::GET, &url, &token).header("range", format!("bytes={}-{}", range.start, range.end - 1)).send();
-    let response = match cancel.guard(tokio::time::timeout(super::body::SILENCE, request)).await {
+    let Ok(token) = remote.session.token().await else { return sequential("the token could not be renewed") };
+    let request = remote
+        .session
+        .request(Method::GET, &url, &token)
+        .header("range", format!("bytes={}-{}", range.start, range.end - 1))
+        .send();
+    let response = match remote.cancel.guard(tokio::time::timeout(remote.patience.silence, request)).await {
         Ok(Ok(Ok(response))) => response,
-        _ => return Probe::Sequential("the range got no answer".to_owned()),
+        _ => return sequential("the range got no answer"),
     };
     let status = response.status();
     if status != StatusCode::PARTIAL_CONTENT {
         return Probe::Sequential(format!("the image store answered {} to a range", status.as_u16()));
     }
     let content_range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).and_then(ContentRange::parse);
-    if !content_range.is_some_and(|found| found.answers(&range, image_bytes)) {
-        return Probe::Sequential("the answer to a range had the wrong Content-Range".to_owned());
+    if !content_range.is_some_and(|found| found.answers(&range, remote.image_bytes)) {
+        return sequential("the answer to a range had the wrong Content-Range");
     }
-    if response.content_length().is_some_and(|length| length != to_u64(sample.len())) {
-        return Probe::Sequential("the answer to a range had the wrong length".to_owned());
-    }
-    let mut body = Body::new(response, url);
+    let mut body = Body::new(response, url, remote.patience.silence);
     // one byte more than asked for, to see whether the body ends where it should
-    let mut bytes = vec![0; sample.len() + 1];
-    let mut filled = 0;
-    if body.fill(&mut bytes, &mut filled, cancel).await.is_err() || filled != sample.len() {
-        return Probe::Sequential("the answer to a range had the wrong length".to_owned());
+    let mut bytes = Vec::with_capacity(sample.len() + 1);
+    while bytes.len() <= sample.len() {
+        match body.next(sample.len() + 1 - bytes.len(), &remote.cancel).await {
+            Ok(Some(chunk)) => bytes.extend_from_slice(&chunk),
+            Ok(None) => break,
+            Err(_) => return sequential("the answer to a range broke off"),
+        }
     }
-    if bytes[..sample.len()] != *sample {
-        return Probe::Sequential("the answer to a range had other bytes than the image".to_owned());
+    if bytes.len() != sample.len() {
+        return sequential("the answer to a range had the wrong length");
+    }
+    if bytes != sample {
+        return sequential("the answer to a range had other bytes than the image");
     }
     Probe::Random
 }

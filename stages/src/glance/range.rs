@@ -50,11 +50,15 @@ impl ContentRange {
 const RANGE_BYTES_MIN: u64 = 16 << 20;
 const RANGE_BYTES_MAX: u64 = 64 << 20;
 
-/// Range length for `bytes` bytes over `connections`: four ranges a connection where they are large enough.
+/// Range length for `bytes` bytes over `connections`: four ranges a connection where they are large enough; what all
+/// connections fetch at once never passes `window_bytes`.
 #[must_use]
-pub fn range_bytes(bytes: u64, connections: u64) -> u64 {
+pub fn range_bytes(bytes: u64, connections: u64, window_bytes: u64) -> u64 {
+    let extent = crate::extent::EXTENT_BYTES;
     let even = bytes / (connections * 4).max(1);
-    crate::units::round_up(even, crate::extent::EXTENT_BYTES).clamp(RANGE_BYTES_MIN, RANGE_BYTES_MAX)
+    let wished = crate::units::round_up(even, extent).clamp(RANGE_BYTES_MIN, RANGE_BYTES_MAX);
+    let fits = window_bytes / connections.max(1) / extent * extent;
+    wished.min(fits).max(extent)
 }
 
 struct State {

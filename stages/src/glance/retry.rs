@@ -1,23 +1,116 @@
-//! How long to wait before another try.
+//! How long to wait, how often to try, and the record of it.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-/// Tries at one spot before a transfer gives up; each byte that arrives starts the count anew.
-pub const TRIES_MAX: u32 = 6;
+use crate::progress::Progress;
+
 /// Longest wait that a service may ask for with `Retry-After`.
-const RETRY_AFTER_MAX_S: u64 = 120;
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
+/// Lines about retries that are kept for the report.
+const RETRY_LINES_MAX: usize = 1000;
 
-/// The wait before try `tries + 1`: half a second doubled each time, up to 16 s, of which a random half is taken off so
-/// that many clients do not come back at once. A service's `Retry-After` is obeyed.
-#[must_use]
-pub fn pause(tries: u32, retry_after_s: Option<u64>) -> Duration {
-    if let Some(seconds) = retry_after_s {
-        return Duration::from_secs(seconds.min(RETRY_AFTER_MAX_S));
+/// How patient a transfer is. The defaults suit real clouds; tests that play many failures through make it hasty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// A peer that sends nothing for so long is given up. Never a total time-out: hour-long bodies are normal. Only time spent
+    /// waiting for the peer counts.
+    pub silence: Duration,
+    /// A connection that takes no byte for so long, while there are some, is given up.
+    pub stall: Duration,
+    /// Glance may work on the whole image after its last byte (flush, hash, copy between stores).
+    pub answer: Duration,
+    /// How long an image may stay `saving` after an upload was answered, or its connection lost, before it counts as stuck.
+    pub saving: Duration,
+    /// A download that nobody has read from for so long is closed, and opened again when somebody does: servers cut after 60 s.
+    pub unread: Duration,
+    /// An upload is never silent for longer, while there is anything left in its reserve.
+    pub trickle: Duration,
+    /// The first wait before another try; doubled each time.
+    pub pause: Duration,
+    /// Tries at one spot of a download; [`PROGRESS_BYTES`] that arrive start the count anew.
+    pub tries: u32,
+    /// Uploads of one image.
+    pub uploads: u32,
+    /// How long removing what is half made may take after an interrupt.
+    pub clean_up: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            silence: Duration::from_secs(60),
+            stall: Duration::from_secs(90),
+            answer: Duration::from_secs(900),
+            saving: Duration::from_secs(60),
+            unread: Duration::from_secs(20),
+            trickle: Duration::from_secs(4),
+            pause: Duration::from_millis(500),
+            tries: 6,
+            uploads: 5,
+            clean_up: Duration::from_secs(4),
+        }
     }
-    let full_ms = 500_u64 << tries.saturating_sub(1).min(5);
-    // the low bits of a fresh UUID are as random as this needs
-    let random = u64::from(uuid::Uuid::new_v4().as_u128().to_le_bytes()[0]);
-    Duration::from_millis(full_ms / 2 + full_ms / 2 * random / 255)
+}
+
+/// Progress that starts the count of tries anew. A server that gives a byte and cuts is not getting better.
+pub const PROGRESS_BYTES: u64 = 1 << 20;
+
+impl Patience {
+    /// The wait before try `tries + 1`: the first pause doubled each time, up to 32 times, of which a random half is taken off so
+    /// that many clients do not come back at once. A service's `Retry-After` is obeyed.
+    #[must_use]
+    pub fn pause_after(&self, tries: u32, retry_after_s: Option<u64>) -> Duration {
+        if let Some(seconds) = retry_after_s {
+            return Duration::from_secs(seconds).min(RETRY_AFTER_MAX);
+        }
+        let full = self.pause * (1 << tries.saturating_sub(1).min(5));
+        // the low bits of a fresh UUID are as random as this needs
+        let random = u32::from(uuid::Uuid::new_v4().as_u128().to_le_bytes()[0]);
+        full / 2 + full / 2 * random / 255
+    }
+}
+
+/// The record of retries: a line each, for the report and for whoever watches. Clones are the same record.
+#[derive(Clone)]
+pub struct Retries {
+    lines: Arc<Mutex<Vec<String>>>,
+    progress: Progress,
+    say: Say,
+}
+
+/// Hears of retries and decisions.
+pub type Say = Arc<dyn Fn(String) + Send + Sync>;
+
+impl Retries {
+    /// An empty record; each line goes to `say`, too.
+    #[must_use]
+    pub fn new(progress: &Progress, say: Say) -> Self {
+        Self { lines: Arc::default(), progress: progress.clone(), say }
+    }
+
+    /// Something is tried again.
+    pub fn note(&self, line: String) {
+        self.progress.add_retries(1);
+        (self.say)(line.clone());
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.len() < RETRY_LINES_MAX {
+            lines.push(line);
+        }
+    }
+
+    /// A line for whoever watches, which is no retry.
+    pub fn say(&self, line: String) {
+        (self.say)(line);
+    }
+
+    /// All lines so far.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 #[cfg(test)]
@@ -26,12 +119,13 @@ mod tests {
 
     #[test]
     fn waits_grow_are_bounded_and_a_services_wish_is_obeyed() {
+        let patience = Patience::default();
         for tries in 1..20 {
-            let ms = pause(tries, None).as_millis();
+            let ms = patience.pause_after(tries, None).as_millis();
             assert!((250..=16_000).contains(&ms), "{tries}: {ms}");
         }
-        assert!(pause(6, None) >= Duration::from_secs(8));
-        assert_eq!(pause(1, Some(7)), Duration::from_secs(7));
-        assert_eq!(pause(1, Some(1 << 40)), Duration::from_secs(RETRY_AFTER_MAX_S));
+        assert!(patience.pause_after(6, None) >= Duration::from_secs(8));
+        assert_eq!(patience.pause_after(1, Some(7)), Duration::from_secs(7));
+        assert_eq!(patience.pause_after(1, Some(1 << 40)), RETRY_AFTER_MAX);
     }
 }

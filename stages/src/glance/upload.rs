@@ -8,7 +8,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -24,16 +24,13 @@ use reqwest::{
 use tokio::sync::mpsc;
 
 use crate::{
+    glance::Patience,
     openstack::{ApiError, Session, session::SignInError},
     progress::Progress,
     store::Chunk,
     units::to_u64,
 };
 
-/// A connection that takes no byte for so long, while there are some, is given up.
-const STALL: Duration = Duration::from_secs(90);
-/// Glance may work on the whole image after its last byte (flush, hash, copy between stores).
-const ANSWER: Duration = Duration::from_secs(900);
 /// Chunks that wait between the emitter and the connection.
 const CHUNKS_WAITING: usize = 2;
 
@@ -66,6 +63,8 @@ pub enum UploadError {
 pub struct UploadReport {
     /// Bytes.
     pub sent_bytes: u64,
+    /// Glance answered; if not, it had all bytes, and may still be at work on them.
+    pub answered: bool,
 }
 
 /// The stage.
@@ -78,6 +77,8 @@ pub struct Upload {
     pub total_bytes: u64,
     /// Told of bytes taken by the connection.
     pub progress: Progress,
+    /// When to give up.
+    pub patience: Patience,
 }
 
 /// A request body of known length, fed through a channel.
@@ -142,8 +143,13 @@ impl Stage for Upload {
             .send();
         tokio::pin!(request);
 
+        // nothing to send: then silence is ours, not the peer's
+        let starved = AtomicBool::new(false);
         let feeding = async {
-            while let Some(Chunk(chunk)) = inlet.recv().await? {
+            loop {
+                starved.store(true, Relaxed);
+                let Some(Chunk(chunk)) = inlet.recv().await? else { break };
+                starved.store(false, Relaxed);
                 if feed.send(chunk).await.is_err() {
                     break; // the request has ended: its answer says why
                 }
@@ -161,13 +167,21 @@ impl Stage for Upload {
                     result?;
                     fed = true;
                 }
-                stalled = stall(&taken, self.total_bytes, &url) => return Err(self.failed(stalled, &taken)),
+                stalled = self.stall(&taken, &starved, &url) => return Err(self.failed(stalled, &taken)),
                 () = cx.cancel.cancelled() => return Err(engine::Cancelled.into()),
             }
         };
+        let answered = response.is_ok();
         match response {
             Ok(response) if response.status().is_success() => {}
-            Ok(response) => return Err(self.failed(ApiError::from_response(Method::PUT, &url, response).await, &taken)),
+            Ok(response) => {
+                let error = ApiError::from_response(Method::PUT, &url, response).await;
+                if error.status() == Some(StatusCode::UNAUTHORIZED) {
+                    // for whoever tries again; if this fails, that try will say so
+                    let _ = cx.cancel.guard(self.session.renew(&token)).await?;
+                }
+                return Err(self.failed(error, &taken));
+            }
             Err(error) => {
                 let error = ApiError::connection(Method::PUT, &url, error);
                 // Everything was sent and only the answer is missing: whether it arrived, size and hash will tell.
@@ -190,28 +204,30 @@ impl Stage for Upload {
             return Err(StageError::bug("there was more to send than the image's length"));
         }
         outlet.finish();
-        Ok(UploadReport { sent_bytes: self.total_bytes })
-    }
-}
-
-/// Ends when the connection has taken nothing for too long.
-async fn stall(taken: &AtomicU64, total: u64, url: &Url) -> ApiError {
-    let mut last = taken.load(Relaxed);
-    let mut since = Instant::now();
-    loop {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        let now = taken.load(Relaxed);
-        if now != last {
-            (last, since) = (now, Instant::now());
-        }
-        let patience = if now == total { ANSWER } else { STALL };
-        if since.elapsed() > patience {
-            return ApiError::Silence { method: Method::PUT, path: url.path().to_owned(), seconds: patience.as_secs() };
-        }
+        Ok(UploadReport { sent_bytes: self.total_bytes, answered })
     }
 }
 
 impl Upload {
+    /// Ends when the connection has taken nothing for too long although there was something to take.
+    async fn stall(&self, taken: &AtomicU64, starved: &AtomicBool, url: &Url) -> ApiError {
+        let mut last = taken.load(Relaxed);
+        let mut since = Instant::now();
+        let look_every = Duration::from_secs(1).min(self.patience.stall / 4);
+        loop {
+            tokio::time::sleep(look_every).await;
+            let now = taken.load(Relaxed);
+            let complete = now == self.total_bytes;
+            if now != last || (starved.load(Relaxed) && !complete) {
+                (last, since) = (now, Instant::now());
+            }
+            let patience = if complete { self.patience.answer } else { self.patience.stall };
+            if since.elapsed() > patience {
+                return ApiError::Silence { method: Method::PUT, path: url.path().to_owned(), seconds: patience.as_secs() };
+            }
+        }
+    }
+
     /// The connection broke and no answer could be read: what became of the image says more.
     async fn what_glance_has(&self, error: ApiError, all_sent: bool) -> Result<(), ApiError> {
         Err(match self.session.image(&self.image_id).await {

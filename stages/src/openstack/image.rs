@@ -124,6 +124,21 @@ impl Image {
         Some(ExpectedHash { algorithm: "md5".to_owned(), value: filled(&self.checksum)? })
     }
 
+    /// What tells that `now` is not this image any more: its data, in short. `updated_at` moves with every tag.
+    #[must_use]
+    pub fn differs_from(&self, now: &Self) -> Option<&'static str> {
+        let moved = |before: &Option<String>, now: &Option<String>| before.is_some() && before != now;
+        [
+            ("id", self.id != now.id),
+            ("size", self.size != now.size),
+            ("creation date", self.created_at != now.created_at),
+            ("checksum", moved(&self.checksum, &now.checksum)),
+            ("hash", moved(&self.os_hash_value, &now.os_hash_value)),
+        ]
+        .into_iter()
+        .find_map(|(what, differs)| differs.then_some(what))
+    }
+
     /// Its id, harmless for a terminal and a shell.
     #[must_use]
     pub fn shown_id(&self) -> String {

@@ -231,7 +231,7 @@ impl Session {
             if !repeatable || !error.is_retryable() || tries >= CALL_TRIES {
                 return Err(error);
             }
-            tokio::time::sleep(crate::glance::retry::pause(tries, error.retry_after_s())).await;
+            tokio::time::sleep(crate::glance::Patience::default().pause_after(tries, error.retry_after_s())).await;
         }
     }
 }
@@ -311,7 +311,7 @@ async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, Sig
             Err(error) => ApiError::connection(Method::POST, &url, error),
         };
         if error.is_retryable() && tries < CALL_TRIES {
-            tokio::time::sleep(crate::glance::retry::pause(tries, error.retry_after_s())).await;
+            tokio::time::sleep(crate::glance::Patience::default().pause_after(tries, error.retry_after_s())).await;
             continue;
         }
         let cloud_name = cloud.name.clone();

@@ -62,6 +62,22 @@ impl ClusterMap {
         self.clusters
     }
 
+    /// Numbers of the chunks that hold data, each with its count of data clusters.
+    pub(super) fn chunks(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.chunks.iter().map(|(chunk, words)| (*chunk, words.iter().map(|word| u64::from(word.count_ones())).sum()))
+    }
+
+    /// Data clusters of `cluster`'s chunk that come before it, and the chunk's number.
+    pub(super) fn before_in_chunk(&self, cluster: u64) -> Option<(u64, u64)> {
+        let chunk = cluster / CHUNK_CLUSTERS;
+        let words = self.chunks.get(&chunk)?;
+        let in_chunk = cluster % CHUNK_CLUSTERS;
+        let whole = to_usize(in_chunk / 64);
+        let before: u64 = words[..whole].iter().map(|word| u64::from(word.count_ones())).sum();
+        let part = words[whole] & ((1 << (in_chunk % 64)) - 1);
+        Some((chunk, before + u64::from(part.count_ones())))
+    }
+
     /// Memory that the set takes now, bytes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {

@@ -96,6 +96,16 @@ impl L2Entry {
         Self(host.0 | COPIED)
     }
 
+    /// The cluster is stored compressed in `bytes` bytes from `host` on, any byte. Never COPIED (qcow2.rst, "Compressed Clusters
+    /// Descriptor").
+    #[must_use]
+    pub const fn compressed(host: HostOffset, bytes: u64, cluster_bits: ClusterBits) -> Self {
+        let x = 62 - (cluster_bits.bits() - 8);
+        debug_assert!(host.0 < 1 << x && bytes > 0 && bytes < cluster_bits.cluster_bytes());
+        let additional_sectors = (host.0 + bytes - 1) / 512 - host.0 / 512;
+        Self(COMPRESSED | additional_sectors << x | host.0)
+    }
+
     /// From the word on disk.
     #[must_use]
     pub const fn from_word(word: u64) -> Self {
@@ -196,6 +206,25 @@ mod tests {
         let entry = L2Entry::from_word(1 << 62 | 3 << 54 | 0x1_2345);
         let expected = L2Kind::Compressed { host: HostOffset(0x1_2345), sector_rounded_bytes: 4 * 512 - 0x145 };
         assert_eq!(entry.kind(ClusterBits::DEFAULT), expected);
+        assert_eq!(L2Entry::compressed(HostOffset(0x1_2345), 3 * 512, ClusterBits::DEFAULT), entry);
+    }
+
+    #[test]
+    fn compressed_entries_cover_their_bytes_and_no_sector_more() {
+        for bits in 9..=21 {
+            let bits = ClusterBits::from_bits(bits).unwrap();
+            for host in [1 << 20, (1 << 20) + 1, (1 << 20) + 511, (1 << 40) + 300] {
+                for bytes in [1, 212, 213, 511, bits.cluster_bytes() - 1].into_iter().filter(|bytes| *bytes < bits.cluster_bytes()) {
+                    let L2Kind::Compressed { host: found, sector_rounded_bytes } =
+                        L2Entry::compressed(HostOffset(host), bytes, bits).kind(bits)
+                    else {
+                        panic!("not compressed")
+                    };
+                    assert_eq!(found.0, host);
+                    assert!(sector_rounded_bytes >= bytes && sector_rounded_bytes < bytes + 512);
+                }
+            }
+        }
     }
 
     #[test]

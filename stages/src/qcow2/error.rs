@@ -70,6 +70,17 @@ pub enum Qcow2Error {
         /// The disk's size.
         virtual_bytes: u64,
     },
+    /// A compressed cluster that is none.
+    #[error("compressed cluster of guest offset {guest_offset:#x} at host offset {host_offset:#x}")]
+    Stream {
+        /// Which guest bytes were asked for.
+        guest_offset: u64,
+        /// Where it lies.
+        host_offset: u64,
+        /// What is wrong with it.
+        #[source]
+        source: crate::compress::codec::BadStream,
+    },
     /// The storage below failed, or is shorter than the tables say.
     #[error("read at host offset {host_offset:#x}")]
     Io {

@@ -3,7 +3,8 @@
 //! # Invariants
 //! - L1: sections tile the file: every host cluster belongs to exactly one of header, refcount table, refcount
 //!   blocks, L1, L2 tables, data.
-//! - L2: `file_bytes` is the sum of the sections; the k-th data cluster in guest order lies at `data + k`.
+//! - L2: `file_bytes` is the sum of the sections; data clusters lie in the data section in guest order, as
+//!   [`super::packing`] places them: without compression the k-th lies at `data + k`.
 //! - L3: the refcount blocks cover every cluster of the file, themselves included.
 //!
 //! The refcount blocks count themselves, so their number is a fixed point: with `m` other clusters, `r`
@@ -11,11 +12,15 @@
 //! `t' = ceil(b / p)`, until `t' = t`. It grows monotonically and settles in two or three rounds.
 
 use super::{
-    ClusterMap, Qcow2Error,
-    format::{L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX},
+    ClusterIndex, Qcow2Error,
+    format::{INCOMPATIBLE_COMPRESSION, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX},
     header::Header,
+    packing::{Look, Packing},
 };
-use crate::units::{ClusterBits, HostOffset, round_up};
+use crate::{
+    compress::Codec,
+    units::{ClusterBits, HostOffset, round_up},
+};
 
 /// Sector that QEMU counts disk sizes in; a virtual size that is not a multiple would be cut down by it.
 const SECTOR_BYTES: u64 = 512;
@@ -112,6 +117,8 @@ pub struct Placement {
     pub l2: Section,
     /// The data clusters.
     pub data: Section,
+    /// How its compressed clusters are compressed; `None` if it has none.
+    pub codec: Option<Codec>,
 }
 
 impl Placement {
@@ -126,7 +133,7 @@ impl Placement {
         let l1 = Section { first: refcount_blocks.end(), clusters: geometry.l1_clusters() };
         let l2 = Section { first: l1.end(), clusters: l2_tables };
         let data = Section { first: l2.end(), clusters: data_clusters };
-        Ok(Self { geometry, refcount_table, refcount_blocks, l1, l2, data })
+        Ok(Self { geometry, refcount_table, refcount_blocks, l1, l2, data, codec: None })
     }
 
     /// Data right behind the header, as the single-pass file writer needs it.
@@ -140,7 +147,7 @@ impl Placement {
         let refcount_blocks = Section { first: l2.end(), clusters: blocks };
         let refcount_table = Section { first: refcount_blocks.end(), clusters: table };
         let l1 = Section { first: refcount_table.end(), clusters: geometry.l1_clusters() };
-        Ok(Self { geometry, refcount_table, refcount_blocks, l1, l2, data })
+        Ok(Self { geometry, refcount_table, refcount_blocks, l1, l2, data, codec: None })
     }
 
     /// Host clusters of the file.
@@ -179,8 +186,9 @@ impl Placement {
             refcount_table_clusters: narrow(self.refcount_table.clusters),
             refcount_bits: 16,
             snapshots: 0,
-            incompatible_features: 0,
-            compression_type: 0,
+            // block/qcow2.c, validate_compression_type: the bit and a type other than deflate come together
+            incompatible_features: if self.codec == Some(Codec::Zstd) { INCOMPATIBLE_COMPRESSION } else { 0 },
+            compression_type: self.codec.map_or(0, Codec::qcow2_type),
         }
     }
 }
@@ -218,17 +226,17 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Plans the file for `geometry` with the clusters of `data` stored.
+    /// Plans the file for `geometry` with the clusters of `index` stored, the compressed ones by `codec`.
     ///
     /// # Errors
     /// [`Qcow2Error::TooLarge`] if QEMU could not open the result.
     ///
     /// # Panics
-    /// If `data` holds a cluster past the disk's end: the caller's bug.
-    pub fn plan(geometry: Geometry, data: &ClusterMap) -> Result<Self, Qcow2Error> {
+    /// If `index` holds a cluster past the disk's end, or compressed clusters where there is no codec: the caller's bug.
+    pub fn plan(geometry: Geometry, index: &ClusterIndex, codec: Option<Codec>) -> Result<Self, Qcow2Error> {
         let per_table = geometry.cluster_bits.entries_per_cluster();
         let mut populated: Vec<u32> = Vec::new();
-        for run in data.runs() {
+        for run in index.map().runs() {
             assert!(run.first + run.count <= geometry.guest_clusters(), "data cluster past the disk's end");
             let first = run.first / per_table;
             let last = (run.first + run.count - 1) / per_table;
@@ -239,7 +247,17 @@ impl Layout {
                 }
             }
         }
-        let placement = Placement::metadata_first(geometry, populated.len() as u64, data.count())?;
+        let mut packing = Packing::new(geometry.cluster_bits, 0, Look::ahead(geometry.cluster_bits));
+        if index.compressed_clusters() == 0 {
+            packing.place_plain(index.count());
+        } else {
+            assert!(codec.is_some(), "compressed clusters without a codec");
+            for record in index.records() {
+                packing.place(u64::from(record.stored_bytes));
+            }
+        }
+        let mut placement = Placement::metadata_first(geometry, populated.len() as u64, packing.end())?;
+        placement.codec = codec.filter(|_| index.compressed_clusters() > 0);
         Ok(Self { placement, populated })
     }
 
@@ -313,7 +331,7 @@ mod tests {
     #[test]
     fn an_all_zero_disk_takes_four_clusters() {
         let geometry = Geometry::new(80 << 30, ClusterBits::DEFAULT).unwrap();
-        assert_eq!(Layout::plan(geometry, &ClusterMap::new()).unwrap().file_bytes(), 262_144);
+        assert_eq!(Layout::plan(geometry, &ClusterIndex::new(), None).unwrap().file_bytes(), 262_144);
     }
 
     #[test]

@@ -10,6 +10,8 @@
 //! | [`entry`] | words of the L1, L2 and refcount tables |
 //! | [`header`] | a validated header |
 //! | [`cluster_map`] | which guest clusters hold data, sparse |
+//! | [`index`] | what the survey remembers of each data cluster |
+//! | [`packing`] | where stored clusters go: plain ones aligned, compressed ones byte after byte |
 //! | [`layout`] | from that map to the place of every byte: a pure function |
 //! | [`tables`] | the bytes of L1, L2 and refcount tables, for either writer |
 //! | [`stream_writer`] | the file strictly forward, metadata first, length known before byte 0 |
@@ -17,8 +19,8 @@
 //! | [`reader`] | guest bytes and mappings back out |
 //! | [`verify`] | refcounts against reachability, the counterpart of `qemu-img check` |
 //!
-//! What is emitted: version 3, header length 112, 16-bit refcounts, no feature bit, no backing file, no
-//! snapshot, every refcount 1, every entry COPIED. OpenStack's format inspector refuses images with features
+//! What is emitted: version 3, header length 112, 16-bit refcounts, no feature bit but the one of zstd where it is used, no
+//! backing file, no snapshot; every entry COPIED but those of compressed clusters, and every refcount 1 but theirs. OpenStack's format inspector refuses images with features
 //! that it does not know (oslo.utils, `format_inspector.py`), and this set passes it.
 //!
 //! # Layout of the two files
@@ -33,7 +35,9 @@ pub mod entry;
 pub mod error;
 pub mod format;
 pub mod header;
+pub mod index;
 pub mod layout;
+pub mod packing;
 pub mod reader;
 pub mod stream_writer;
 pub mod tables;
@@ -43,6 +47,7 @@ pub use arrival::Arrival;
 pub use cluster_map::ClusterMap;
 pub use error::Qcow2Error;
 pub use header::Header;
+pub use index::ClusterIndex;
 pub use layout::{Geometry, Layout};
 pub use reader::{Mapping, Qcow2};
 pub use stream_writer::StreamWriter;

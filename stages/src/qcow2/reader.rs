@@ -1,5 +1,5 @@
 //! Guest bytes out of a qcow2 image, and which of them it stores. Reads what both writers produce and what
-//! `qemu-img create`/`convert` produces without compression; anything else is refused by name.
+//! `qemu-img create`/`convert` produces, compressed or not; anything else is refused by name.
 //!
 //! A hostile image costs bounded memory: at most 32 MiB of L1 table and one L2 table, and no table is read past
 //! the file's end.
@@ -11,6 +11,7 @@ use super::{
     entry::{L1Entry, L2Entry, L2Kind},
 };
 use crate::{
+    compress::{Codec, Decoder},
     read_at::ReadAt,
     units::{GuestRange, HostOffset, to_u64, to_usize},
 };
@@ -39,6 +40,17 @@ pub struct Qcow2<R> {
     l1: Vec<L1Entry>,
     /// The L2 table read last, by L1 index. Sequential readers hit it nearly always.
     last_table: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
+    /// Made with the first compressed cluster that is read.
+    decompressing: Mutex<Option<Decompressing>>,
+}
+
+/// A codec's context and the compressed cluster decoded last.
+struct Decompressing {
+    decoder: Decoder,
+    stored: Vec<u8>,
+    cluster: Vec<u8>,
+    /// Which one `cluster` holds.
+    of: Option<HostOffset>,
 }
 
 impl<R: ReadAt> Qcow2<R> {
@@ -63,7 +75,7 @@ impl<R: ReadAt> Qcow2<R> {
         let mut words = vec![0; to_usize(l1_bytes)];
         storage.read_exact_at(header.l1_table.0, &mut words).map_err(io(header.l1_table.0))?;
         let l1 = words.chunks_exact(8).map(|word| L1Entry::from_word(be_word(word))).collect();
-        Ok(Self { storage, header, file_bytes, l1, last_table: Mutex::new(None) })
+        Ok(Self { storage, header, file_bytes, l1, last_table: Mutex::new(None), decompressing: Mutex::new(None) })
     }
 
     /// The validated header.
@@ -199,7 +211,7 @@ impl<R: ReadAt> Qcow2<R> {
     /// Fills `buf` with the guest bytes from `guest_offset` on.
     ///
     /// # Errors
-    /// [`Qcow2Error::PastEnd`]; entries that are not allowed; compressed clusters; storage errors.
+    /// [`Qcow2Error::PastEnd`]; entries that are not allowed; compressed clusters that do not decode; storage errors.
     pub fn read_guest(&self, guest_offset: u64, buf: &mut [u8]) -> Result<(), Qcow2Error> {
         let bytes = to_u64(buf.len());
         if guest_offset.checked_add(bytes).is_none_or(|end| end > self.virtual_bytes()) {
@@ -216,12 +228,38 @@ impl<R: ReadAt> Qcow2<R> {
                 Mapping::Data(host) => {
                     self.storage.read_exact_at(host.0, part).map_err(|source| Qcow2Error::Io { host_offset: host.0, source })?
                 }
-                Mapping::Compressed { .. } => {
-                    return Err(Qcow2Error::Unsupported { feature: "compressed clusters" });
+                Mapping::Compressed { host, sector_rounded_bytes } => {
+                    let in_cluster = to_usize(at % self.header.cluster_bits.cluster_bytes());
+                    self.read_compressed(at, host, sector_rounded_bytes, |cluster| {
+                        part.copy_from_slice(&cluster[in_cluster..in_cluster + here]);
+                    })?;
                 }
             }
             done += here;
         }
+        Ok(())
+    }
+
+    /// Decodes a compressed cluster and lets `take` have it. A hostile image costs a read of two clusters and one decoding.
+    fn read_compressed(&self, guest_offset: u64, host: HostOffset, bytes: u64, take: impl FnOnce(&[u8])) -> Result<(), Qcow2Error> {
+        let cluster_bytes = to_usize(self.header.cluster_bits.cluster_bytes());
+        let mut slot = self.decompressing.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = slot.get_or_insert_with(|| {
+            let codec = Codec::from_qcow2_type(self.header.compression_type).expect("the header was checked");
+            Decompressing { decoder: Decoder::new(codec), stored: Vec::new(), cluster: vec![0; cluster_bytes], of: None }
+        });
+        if state.of != Some(host) {
+            state.of = None;
+            // the last sector may be cut short by the end of the file
+            let there = bytes.min(self.file_bytes - host.0);
+            state.stored.resize(to_usize(there), 0);
+            let io = |source| Qcow2Error::Io { host_offset: host.0, source };
+            self.storage.read_exact_at(host.0, &mut state.stored).map_err(io)?;
+            let decoded = state.decoder.decode(&state.stored, &mut state.cluster);
+            decoded.map_err(|source| Qcow2Error::Stream { guest_offset, host_offset: host.0, source })?;
+            state.of = Some(host);
+        }
+        take(&state.cluster);
         Ok(())
     }
 }

@@ -10,17 +10,6 @@ use crate::units::{ClusterBits, to_u64, to_usize};
 /// a write or a network frame is worth its system call, small enough to be no matter for the memory budget.
 const PIECE_BYTES: u64 = 256 << 10;
 
-/// Consecutive guest clusters on consecutive host clusters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MappedRun {
-    /// Index of the first guest cluster.
-    pub guest_first: u64,
-    /// Index of the first host cluster.
-    pub host_first: u64,
-    /// Number of clusters, at least 1.
-    pub count: u64,
-}
-
 /// The header's cluster.
 #[must_use]
 pub fn header_cluster(placement: &Placement) -> Vec<u8> {
@@ -53,19 +42,18 @@ pub fn refcount_table(placement: &Placement) -> impl Iterator<Item = Vec<u8>> + 
     })
 }
 
-/// The refcount blocks in pieces: 1 for every cluster of the file, 0 beyond.
-pub fn refcount_blocks(placement: &Placement) -> impl Iterator<Item = Vec<u8>> + use<> {
+/// The refcount blocks in pieces, from the refcounts of the file's clusters in order; what they do not reach is 0.
+pub fn refcount_blocks<I: Iterator<Item = u16>>(placement: &Placement, counts: I) -> impl Iterator<Item = Vec<u8>> + use<I> {
     let bits = placement.geometry.cluster_bits();
-    let total = placement.total_clusters();
     let blocks = placement.refcount_blocks.clusters;
     let blocks_per_piece = (PIECE_BYTES / bits.cluster_bytes()).max(1);
+    let mut counts = counts;
     (0..blocks.div_ceil(blocks_per_piece)).map(move |piece| {
         let first = piece * blocks_per_piece;
         let end = (first + blocks_per_piece).min(blocks);
         let mut bytes = vec![0; to_usize((end - first) * bits.cluster_bytes())];
-        let counted = total.saturating_sub(first * bits.refcounts_per_block());
-        for refcount in bytes.chunks_exact_mut(2).take(to_usize(counted)) {
-            refcount[1] = 1;
+        for (refcount, count) in bytes.chunks_exact_mut(2).zip(&mut counts) {
+            refcount.copy_from_slice(&count.to_be_bytes());
         }
         bytes
     })
@@ -80,54 +68,29 @@ pub fn l1_table<'a>(placement: &Placement, populated: &'a [u32]) -> impl Iterato
     })
 }
 
-/// The populated L2 tables one after the other, each a cluster, from mapped runs in guest order.
-pub struct L2Tables<I: Iterator<Item = MappedRun>> {
-    runs: std::iter::Peekable<I>,
-    /// What is left of a run that went past the table before.
-    rest: Option<MappedRun>,
-    placement: Placement,
+/// The populated L2 tables one after the other, each a cluster, from entries in guest order.
+pub struct L2Tables<I: Iterator<Item = (u64, L2Entry)>> {
+    entries: std::iter::Peekable<I>,
+    bits: ClusterBits,
 }
 
-impl<I: Iterator<Item = MappedRun>> L2Tables<I> {
-    /// Tables for `runs`, which ascend by guest cluster and do not overlap.
-    pub fn new(placement: &Placement, runs: I) -> Self {
-        Self { runs: runs.peekable(), rest: None, placement: *placement }
-    }
-
-    fn next_run(&mut self) -> Option<MappedRun> {
-        self.rest.take().or_else(|| self.runs.next())
+impl<I: Iterator<Item = (u64, L2Entry)>> L2Tables<I> {
+    /// Tables for these guest clusters, which ascend.
+    pub fn new(placement: &Placement, entries: I) -> Self {
+        Self { entries: entries.peekable(), bits: placement.geometry.cluster_bits() }
     }
 }
 
-impl<I: Iterator<Item = MappedRun>> Iterator for L2Tables<I> {
+impl<I: Iterator<Item = (u64, L2Entry)>> Iterator for L2Tables<I> {
     type Item = Vec<u8>;
 
     fn next(&mut self) -> Option<Vec<u8>> {
-        let bits = self.placement.geometry.cluster_bits();
-        let per_table = bits.entries_per_cluster();
-        let mut run = self.next_run()?;
-        let index = run.guest_first / per_table;
-        let table_end = (index + 1) * per_table;
-        let mut table = vec![0; to_usize(bits.cluster_bytes())];
-        loop {
-            let here = run.count.min(table_end - run.guest_first);
-            for step in 0..here {
-                let at = to_usize((run.guest_first + step) % per_table) * 8;
-                let entry = L2Entry::data(self.placement.host_offset(run.host_first + step));
-                table[at..at + 8].copy_from_slice(&entry.word().to_be_bytes());
-            }
-            if here < run.count {
-                self.rest = Some(MappedRun {
-                    guest_first: run.guest_first + here,
-                    host_first: run.host_first + here,
-                    count: run.count - here,
-                });
-                break;
-            }
-            match self.runs.peek() {
-                Some(next) if next.guest_first < table_end => run = self.runs.next().expect("just peeked"),
-                _ => break,
-            }
+        let per_table = self.bits.entries_per_cluster();
+        let index = self.entries.peek()?.0 / per_table;
+        let mut table = vec![0; to_usize(self.bits.cluster_bytes())];
+        while let Some((cluster, entry)) = self.entries.next_if(|(cluster, _)| cluster / per_table == index) {
+            let at = to_usize(cluster % per_table) * 8;
+            table[at..at + 8].copy_from_slice(&entry.word().to_be_bytes());
         }
         Some(table)
     }

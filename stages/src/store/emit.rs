@@ -1,15 +1,20 @@
-//! The image strictly forward: metadata, then the kept clusters in guest order.
+//! The image strictly forward: metadata, then the stored clusters.
 
-use std::sync::Arc;
+use std::{collections::HashMap, fs::File, sync::Arc};
 
 use bytes::Bytes;
-use engine::{BlockingStage, Inlet, Item, NoInput, Outlet, StageContext, StageError};
+use engine::{BlockingStage, ErrorKind, Inlet, Item, Outlet, StageContext, StageError};
 
-use super::Survey;
+use super::{
+    KeptIn, Survey,
+    collect::KeptExtent,
+    reread::Rebuilt,
+};
 use crate::{
     hash::Hasher,
-    qcow2::{Layout, StreamWriter},
-    units::to_u64,
+    qcow2::{Layout, StreamWriter, packing::InFileOrder},
+    read_at::ReadAt,
+    units::{GuestRange, to_u64, to_usize},
 };
 
 /// The next bytes of the file.
@@ -31,33 +36,108 @@ pub struct EmitReport {
     pub digest: String,
 }
 
-/// Source: the file that the layout plans, out of the survey.
+/// The file that the layout plans, out of the survey, and out of what is read again.
 pub struct Emit {
     /// What is in the image.
     pub survey: Arc<Survey>,
     /// Where it goes.
     pub layout: Arc<Layout>,
+    /// The scratch file, where there is one.
+    pub scratch: Option<File>,
     /// Digest to compute on the way.
     pub hasher: Hasher,
 }
 
 impl BlockingStage for Emit {
-    type In = NoInput;
+    type In = Rebuilt;
     type Out = Chunk;
     type Report = EmitReport;
 
-    fn run(mut self, _: Inlet<NoInput>, outlet: Outlet<Chunk>, _: StageContext) -> Result<EmitReport, StageError> {
+    fn run(mut self, inlet: Inlet<Rebuilt>, outlet: Outlet<Chunk>, _: StageContext) -> Result<EmitReport, StageError> {
+        let survey = Arc::clone(&self.survey);
+        let layout = Arc::clone(&self.layout);
+        let writer = StreamWriter::new(&layout, &survey.index);
         let mut bytes = 0;
-        let metadata = StreamWriter::new(&self.layout, &self.survey.map).metadata().map(Bytes::from);
-        for chunk in metadata.chain(self.survey.kept.iter().cloned()) {
-            self.hasher.update(&chunk);
+        let mut send = |hasher: &mut Hasher, chunk: Bytes| {
+            hasher.update(&chunk);
             bytes += to_u64(chunk.len());
-            outlet.send_blocking(Chunk(chunk))?;
+            outlet.send_blocking(Chunk(chunk)).map_err(StageError::from)
+        };
+        for piece in writer.metadata() {
+            send(&mut self.hasher, piece.into())?;
+        }
+        let mut order = writer.data();
+        let mut lengths = survey.index.records().map(|record| record.stored_bytes);
+        let mut early = HashMap::new();
+        for extent in &survey.extents {
+            let lengths: Vec<u32> = lengths.by_ref().take(to_usize(u64::from(extent.data_clusters))).collect();
+            let (packed, credit) = match &extent.kept {
+                KeptIn::Memory(packed) => (packed.clone(), None),
+                KeptIn::Scratch(at) => (self.from_scratch(*at, &lengths)?, None),
+                KeptIn::Source => {
+                    let rebuilt = next_rebuilt(&inlet, &mut early, extent.guest)?;
+                    (rebuilt.packed.clone(), Some(rebuilt))
+                }
+            };
+            self.push(&mut order, extent, &packed, &lengths)?;
+            while let Some(chunk) = order.pop() {
+                send(&mut self.hasher, chunk)?;
+            }
+            drop(credit);
+        }
+        if inlet.recv_blocking()?.is_some() || !early.is_empty() {
+            return Err(StageError::bug("an extent was read again that nobody wanted"));
+        }
+        order.close();
+        while let Some(chunk) = order.pop() {
+            send(&mut self.hasher, chunk)?;
         }
         if bytes != self.layout.file_bytes() {
             return Err(StageError::bug(format!("emitted {bytes} bytes of an image of {}", self.layout.file_bytes())));
         }
         outlet.finish();
         Ok(EmitReport { bytes, digest: self.hasher.finish() })
+    }
+}
+
+/// The extent that is due; what comes before its turn is held, with its credit.
+fn next_rebuilt(inlet: &Inlet<Rebuilt>, early: &mut HashMap<u64, Rebuilt>, guest: GuestRange) -> Result<Rebuilt, StageError> {
+    loop {
+        if let Some(rebuilt) = early.remove(&guest.start.0) {
+            return Ok(rebuilt);
+        }
+        match inlet.recv_blocking()? {
+            Some(rebuilt) => _ = early.insert(rebuilt.guest.start.0, rebuilt),
+            None => return Err(StageError::bug(format!("guest bytes {guest} were not read again"))),
+        }
+    }
+}
+
+impl Emit {
+    fn from_scratch(&self, at: u64, lengths: &[u32]) -> Result<Bytes, StageError> {
+        let scratch = self.scratch.as_ref().ok_or_else(|| StageError::bug("bytes in a scratch file, but no file"))?;
+        let mut packed = vec![0; to_usize(lengths.iter().map(|&bytes| u64::from(bytes)).sum())];
+        scratch.read_exact_at(at, &mut packed).map_err(|error| StageError::new(ErrorKind::Io, error))?;
+        Ok(packed.into())
+    }
+
+    /// Cuts an extent's packed clusters apart: runs of plain ones in one piece, compressed ones each.
+    fn push(&self, order: &mut InFileOrder, extent: &KeptExtent, packed: &Bytes, lengths: &[u32]) -> Result<(), StageError> {
+        let cluster_bytes = to_usize(self.survey.cluster_bits.cluster_bytes());
+        let mut at = 0;
+        for run in lengths.chunk_by(|a, b| a == b && to_usize(u64::from(*a)) == cluster_bytes) {
+            let bytes = to_usize(run.iter().map(|&bytes| u64::from(bytes)).sum());
+            if at + bytes > packed.len() {
+                return Err(StageError::bug(format!("guest bytes {} are not all there", extent.guest)));
+            }
+            let piece = packed.slice(at..at + bytes);
+            at += bytes;
+            if run.first().is_some_and(|&first| to_usize(u64::from(first)) == cluster_bytes) {
+                order.push_plain(piece, to_u64(run.len()));
+            } else {
+                order.push_compressed(piece);
+            }
+        }
+        Ok(())
     }
 }

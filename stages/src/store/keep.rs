@@ -1,4 +1,4 @@
-//! Copies data clusters into the store.
+//! Keeps data clusters in memory: the store's first tier.
 
 use std::sync::{
     Arc,
@@ -9,21 +9,22 @@ use bytes::{Bytes, BytesMut};
 use engine::{Emitter, ErrorKind, StageError, Transform};
 
 use crate::{
-    extent::{Classified, Fate, Place, Placed, PlacedRun},
+    compress::EncodeClusters,
+    extent::{Classified, Home, Placed, Stored},
     text::size,
-    units::{ClusterBits, GuestRange, to_u64, to_usize},
+    units::{ClusterBits, to_u64, to_usize},
 };
 
 /// What an allocation costs beside its bytes: the allocator's header and rounding, the record of the extent.
 const OVERHEAD_BYTES: u64 = 256;
 
-/// The store is full.
+/// The store is full, and the source cannot be read again.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the snapshot's data is more than the {} of memory for it: full after {}% of the disk (guest offset {guest_offset:#x} of \
-     {virtual_bytes:#x}); at this rate all of it needs --memory {}. Raise --memory (now {}), or convert to a local file, which needs \
-     64 MiB: virta convert SOURCE FILE.qcow2",
-    size(*.limit_bytes), percent(*.guest_offset, *.virtual_bytes), needed(self), size(*.memory_bytes)
+    "the disk's data is more than the {} of memory for it, and what comes through a pipe cannot be read again: full at guest offset \
+     {guest_offset:#x}. Raise --memory (now {}), or give a folder for a scratch file with --scratch DIR, or convert from a file \
+     or from Glance",
+    size(*.limit_bytes), size(*.memory_bytes)
 )]
 pub struct StoreFull {
     /// The store's part of the memory budget, bytes.
@@ -32,19 +33,20 @@ pub struct StoreFull {
     pub memory_bytes: u64,
     /// Where the survey was.
     pub guest_offset: u64,
-    /// Size of the disk.
-    pub virtual_bytes: u64,
 }
 
-fn percent(part: u64, whole: u64) -> u64 {
-    part.saturating_mul(100) / whole.max(1)
-}
-
-/// What the rest of the disk would ask for if it is like its beginning, and some.
-fn needed(full: &StoreFull) -> String {
-    let part = u128::from(full.guest_offset.max(1));
-    let all = u128::from(full.memory_bytes) * u128::from(full.virtual_bytes) / part;
-    format!("{}M", (all >> 20) * 5 / 4 + 1)
+/// What becomes of data that memory does not hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overflow {
+    /// It is passed on to whoever still needs it: the scratch file, the hash lane.
+    PassOn,
+    /// Nobody needs it before it is read again.
+    LetGo,
+    /// It would be lost: the run ends, naming the whole budget.
+    Refuse {
+        /// The whole budget, bytes.
+        memory_bytes: u64,
+    },
 }
 
 /// Memory for data clusters. Clones share one limit.
@@ -52,15 +54,14 @@ fn needed(full: &StoreFull) -> String {
 pub struct MemoryStore {
     used: Arc<AtomicU64>,
     limit_bytes: u64,
-    memory_bytes: u64,
-    virtual_bytes: u64,
+    overflow: Overflow,
 }
 
 impl MemoryStore {
-    /// A store of `limit_bytes`, out of a whole budget of `memory_bytes`, for a disk of `virtual_bytes`.
+    /// A store of `limit_bytes`.
     #[must_use]
-    pub fn new(limit_bytes: u64, memory_bytes: u64, virtual_bytes: u64) -> Self {
-        Self { used: Arc::default(), limit_bytes, memory_bytes, virtual_bytes }
+    pub fn new(limit_bytes: u64, overflow: Overflow) -> Self {
+        Self { used: Arc::default(), limit_bytes, overflow }
     }
 
     /// Bytes taken, overhead included.
@@ -69,68 +70,63 @@ impl MemoryStore {
         self.used.load(Relaxed)
     }
 
-    fn take(&self, bytes: u64, guest_offset: u64) -> Result<BytesMut, StoreFull> {
+    fn take(&self, bytes: u64) -> bool {
         let cost = bytes + OVERHEAD_BYTES;
-        if self.used.fetch_add(cost, Relaxed) + cost > self.limit_bytes {
+        let fits = self.used.fetch_add(cost, Relaxed) + cost <= self.limit_bytes;
+        if !fits {
             self.used.fetch_sub(cost, Relaxed);
-            return Err(StoreFull {
-                limit_bytes: self.limit_bytes,
-                memory_bytes: self.memory_bytes,
-                guest_offset,
-                virtual_bytes: self.virtual_bytes,
-            });
         }
-        Ok(BytesMut::with_capacity(to_usize(bytes)))
+        fits
     }
 
-    /// Copies an extent's data clusters into the store. Its lease can go afterwards.
+    /// Takes an extent's data clusters over, or passes them on. Its lease can go afterwards. Never waits.
     ///
     /// # Errors
-    /// [`StoreFull`]; nothing of the extent is kept then.
-    pub fn keep(&self, classified: &Classified, cluster_bits: ClusterBits) -> Result<Placed, StoreFull> {
-        let cluster_bytes = cluster_bits.cluster_bytes();
-        let guest = classified.guest;
-        let data_clusters: u64 = classified.runs.iter().filter(|run| run.fate == Fate::Data).map(|run| run.clusters).sum();
-        let packed = match (&classified.payload, data_clusters) {
-            (Some(payload), 1..) => {
-                let mut packed = self.take(data_clusters * cluster_bytes, guest.start.0)?;
-                let mut at = 0;
-                for run in &classified.runs {
-                    let end = at + run.clusters * cluster_bytes;
-                    if run.fate == Fate::Data {
-                        packed.extend_from_slice(&payload[to_usize(at)..to_usize(end)]);
+    /// [`StoreFull`] where what does not fit would be lost.
+    pub fn keep(&self, classified: Classified, cluster_bits: ClusterBits) -> Result<Placed, StoreFull> {
+        let runs = Placed::packed_runs(&classified, cluster_bits, 0);
+        let Classified { guest, records, stored, runs: fates } = classified;
+        let data_clusters: u64 = to_u64(records.len());
+        let home = match stored {
+            Stored::Nothing => Home::Nowhere,
+            Stored::Packed(packed) => self.find_home(to_u64(packed.len()), guest.start.0, || packed)?,
+            Stored::Whole(slice) => {
+                let cluster_bytes = cluster_bits.cluster_bytes();
+                self.find_home(data_clusters * cluster_bytes, guest.start.0, || {
+                    let mut packed = BytesMut::with_capacity(to_usize(data_clusters * cluster_bytes));
+                    let mut at = 0;
+                    for run in &fates {
+                        let end = at + to_usize(run.clusters * cluster_bytes);
+                        if run.fate == crate::extent::Fate::Data {
+                            packed.extend_from_slice(&slice[at..end]);
+                        }
+                        at = end;
                     }
-                    at = end;
-                }
-                packed.freeze()
+                    packed.freeze()
+                })?
             }
-            _ => Bytes::new(),
         };
-        let (mut at, mut in_packed) = (0, 0);
-        let runs = classified.runs.iter().map(|run| {
-            let padded = run.clusters * cluster_bytes;
-            let range = GuestRange::new(guest.start.0 + at, padded.min(guest.bytes() - at));
-            at += padded;
-            let place = match run.fate {
-                Fate::Zero => Place::Zeros,
-                Fate::Data => {
-                    let bytes = packed.slice(in_packed..in_packed + to_usize(padded));
-                    in_packed += to_usize(padded);
-                    Place::Memory(bytes)
-                }
-            };
-            PlacedRun { guest: range, place }
-        });
-        let placed = Placed { guest, runs: runs.collect() };
-        debug_assert_eq!(to_u64(packed.len()), data_clusters * cluster_bytes);
-        Ok(placed)
+        Ok(Placed { guest, runs, records, home })
+    }
+
+    fn find_home(&self, bytes: u64, guest_offset: u64, packed: impl FnOnce() -> Bytes) -> Result<Home, StoreFull> {
+        if self.take(bytes) {
+            return Ok(Home::Memory(packed()));
+        }
+        match self.overflow {
+            Overflow::PassOn => Ok(Home::Passing(packed())),
+            Overflow::LetGo => Ok(Home::Passing(Bytes::new())),
+            Overflow::Refuse { memory_bytes } => Err(StoreFull { limit_bytes: self.limit_bytes, memory_bytes, guest_offset }),
+        }
     }
 }
 
-/// [`MemoryStore::keep`] as a CPU stage.
+/// Encodes and keeps, as a CPU stage.
 pub struct Keep {
     /// The store.
     pub store: MemoryStore,
+    /// Makes records, and compresses.
+    pub encoder: EncodeClusters,
     /// Cluster size of the image to be.
     pub cluster_bits: ClusterBits,
 }
@@ -141,8 +137,8 @@ impl Transform for Keep {
     type Report = ();
 
     fn apply(&mut self, classified: Classified, out: &mut Emitter<'_, Placed>) -> Result<(), StageError> {
-        let placed = self.store.keep(&classified, self.cluster_bits);
-        drop(classified); // the lease returns before this thread may have to wait
+        // the lease returns before this thread may have to wait
+        let placed = self.store.keep(self.encoder.encode(classified), self.cluster_bits);
         out.emit(placed.map_err(|full| StageError::new(ErrorKind::Limit, full))?)
     }
 

@@ -4,7 +4,7 @@ use engine::{Emitter, StageError, Transform};
 
 use super::is_zero;
 use crate::{
-    extent::{Classified, Extent, Fate, FateRun, Payload},
+    extent::{Classified, Extent, Fate, FateRun, Payload, Stored},
     progress::Progress,
     units::{ClusterBits, round_up, to_usize},
 };
@@ -30,16 +30,16 @@ pub fn fates(bytes: &[u8], cluster_bits: ClusterBits) -> Vec<FateRun> {
 #[must_use]
 pub fn classify(extent: Extent, cluster_bits: ClusterBits) -> Classified {
     let guest = extent.guest;
-    let all_zero = || vec![FateRun { clusters: cluster_bits.clusters_for(guest.bytes()), fate: Fate::Zero }];
     match extent.payload {
-        Payload::Zeros => Classified { guest, runs: all_zero(), payload: None },
+        Payload::Zeros => Classified::zeros(guest, cluster_bits),
         Payload::Bytes(mut lease) => {
             let bytes = to_usize(guest.bytes());
             let padded = to_usize(round_up(guest.bytes(), cluster_bits.cluster_bytes()));
             lease[bytes..padded].fill(0);
             let runs = fates(&lease[..padded], cluster_bits);
             let has_data = runs.iter().any(|run| run.fate == Fate::Data);
-            Classified { guest, runs, payload: has_data.then(|| lease.freeze(padded)) }
+            let stored = if has_data { Stored::Whole(lease.freeze(padded)) } else { Stored::Nothing };
+            Classified { guest, runs, records: Vec::new(), stored }
         }
     }
 }
@@ -68,22 +68,6 @@ impl Transform for Classify {
     }
 }
 
-/// Guest bytes of the data runs of an extent, not counting what pads the last cluster.
-#[must_use]
-pub fn data_bytes(classified: &Classified, cluster_bits: ClusterBits) -> u64 {
-    let mut at = 0;
-    let mut data = 0;
-    for run in &classified.runs {
-        let end = at + run.clusters * cluster_bits.cluster_bytes();
-        if run.fate == Fate::Data {
-            data += end.min(classified.guest.bytes()) - at;
-        }
-        at = end;
-    }
-    debug_assert!(at >= classified.guest.bytes(), "runs cover the extent");
-    data
-}
-
 #[cfg(test)]
 mod tests {
     use engine::{BufferPool, CancelToken};
@@ -100,10 +84,10 @@ mod tests {
         lease[999] = 1;
         let extent = Extent { guest: GuestRange::new(0, 1000), payload: Payload::Bytes(lease) };
         let classified = classify(extent, ClusterBits::DEFAULT);
-        let payload = classified.payload.as_ref().unwrap();
+        let Stored::Whole(payload) = &classified.stored else { panic!("no bytes") };
         assert_eq!(to_u64(payload.len()), 65536);
         assert_eq!(payload.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 1);
-        assert_eq!(data_bytes(&classified, ClusterBits::DEFAULT), 1000);
+        assert_eq!(classified.data_bytes(ClusterBits::DEFAULT), 1000);
     }
 
     #[test]
@@ -112,7 +96,7 @@ mod tests {
         let lease = pool.acquire_blocking().unwrap();
         let extent = Extent { guest: GuestRange::new(1 << 21, 1 << 21), payload: Payload::Bytes(lease) };
         let classified = classify(extent, ClusterBits::DEFAULT);
-        assert!(classified.payload.is_none());
+        assert!(matches!(classified.stored, Stored::Nothing));
         assert_eq!(classified.runs, [FateRun { clusters: 32, fate: Fate::Zero }]);
         assert_eq!(pool.available(), 1);
     }

@@ -1,0 +1,83 @@
+//! `virta verify`.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
+
+use engine::CancelToken;
+use stages::{
+    convert::{
+        JobError, Notices,
+        readback::{Target, compare},
+    },
+    glance::{Patience, Remote, Retries},
+    openstack::Session,
+    progress::Progress,
+    text::size,
+};
+
+use crate::{
+    cli::VerifyArgs,
+    convert::{End, watch_signals},
+    display::Display,
+    exit,
+    sign_in::sign_in,
+};
+
+/// Runs the command.
+pub async fn run(arguments: VerifyArgs) -> ExitCode {
+    let progress = Progress::default();
+    let display = Display::start(arguments.progress, &progress);
+    let cancel = CancelToken::new();
+    watch_signals(&cancel);
+    let started = Instant::now();
+    let result = verify(&arguments, &progress, &display, &cancel).await;
+    display.finish().await;
+    match result {
+        Ok(bytes) => {
+            let seconds = started.elapsed().as_secs_f64();
+            _ = exit::print(&format!("the same: both show a guest the same {bytes} bytes ({}), in {seconds:.1} s", size(bytes)));
+            ExitCode::SUCCESS
+        }
+        Err(error) => exit::failure(&error, error.exit_code()),
+    }
+}
+
+async fn verify(arguments: &VerifyArgs, progress: &Progress, display: &Display, cancel: &CancelToken) -> Result<u64, JobError> {
+    let ends = [End::parse(&arguments.a), End::parse(&arguments.b)];
+    let session = match ends.iter().any(|end| matches!(end, End::Glance(_))) {
+        true => Some(sign_in("cloud", &arguments.cloud, display, cancel).await?),
+        false => None,
+    };
+    let told = display.clone();
+    let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
+    let mut targets = Vec::new();
+    for end in &ends {
+        targets.push(match end {
+            End::Path(path) => Target::Path(PathBuf::from(path)),
+            End::Stdio => return Err(JobError::Usage("what comes through a pipe cannot be compared: give a file".to_owned())),
+            End::Glance(name) => {
+                let session = session.as_ref().ok_or_else(|| JobError::bug("nobody signed in"))?;
+                let target = open(session, name, progress, &retries, cancel);
+                cancel.guard(target).await.map_err(|_| JobError::interrupted())??
+            }
+        });
+    }
+    compare(&targets[0], &targets[1], arguments.connections.get(), progress, cancel).await
+}
+
+async fn open(session: &Session, name: &str, progress: &Progress, retries: &Retries, cancel: &CancelToken) -> Result<Target, JobError> {
+    let image = session.find_image(name).await?;
+    let bytes = image.size.filter(|_| image.status == "active").ok_or_else(|| {
+        JobError::Refused(format!("image {} ({}) is {}: only an active image has bytes to compare", image.shown(), image.id, image.status))
+    })?;
+    Target::glance(Remote {
+        session: session.clone(),
+        image_id: image.id.clone(),
+        image_bytes: bytes,
+        progress: progress.clone(),
+        retries: retries.clone(),
+        patience: Patience::default(),
+        cancel: cancel.clone(),
+        again: false,
+    })
+    .await
+}

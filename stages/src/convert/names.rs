@@ -1,0 +1,113 @@
+//! Who has the new image's name already, and what that means.
+
+use super::{JobError, Source};
+use crate::{
+    openstack::{
+        Image, Session,
+        image::{SOURCE_HASH, SOURCE_ID, VERIFIED},
+    },
+    text::printable,
+};
+
+/// What a name in Glance means for a conversion.
+#[derive(Debug)]
+pub enum NameCheck {
+    /// No finished image has it. Unfinished ones of this very source may: dead runs left them, or live ones make them.
+    Free {
+        /// `queued` or `saving`.
+        unfinished: Vec<Image>,
+    },
+    /// This source's own finished conversion has it.
+    AlreadyDone(Box<Image>),
+    /// An image has it that says it was made from this source, but not that it was verified since: the run that made it may
+    /// have died at the very end, or it is a snapshot that inherited the mark. To be proven, or refused.
+    Unproven(Box<Image>),
+}
+
+/// Who has this name already? Asked while the source is looked up; [`check_name`] decides.
+///
+/// # Errors
+/// [`JobError::Usage`] if the name cannot be an image's: empty, too long, or a UUID.
+pub async fn images_of_name(session: &Session, name: &str) -> Result<Vec<Image>, JobError> {
+    if name.is_empty() {
+        return Err(JobError::Usage("glance: needs a name for the new image, as in glance:my-server-qcow2".to_owned()));
+    }
+    if name.chars().count() > 255 {
+        return Err(JobError::Usage("the new image's name is longer than Glance's 255 characters".to_owned()));
+    }
+    if uuid::Uuid::parse_str(name).is_ok() {
+        return Err(JobError::Usage(format!(
+            "{name} is an id: a conversion always makes a new image and never writes into one that is there. Give it a name"
+        )));
+    }
+    Ok(session.images_named(name).await?)
+}
+
+/// May an image of this name be made in the project of `session`, with `taken` having it?
+///
+/// # Errors
+/// [`JobError::Usage`] if it is taken and `force` is not given; it lists who has it.
+pub fn check_name(session: &Session, taken: Vec<Image>, name: &str, source: &Source, force: bool) -> Result<NameCheck, JobError> {
+    let (taken, waiting): (Vec<Image>, Vec<Image>) = taken.into_iter().partition(|image| image.status == "active");
+    let mut unfinished = Vec::new();
+    if let Source::Glance { image: source, .. } = source {
+        let of_source = |image: &Image| image.property(SOURCE_ID) == Some(&source.id) && image.id != source.id;
+        // for the source itself has the name when the new image is to replace it
+        let ours = taken.iter().filter(|image| of_source(image));
+        let ours: Vec<&Image> = ours.filter(|image| may_be_made_of(session, image, source)).collect();
+        if let Some(done) = ours.iter().find(|image| is_finished(image)) {
+            return Ok(NameCheck::AlreadyDone(Box::new((*done).clone())));
+        }
+        if let Some(unproven) = ours.first().filter(|_| !force) {
+            return Ok(NameCheck::Unproven(Box::new((*unproven).clone())));
+        }
+        if let Some(other) = taken.iter().find(|image| of_source(image)).filter(|_| !force) {
+            return Err(unproven(other));
+        }
+        unfinished = waiting.into_iter().filter(of_source).collect();
+        unfinished.retain(|image| matches!(image.status.as_str(), "queued" | "saving"));
+    }
+    if taken.is_empty() || force {
+        return Ok(NameCheck::Free { unfinished });
+    }
+    let lines: Vec<String> = taken.iter().map(|image| format!("\n    {}", image.line())).collect();
+    Err(JobError::Usage(format!(
+        "an image called {} is there already; choose another name, or make a second one with --force:{}",
+        printable(name),
+        lines.concat()
+    )))
+}
+
+/// The refusal of an image that claims to be this source's conversion and could not be proven to be.
+#[must_use]
+pub fn unproven(image: &Image) -> JobError {
+    JobError::Usage(format!(
+        "image {name} ({id}) says that it was made from this source, but it is not its verified conversion: the run that made it \
+         may have died, or it is a snapshot that inherited the mark. Take another name; or, if nobody needs it, remove it and \
+         start again: openstack image delete {id}",
+        name = image.shown(),
+        id = image.shown_id()
+    ))
+}
+
+/// Could it be a conversion of the source as it is now, made in this project?
+fn may_be_made_of(session: &Session, image: &Image, source: &Image) -> bool {
+    let hash = source.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
+    let project = session.whoami().project_id.as_ref().or(source.owner.as_ref());
+    image.disk_format.as_deref() == Some("qcow2")
+        && image.owner.as_ref() == project
+        && image.property(SOURCE_HASH).map(str::to_owned) == hash
+}
+
+/// Nova copies an image's properties onto the snapshots of servers that boot from it, and so the marks, too: only the hash of the very
+/// image that carries it proves anything.
+fn is_finished(image: &Image) -> bool {
+    let own = image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
+    own.is_some_and(|own| image.property(VERIFIED) == Some(&verified_mark(&own)))
+}
+
+/// The value of `virta_verified` for an image of this hash. Glance keeps 255 characters.
+#[must_use]
+pub fn verified_mark(hash: &str) -> String {
+    format!("hash:{hash}").chars().take(255).collect()
+}

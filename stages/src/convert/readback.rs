@@ -1,0 +1,267 @@
+//! What was made is read, decoded and compared: with what the survey saw, or with another image.
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use engine::{BlockingStage, CancelToken, ErrorKind, Inlet, NoInput, NoOutput, Outlet, Pipeline, StageContext, StageError};
+use serde_json::json;
+use tokio::runtime::Handle;
+
+use super::{Job, JobError, names::verified_mark, report::Access};
+use crate::{
+    compare::{Compare, Difference, GuestBytes, RawGuest, read_padded},
+    compress::encode::digest,
+    disk::RawFile,
+    glance::{ImageFile, Remote},
+    magic::DiskFormat,
+    openstack::{Image, Session, image::VERIFIED},
+    progress::{Phase, Progress},
+    qcow2::Qcow2,
+    read_at::ReadAt,
+    store::Survey,
+    units::to_usize,
+    zero::is_zero,
+};
+
+/// Tables of an image without ranges that are kept while it is read forward, where their size is not known.
+const HEAD_BYTES: u64 = 24 << 20;
+/// Guest bytes that a worker takes at once.
+const STEP_BYTES: u64 = 8 << 20;
+/// Most workers that read at once: each has its own connection.
+const WORKERS_MAX: usize = 8;
+
+/// An image to look into, wherever it is.
+#[derive(Clone)]
+pub enum Target {
+    /// A local file or block device.
+    Path(PathBuf),
+    /// An image in Glance.
+    Glance {
+        /// Which.
+        remote: Remote,
+        /// How it can be read.
+        access: Access,
+        /// Bytes of its start to keep where it cannot be read at any offset.
+        head_bytes: u64,
+    },
+}
+
+impl Target {
+    /// An image in Glance; finds out how it can be read.
+    ///
+    /// # Errors
+    /// [`JobError::Fetch`].
+    pub async fn glance(remote: Remote) -> Result<Self, JobError> {
+        let access = ImageFile::access(&remote).await?;
+        Ok(Self::Glance { remote, access, head_bytes: HEAD_BYTES })
+    }
+
+    /// Can several workers read it at once?
+    const fn is_random(&self) -> bool {
+        matches!(self, Self::Path(_) | Self::Glance { access: Access::Random, .. })
+    }
+
+    /// Opens it, raw or qcow2 by its bytes. Blocks.
+    fn open(&self, runtime: &Handle) -> io::Result<Box<dyn GuestBytes>> {
+        match self {
+            Self::Path(path) => {
+                let file = std::fs::File::open(path)?;
+                let mut head = [0; 8];
+                let bytes = std::os::unix::fs::FileExt::read_at(&file, &mut head, 0)?;
+                if DiskFormat::detect(&head[..bytes], &[]) == DiskFormat::Qcow2 {
+                    return Ok(Box::new(Qcow2::open(file).map_err(io::Error::other)?));
+                }
+                Ok(Box::new(RawFile::from_file(file, path).map_err(io::Error::other)?))
+            }
+            Self::Glance { remote, access, head_bytes } => {
+                let file = ImageFile::new(remote.clone(), *access, *head_bytes, runtime.clone());
+                let mut head = vec![0; to_usize(remote.image_bytes.min(8))];
+                file.read_exact_at(0, &mut head)?;
+                if DiskFormat::detect(&head, &[]) == DiskFormat::Qcow2 {
+                    return Ok(Box::new(Qcow2::open(file).map_err(io::Error::other)?));
+                }
+                Ok(Box::new(RawGuest(file, remote.image_bytes)))
+            }
+        }
+    }
+}
+
+/// Do two images show a guest the same bytes? Workers read in parallel where both can be read at any offset.
+///
+/// # Errors
+/// [`JobError::Verification`] with the first guest offset that differs, or both sizes.
+pub async fn compare(
+    a: &Target,
+    b: &Target,
+    workers: usize,
+    progress: &Progress,
+    cancel: &CancelToken,
+) -> Result<u64, JobError> {
+    progress.set_phase(Phase::Verifying);
+    let workers = if a.is_random() && b.is_random() { workers.clamp(1, WORKERS_MAX) } else { 1 };
+    let (cursor, first) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));
+    let make = || OpenAndCompare {
+        a: a.clone(),
+        b: b.clone(),
+        runtime: Handle::current(),
+        cursor: Arc::clone(&cursor),
+        first: Arc::clone(&first),
+        progress: progress.clone(),
+    };
+    let (pipeline, sizes) = Pipeline::new(cancel).threads_reporting("verify", workers, make);
+    match pipeline.start(&Handle::current()).join().await {
+        Ok(_) => {}
+        Err(engine::RunError::Failed { error, .. }) if difference(&error).is_some() => {
+            return Err(JobError::Verification(difference(&error).map(ToString::to_string).unwrap_or_default()));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    match first.load(Relaxed) {
+        u64::MAX => sizes.all().await.and_then(|sizes| sizes.first().copied()).ok_or_else(|| JobError::bug("nobody compared")),
+        guest_offset => Err(JobError::Verification(Difference::Byte { guest_offset }.to_string())),
+    }
+}
+
+fn difference(error: &StageError) -> Option<&Difference> {
+    error.source.as_ref().and_then(|source| source.downcast_ref::<Difference>())
+}
+
+/// Is `image`, which claims to be made from the job's source, really its conversion? Both are read and compared; if they show a
+/// guest the same bytes, the image gets its mark.
+///
+/// # Errors
+/// [`JobError`] if one of them cannot be read. A difference is no error.
+pub async fn prove(job: &Job, session: &Session, image: &Image) -> Result<bool, JobError> {
+    let Some(source) = job.source.remote(job) else { return Ok(false) };
+    let Some(own) = image.expected_hash() else { return Ok(false) };
+    let made = Remote { session: session.clone(), image_id: image.id.clone(), image_bytes: image.size.unwrap_or(0), ..source.clone() };
+    let (source, made) = (Target::glance(source).await?, Target::glance(made).await?);
+    match compare(&source, &made, job.options.connections.get(), &job.progress, &job.cancel).await {
+        Ok(_) => {}
+        Err(error @ JobError::Interrupted(_)) => return Err(error),
+        // different, or no image at all: whatever it is, it is not proven
+        Err(error) => {
+            job.notices.note(&format!("image {}: {}", image.shown_id(), crate::text::causes(&error)));
+            return Ok(false);
+        }
+    }
+    let mark = json!(verified_mark(&format!("{}:{}", own.algorithm, own.value)));
+    let marking = session.set_property(&image.id, VERIFIED, &mark);
+    job.cancel.guard(marking).await.map_err(|_| JobError::interrupted())??;
+    Ok(true)
+}
+
+/// [`Compare`], with the images opened on the worker's thread.
+struct OpenAndCompare {
+    a: Target,
+    b: Target,
+    runtime: Handle,
+    cursor: Arc<AtomicU64>,
+    first: Arc<AtomicU64>,
+    progress: Progress,
+}
+
+impl BlockingStage for OpenAndCompare {
+    type In = NoInput;
+    type Out = NoOutput;
+    type Report = u64;
+
+    fn run(self, inlet: Inlet<NoInput>, outlet: Outlet<NoOutput>, cx: StageContext) -> Result<u64, StageError> {
+        let open = |target: &Target| target.open(&self.runtime).map_err(|error| StageError::new(ErrorKind::Io, error));
+        let (a, b) = (open(&self.a)?, open(&self.b)?);
+        let bytes = a.virtual_bytes().max(b.virtual_bytes());
+        self.progress.set_virtual_bytes(bytes);
+        Compare { a, b, cursor: self.cursor, first: self.first, progress: self.progress }.run(inlet, outlet, cx)?;
+        Ok(bytes)
+    }
+}
+
+/// Does `target` show a guest what the survey saw of the source? Each data cluster has to have its digest, and each other one to be
+/// zero.
+///
+/// # Errors
+/// [`JobError::Verification`] with the first guest offset that differs.
+pub(super) async fn against_survey(
+    target: &Target,
+    survey: &Arc<Survey>,
+    workers: usize,
+    progress: &Progress,
+    cancel: &CancelToken,
+) -> Result<(), JobError> {
+    progress.set_phase(Phase::Verifying);
+    let workers = if target.is_random() { workers.clamp(1, WORKERS_MAX) } else { 1 };
+    let (cursor, first) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));
+    let make = || AgainstSurvey {
+        target: target.clone(),
+        survey: Arc::clone(survey),
+        runtime: Handle::current(),
+        cursor: Arc::clone(&cursor),
+        first: Arc::clone(&first),
+        progress: progress.clone(),
+    };
+    Pipeline::new(cancel).threads("verify", workers, make).start(&Handle::current()).join().await?;
+    match first.load(Relaxed) {
+        u64::MAX => Ok(()),
+        guest_offset => Err(JobError::Verification(format!(
+            "read back, the image does not show the source's bytes: first at guest offset {guest_offset:#x}"
+        ))),
+    }
+}
+
+struct AgainstSurvey {
+    target: Target,
+    survey: Arc<Survey>,
+    runtime: Handle,
+    cursor: Arc<AtomicU64>,
+    first: Arc<AtomicU64>,
+    progress: Progress,
+}
+
+impl BlockingStage for AgainstSurvey {
+    type In = NoInput;
+    type Out = NoOutput;
+    type Report = ();
+
+    fn run(self, _: Inlet<NoInput>, outlet: Outlet<NoOutput>, cx: StageContext) -> Result<(), StageError> {
+        let io = |error| StageError::new(ErrorKind::Io, error);
+        let image = self.target.open(&self.runtime).map_err(io)?;
+        let cluster_bytes = self.survey.cluster_bits.cluster_bytes();
+        let total = self.survey.source_bytes;
+        if image.virtual_bytes().next_multiple_of(512) != total.next_multiple_of(512) {
+            self.first.fetch_min(image.virtual_bytes().min(total), Relaxed);
+        }
+        let mut buffer = vec![0; to_usize(STEP_BYTES)];
+        loop {
+            cx.cancel.check()?;
+            let start = self.cursor.fetch_add(STEP_BYTES, Relaxed);
+            if start >= total || start > self.first.load(Relaxed) {
+                break;
+            }
+            let bytes = STEP_BYTES.min(total - start);
+            let padded = to_usize(bytes.next_multiple_of(cluster_bytes));
+            let buffer = &mut buffer[..padded];
+            let has_bytes = read_padded(&*image, start, buffer).map_err(io)?;
+            for (cluster, number) in buffer.chunks(to_usize(cluster_bytes)).zip(start / cluster_bytes..) {
+                let same = match self.survey.index.record(number) {
+                    Some(record) => has_bytes && digest(cluster) == record.digest,
+                    None => !has_bytes || is_zero(cluster),
+                };
+                if !same {
+                    self.first.fetch_min(number * cluster_bytes, Relaxed);
+                    break;
+                }
+            }
+            self.progress.add_verified(bytes);
+        }
+        outlet.finish();
+        Ok(())
+    }
+}
+
+const _: () = assert!(STEP_BYTES.is_multiple_of(1 << 21), "steps are whole clusters");
