@@ -6,7 +6,7 @@ use std::{path::Path, sync::Arc};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use engine::CancelToken;
 use stages::{
-    convert::{Notices, Options, Source, to_file::to_file},
+    convert::{Job, Notices, Options, Source, to_file::to_file},
     disk::IoMode,
     progress::Progress,
 };
@@ -17,8 +17,8 @@ fn convert(runtime: &tokio::runtime::Runtime, raw: &Path, image: &Path, io: IoMo
     let source = Source::local(raw).expect("the disk opens");
     let notices: Arc<dyn Notices> = Arc::new(());
     let (progress, cancel) = (Progress::default(), CancelToken::new());
-    let job = to_file(&source, image, &options, &progress, &notices, &cancel);
-    runtime.block_on(job).expect("the conversion works");
+    let job = Job::new(source, options, &progress, &notices, &cancel);
+    runtime.block_on(to_file(&job, image)).expect("the conversion works");
 }
 
 fn file_writer(criterion: &mut Criterion) {

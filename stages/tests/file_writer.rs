@@ -192,8 +192,7 @@ async fn io_uring_writes_the_image_in_any_order_and_the_hash_is_that_of_the_sour
 async fn on_a_simulated_disk(behaviour: Behaviour, cancel_after: Option<u64>) -> (Outcome, Arc<Mutex<Disk>>) {
     let disk = Arc::new(Mutex::new(Disk::default()));
     let for_writer = Arc::clone(&disk);
-    let outcome =
-        run(TokioLocal, move || writer(SimQueue::new(for_writer, behaviour)), false, cancel_after, None).await;
+    let outcome = run(TokioLocal, move || writer(SimQueue::new(for_writer, behaviour)), false, cancel_after, None).await;
     (outcome, disk)
 }
 

@@ -60,7 +60,7 @@ pub struct BodyFault {
     stall_after: Option<(u64, Duration)>,
     corrupt: bool,
     overlong: bool,
-    changed_tail: bool,
+    changed: bool,
 }
 
 impl BodyFault {
@@ -70,7 +70,7 @@ impl BodyFault {
         faults.gets_of_data += 1;
         Self {
             overlong: Faults::take(&mut faults.overlong_gets),
-            changed_tail: faults.changed_tail_after_gets.is_some_and(|after| faults.gets_of_data > after),
+            changed: faults.changed_after_gets.is_some_and(|after| faults.gets_of_data > after),
             cut_after: Faults::take(&mut faults.cut_gets).then_some(at),
             stall_after: Faults::take(&mut faults.stalling_gets).then_some((at, faults.stall)),
             corrupt: Faults::take(&mut faults.corrupt_gets),
@@ -132,8 +132,11 @@ impl http_body::Body for FileBody {
         if std::mem::take(&mut self.fault.corrupt) {
             bytes[chunk / 2] ^= 1;
         }
-        if self.fault.changed_tail && self.at + chunk as u64 == self.file_bytes {
-            bytes[chunk - 1] ^= 1;
+        let place = self.file_bytes / 4 * 3;
+        if self.fault.changed
+            && let Some(byte) = place.checked_sub(self.at).and_then(|at| bytes.get_mut(usize::try_from(at).unwrap_or(usize::MAX)))
+        {
+            *byte ^= 1;
         }
         self.at += chunk as u64;
         self.sent += chunk as u64;

@@ -63,8 +63,8 @@ pub struct Faults {
     pub stalling_puts: u32,
     /// So many GETs of data get a body that goes on past its end. Their length is not announced.
     pub overlong_gets: u32,
-    /// From so many GETs of data on, the image's last bytes are other ones.
-    pub changed_tail_after_gets: Option<u32>,
+    /// After so many GETs of data, the byte at three quarters of the image is another one.
+    pub changed_after_gets: Option<u32>,
     /// GETs of data so far.
     pub gets_of_data: u32,
     /// Bytes that `/v2/info/usage` says are left; `None` for no such limit.

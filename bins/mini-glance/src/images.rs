@@ -251,7 +251,12 @@ impl Images {
             return refuse(StatusCode::FORBIDDEN, format!("Image {id} is protected and cannot be deleted."));
         }
         if self.get(id)?.in_use {
-            return refuse(StatusCode::CONFLICT, format!("Image {id} could not be deleted because it is in use: The image cannot be deleted because it is in use through the backend store outside of Glance."));
+            return refuse(
+                StatusCode::CONFLICT,
+                format!(
+                    "Image {id} could not be deleted because it is in use: The image cannot be deleted because it is in use through the backend store outside of Glance."
+                ),
+            );
         }
         if let Some(record) = self.0.remove(id)
             && let Some(path) = record.data

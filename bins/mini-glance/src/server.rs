@@ -122,8 +122,13 @@ impl MiniGlance {
             }
         };
         std::fs::create_dir_all(&store).map_err(StartError::Store)?;
-        let state =
-            State { tokens: Tokens::default(), images: Images::default(), faults: Faults::default(), requests: Vec::new(), servers: Vec::new() };
+        let state = State {
+            tokens: Tokens::default(),
+            images: Images::default(),
+            faults: Faults::default(),
+            requests: Vec::new(),
+            servers: Vec::new(),
+        };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             base: format!("http://{address}"),
@@ -550,7 +555,10 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
     let declared = header_number(request.headers(), "x-openstack-image-size");
     let path = shared.store.join(id);
     if Faults::take(&mut shared.state().faults.failing_puts) {
-        return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable. Please try again at a later time."));
+        return Ok(html(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "The server is currently unavailable. Please try again at a later time.",
+        ));
     }
     let (faults, fate, disk_format) = {
         let mut state = shared.state();

@@ -154,7 +154,8 @@ async fn convert(
         }
         None => source_cloud.clone(),
     };
-    let signed_in = |session: &Option<Session>| session.clone().ok_or_else(|| JobError::bug("a cloud is needed, and nobody signed in"));
+    let signed_in =
+        |session: &Option<Session>| session.clone().ok_or_else(|| JobError::bug("a cloud is needed, and nobody signed in"));
     let mut taken = None;
     let source = match &from {
         End::Glance(name) => {
@@ -352,9 +353,7 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
             match output.format {
                 FormatChoice::Value => _ = print(&id),
                 FormatChoice::Json => {
-                    _ = print(
-                        &serde_json::json!({ "destination": format!("glance:{id}"), "already_done": true }).to_string(),
-                    );
+                    _ = print(&serde_json::json!({ "destination": format!("glance:{id}"), "already_done": true }).to_string());
                 }
                 FormatChoice::Table => {}
             }
@@ -386,9 +385,7 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
                 return ExitCode::from(1);
             }
         }
-        FormatChoice::Value => {
-            _ = print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)))
-        }
+        FormatChoice::Value => _ = print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination))),
     }
     if let Err(error) = receipt {
         exit::say(&format!("virta: the conversion is done, but its receipt could not be written: {error}"));

@@ -12,7 +12,12 @@ use stages::{
 use crate::cli::CloudArgs;
 
 /// Signs in to the chosen cloud and says where it is; `what` begins the line (`cloud`, `destination: cloud`).
-pub async fn sign_in(what: &str, arguments: &CloudArgs, notices: &dyn Notices, cancel: &CancelToken) -> Result<Session, JobError> {
+pub async fn sign_in(
+    what: &str,
+    arguments: &CloudArgs,
+    notices: &dyn Notices,
+    cancel: &CancelToken,
+) -> Result<Session, JobError> {
     let flags = CloudFlags {
         cloud: arguments.os_cloud.clone(),
         region_name: arguments.os_region_name.clone(),

@@ -64,10 +64,21 @@ async fn verify(arguments: &VerifyArgs, progress: &Progress, display: &Display, 
     compare(&targets[0], &targets[1], arguments.connections.get(), progress, cancel).await
 }
 
-async fn open(session: &Session, name: &str, progress: &Progress, retries: &Retries, cancel: &CancelToken) -> Result<Target, JobError> {
+async fn open(
+    session: &Session,
+    name: &str,
+    progress: &Progress,
+    retries: &Retries,
+    cancel: &CancelToken,
+) -> Result<Target, JobError> {
     let image = session.find_image(name).await?;
     let bytes = image.size.filter(|_| image.status == "active").ok_or_else(|| {
-        JobError::Refused(format!("image {} ({}) is {}: only an active image has bytes to compare", image.shown(), image.id, image.status))
+        JobError::Refused(format!(
+            "image {} ({}) is {}: only an active image has bytes to compare",
+            image.shown(),
+            image.id,
+            image.status
+        ))
     })?;
     Target::glance(Remote {
         session: session.clone(),

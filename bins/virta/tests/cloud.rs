@@ -383,7 +383,10 @@ async fn what_memory_does_not_hold_is_read_again_or_goes_to_the_scratch_file() {
         for compress in ["none", "zstd", "zlib"] {
             let cloud = Cloud::start_with(200, Config::default(), |faults| faults.ranges = ranges).await;
             let run = cloud.convert(&["--memory", "32M", "--compress", compress, "--verify", "readback"]).await;
-            run.ends(0, &["stored data: up to", "no scratch file", "did not fit and will be read again", "proven: what Glance serves"]);
+            run.ends(
+                0,
+                &["stored data: up to", "no scratch file", "did not fit and will be read again", "proven: what Glance serves"],
+            );
             cloud.assert_converted();
             let report = cloud.report();
             assert_eq!((&report["access"], &report["compression"]), (&json!(access), &json!(compress)));
@@ -419,8 +422,8 @@ async fn what_memory_does_not_hold_is_read_again_or_goes_to_the_scratch_file() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_changes_between_two_readings_is_never_half_uploaded() {
     let cloud = Cloud::start_with(200, Config::default(), |faults| faults.ranges = Ranges::Refused).await;
-    // the second GET of data gets other bytes at the disk's end, where memory did not reach
-    cloud.service.faults(|faults| faults.changed_tail_after_gets = Some(2));
+    // the second GET of the whole gets another byte, where memory did not reach
+    cloud.service.faults(|faults| faults.changed_after_gets = Some(2));
     cloud.convert(&["--memory", "32M"]).await.ends(3, &["the source has changed since it was first read", "guest offset 0x"]);
     cloud.assert_nothing_made();
     // another image under the old id: its record tells
@@ -437,7 +440,8 @@ async fn a_source_that_changes_between_two_readings_is_never_half_uploaded() {
 async fn compressed_images_are_smaller_and_exact() {
     let cloud = Cloud::start(|_| {}).await;
     for (compress, flags) in [("zlib", &["--compress-level", "1"][..]), ("zstd", &[]), ("zstd", &["--compress-level", "19"])] {
-        let mut arguments = vec!["convert", "glance:snap", "disk.qcow2", "--force", "--compress", compress, "--verify", "readback"];
+        let mut arguments =
+            vec!["convert", "glance:snap", "disk.qcow2", "--force", "--compress", compress, "--verify", "readback"];
         arguments.extend(["--report", "report.json"]);
         arguments.extend(flags);
         cloud.run(&arguments).await.ends(0, &["proven: the file, read back"]);
@@ -445,7 +449,10 @@ async fn compressed_images_are_smaller_and_exact() {
         let report = cloud.report();
         assert!(report["stored_bytes"].as_u64().unwrap() < u64::try_from(data_bytes(&cloud.raw)).unwrap());
     }
-    cloud.run(&["convert", "glance:snap", "x", "--compress", "zlib", "--compress-level", "13"]).await.ends(2, &["levels 1 to 12"]);
+    cloud
+        .run(&["convert", "glance:snap", "x", "--compress", "zlib", "--compress-level", "13"])
+        .await
+        .ends(2, &["levels 1 to 12"]);
     cloud.run(&["convert", "glance:snap", "x", "--compress-level", "3"]).await.ends(2, &["needs --compress"]);
 }
 
@@ -611,7 +618,10 @@ async fn an_image_that_was_never_verified_is_not_taken_as_done() {
     let end = bytes.len() - 100_000;
     bytes[end] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    cloud.convert(&[]).await.ends(2, &["the images differ: first at guest offset 0x", "may have died", &format!("openstack image delete {id}")]);
+    cloud
+        .convert(&[])
+        .await
+        .ends(2, &["the images differ: first at guest offset 0x", "may have died", &format!("openstack image delete {id}")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

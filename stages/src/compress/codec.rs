@@ -237,7 +237,8 @@ impl Decoder {
 fn zstd_frames(context: &mut zstd::bulk::Decompressor<'_>, mut stored: &[u8], cluster: &mut [u8]) -> Result<usize, String> {
     let mut filled = 0;
     while filled < cluster.len() {
-        let frame = zstd::zstd_safe::find_frame_compressed_size(stored).map_err(|code| zstd::zstd_safe::get_error_name(code).to_owned())?;
+        let frame = zstd::zstd_safe::find_frame_compressed_size(stored)
+            .map_err(|code| zstd::zstd_safe::get_error_name(code).to_owned())?;
         let (frame, rest) = stored.split_at_checked(frame).ok_or("a frame passes the end")?;
         let bytes = context.decompress_to_buffer(frame, &mut cluster[filled..]).map_err(|error| error.to_string())?;
         filled += bytes;
@@ -268,7 +269,9 @@ mod tests {
 
     fn clusters() -> impl Strategy<Value = Vec<Vec<u8>>> {
         let piece = (any::<u8>(), 1_usize..700, any::<bool>()).prop_map(|(byte, bytes, plain)| {
-            (0..bytes).map(|at| if plain { byte } else { byte.wrapping_mul(at.to_le_bytes()[0]) ^ at.to_le_bytes()[1] }).collect::<Vec<u8>>()
+            (0..bytes)
+                .map(|at| if plain { byte } else { byte.wrapping_mul(at.to_le_bytes()[0]) ^ at.to_le_bytes()[1] })
+                .collect::<Vec<u8>>()
         });
         let cluster = prop::collection::vec(piece, 1..40).prop_map(|pieces| {
             let mut cluster = pieces.concat();
@@ -315,7 +318,10 @@ mod tests {
             let mut into = vec![0; 9000];
             let bytes = encoder.encode(&[3; 4096], &mut into).unwrap();
             for cluster in [2048, 8192] {
-                assert!(Decoder::new(compression.codec()).decode(&into[..bytes], &mut vec![0; cluster]).is_err(), "{compression:?}");
+                assert!(
+                    Decoder::new(compression.codec()).decode(&into[..bytes], &mut vec![0; cluster]).is_err(),
+                    "{compression:?}"
+                );
             }
         }
         let mut encoder = Encoder::new(Compression::new(Codec::Zstd));

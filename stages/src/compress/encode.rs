@@ -66,7 +66,8 @@ impl EncodeClusters {
         if self.encoder.is_none() {
             let whole = u32::try_from(cluster_bytes).expect("a cluster has at most 2 MiB");
             for at in classified.data_clusters() {
-                records.push(Record { stored_bytes: whole, digest: digest(&slice[at * cluster_bytes..(at + 1) * cluster_bytes]) });
+                records
+                    .push(Record { stored_bytes: whole, digest: digest(&slice[at * cluster_bytes..(at + 1) * cluster_bytes]) });
             }
             return Classified { records, ..classified };
         }

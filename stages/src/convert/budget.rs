@@ -164,7 +164,10 @@ mod tests {
             for in_flight in [1, 10, 100, 100_000] {
                 for with_store in [false, true] {
                     let budget = Budget::split(memory, in_flight, with_store).unwrap();
-                    assert!(budget.leases as u64 * EXTENT_BYTES + budget.store_bytes + budget.index_bytes + budget.window_bytes <= memory);
+                    assert!(
+                        budget.leases as u64 * EXTENT_BYTES + budget.store_bytes + budget.index_bytes + budget.window_bytes
+                            <= memory
+                    );
                     assert!(budget.leases >= 4 && budget.index_bytes > 0);
                 }
             }

@@ -6,8 +6,8 @@ use engine::{BoxError, ErrorKind, RunError, StageError};
 
 use super::budget::MemoryTooSmall;
 use crate::{
-    disk::{OutputError, SourceError, UringDenied},
     compare::Difference,
+    disk::{OutputError, SourceError, UringDenied},
     glance::connection::{FetchError, ReadError},
     hash::HashMismatch,
     openstack::{ApiError, ConfigError, image::ImageError, session::SignInError},

@@ -29,8 +29,8 @@ use crate::{
     progress::{Phase, Progress},
     qcow2::{Geometry, Layout},
     store::{
-        Chunk, Collect, Emit, EmitReport, Keep, KeptIn, MemoryStore, ReadAgain, Rebuilt, Recheck, ScratchFile, ScratchWrite, Survey,
-        collect::HELD_MAX, keep::Overflow,
+        Chunk, Collect, Emit, EmitReport, Keep, KeptIn, MemoryStore, ReadAgain, Rebuilt, Recheck, ScratchFile, ScratchWrite,
+        Survey, collect::HELD_MAX, keep::Overflow,
     },
     text::size,
     units::{to_u64, to_usize},
@@ -146,12 +146,15 @@ impl Job {
             Some(folder) if self.options.scratch_limit_bytes == u64::MAX => {
                 format!("then a scratch file in {}, until the disk is full", folder.display())
             }
-            Some(folder) => format!("then up to {} in a scratch file in {}", size(self.options.scratch_limit_bytes), folder.display()),
+            Some(folder) => {
+                format!("then up to {} in a scratch file in {}", size(self.options.scratch_limit_bytes), folder.display())
+            }
             None => "no scratch file".to_owned(),
         };
         let last = match (&self.source, &self.options.scratch) {
             (Source::Pipe(_), _) => {
-                "a pipe cannot be read again: data beyond that ends the run, and raising --memory or giving --scratch DIR helps".to_owned()
+                "a pipe cannot be read again: data beyond that ends the run, and raising --memory or giving --scratch DIR helps"
+                    .to_owned()
             }
             (Source::Glance { .. }, _) => "data beyond that is fetched twice".to_owned(),
             (Source::Local(_), _) => "data beyond that is read twice".to_owned(),
@@ -188,8 +191,8 @@ impl Job {
         let (pipeline, source) = self.source.pipeline(self, &pool, &watermark);
         drop(pool);
         let cluster_bits = options.cluster_bits;
-        let pipeline = pipeline
-            .cpu("keep", options.workers.get(), || Keep { store: store.clone(), encoder: self.encoder(), cluster_bits });
+        let pipeline =
+            pipeline.cpu("keep", options.workers.get(), || Keep { store: store.clone(), encoder: self.encoder(), cluster_bits });
         let pipeline = match &scratch {
             Some(scratch) => self.with_scratch(pipeline, scratch)?,
             None => pipeline,
@@ -324,7 +327,11 @@ impl Surveyed {
     ///
     /// # Errors
     /// If the source is not what it was, or cannot be asked.
-    pub(super) async fn emission(&self, job: &Job, cancel: &CancelToken) -> Result<(Pipeline<Chunk>, ReportHandle<EmitReport>), JobError> {
+    pub(super) async fn emission(
+        &self,
+        job: &Job,
+        cancel: &CancelToken,
+    ) -> Result<(Pipeline<Chunk>, ReportHandle<EmitReport>), JobError> {
         let hasher = Hasher::new("sha512").ok_or_else(|| JobError::bug("sha512 is known"))?;
         self.emission_with(job, cancel, hasher).await
     }
@@ -382,11 +389,8 @@ impl Surveyed {
             hasher,
         });
         let (pipeline, emitted) = pipeline.threads_reporting("emit", 1, || emit.take().expect("one worker asks once"));
-        let pipeline = if reads_again {
-            pipeline.network("trickle", Trickle { every: job.options.patience.trickle })
-        } else {
-            pipeline
-        };
+        let pipeline =
+            if reads_again { pipeline.network("trickle", Trickle { every: job.options.patience.trickle }) } else { pipeline };
         Ok((pipeline, emitted))
     }
 }

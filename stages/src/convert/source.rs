@@ -124,7 +124,9 @@ impl Source {
         use std::os::fd::AsFd;
         let stdin = std::io::stdin();
         if std::io::IsTerminal::is_terminal(&stdin) {
-            return Err(JobError::Usage("`-` reads a disk from stdin, and stdin is a terminal: give it a file or a pipe".to_owned()));
+            return Err(JobError::Usage(
+                "`-` reads a disk from stdin, and stdin is a terminal: give it a file or a pipe".to_owned(),
+            ));
         }
         let file = stdin.as_fd().try_clone_to_owned().map(std::fs::File::from);
         let file = file.map_err(|error| JobError::Refused(format!("stdin cannot be read: {error}")))?;

@@ -95,8 +95,7 @@ pub async fn to_file(job: &Job, destination: &Path) -> Result<Report, JobError> 
     };
     let collect = Collect { cluster_bits, source_bytes: source.bytes(), index_limit_bytes, survey, watermark: None };
     let file = if expected.is_some() { Some(output.handle()?) } else { None };
-    let lane =
-        HashLane { expected: expected.clone(), file, cluster_bits, codec, progress: progress.clone(), watermark: None };
+    let lane = HashLane { expected: expected.clone(), file, cluster_bits, codec, progress: progress.clone(), watermark: None };
     let (pipeline, surveyed): (Pipeline<_>, _) = collect_and_hash(pipeline, &budget, collect, lane);
     let stages =
         pipeline.start(&Handle::current()).join().await.map_err(|error| JobError::from(error).writing_to(destination))?;

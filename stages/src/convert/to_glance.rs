@@ -85,7 +85,8 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
     };
     let emitting = async {
         let result = emission.until_active().await;
-        if result.is_err() {
+        // where the job is cancelled already, its own cause is on its way, and nothing may come before it
+        if result.is_err() && !job.cancel.is_cancelled() {
             job.cancel.cancel(engine::Cause::Requested("another part of the job failed".to_owned()));
         }
         result

@@ -127,7 +127,13 @@ impl Shared {
     }
 
     /// Reads one extent into a lease and sends it on. A connection that nobody reads from meanwhile is closed in time.
-    async fn extent(&self, connection: &mut Connection, guest: GuestRange, range_end: u64, mut lease: Lease) -> Result<(), StageError> {
+    async fn extent(
+        &self,
+        connection: &mut Connection,
+        guest: GuestRange,
+        range_end: u64,
+        mut lease: Lease,
+    ) -> Result<(), StageError> {
         connection.read(guest.start.0, range_end, &mut lease[..to_usize(guest.bytes())]).await?;
         self.send(connection, guest, lease).await
     }

@@ -65,9 +65,7 @@ impl ImageFile {
     pub fn new(remote: Remote, access: Access, head_bytes: u64, runtime: Handle) -> Self {
         let image_bytes = remote.image_bytes;
         let state = match access {
-            Access::Random => {
-                State::Ranges { connection: Connection::new(remote, Asking::Ranges), start: 0, window: Vec::new() }
-            }
+            Access::Random => State::Ranges { connection: Connection::new(remote, Asking::Ranges), start: 0, window: Vec::new() },
             Access::Sequential | Access::Once => State::Forward(Box::new(Forward {
                 connection: Connection::new(remote, Asking::Whole),
                 head_bytes: head_bytes.min(HEAD_BYTES_MAX),

@@ -144,7 +144,8 @@ impl Arrival {
         if any_compressed {
             let bits = self.cluster_bits;
             let places = self.runs.iter().flat_map(|run| {
-                let plain = (0..u64::from(run.count)).map(move |step| (run.host + step * bits.cluster_bytes(), bits.cluster_bytes()));
+                let plain =
+                    (0..u64::from(run.count)).map(move |step| (run.host + step * bits.cluster_bytes(), bits.cluster_bytes()));
                 let compressed = (run.compressed_bytes > 0).then_some((run.host, u64::from(run.compressed_bytes)));
                 plain.take(if compressed.is_some() { 0 } else { usize::MAX }).chain(compressed)
             });

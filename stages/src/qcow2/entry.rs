@@ -214,7 +214,9 @@ mod tests {
         for bits in 9..=21 {
             let bits = ClusterBits::from_bits(bits).unwrap();
             for host in [1 << 20, (1 << 20) + 1, (1 << 20) + 511, (1 << 40) + 300] {
-                for bytes in [1, 212, 213, 511, bits.cluster_bytes() - 1].into_iter().filter(|bytes| *bytes < bits.cluster_bytes()) {
+                for bytes in
+                    [1, 212, 213, 511, bits.cluster_bytes() - 1].into_iter().filter(|bytes| *bytes < bits.cluster_bytes())
+                {
                     let L2Kind::Compressed { host: found, sector_rounded_bytes } =
                         L2Entry::compressed(HostOffset(host), bytes, bits).kind(bits)
                     else {

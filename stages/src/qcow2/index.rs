@@ -113,7 +113,8 @@ mod tests {
     #[test]
     fn records_are_found_by_cluster() {
         let mut index = ClusterIndex::new();
-        let clusters: Vec<u64> = (0..200_000).filter(|cluster| cluster % 7 < 3 || cluster % 9000 == 17).map(|cluster| cluster * 3).collect();
+        let clusters: Vec<u64> =
+            (0..200_000).filter(|cluster| cluster % 7 < 3 || cluster % 9000 == 17).map(|cluster| cluster * 3).collect();
         for &cluster in &clusters {
             index.push(cluster, Record { stored_bytes: u32::try_from(cluster + 1).unwrap(), digest: [0; 4] }, true);
         }

@@ -224,7 +224,10 @@ impl<I: Iterator<Item = u64>> Iterator for Refcounts<I> {
                     let begins = self.counts.get_mut(to_usize(start - self.at))?;
                     *begins += 1;
                     let goes_on = bytes < self.packing.cluster_bytes
-                        && self.packing.open.is_some_and(|open| open.cluster == start + 1 && end == start + 2 && open.references == 1);
+                        && self
+                            .packing
+                            .open
+                            .is_some_and(|open| open.cluster == start + 1 && end == start + 2 && open.references == 1);
                     if goes_on && let Some(next) = self.counts.get_mut(to_usize(start + 1 - self.at)) {
                         *next += 1;
                     }

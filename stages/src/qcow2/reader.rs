@@ -241,7 +241,13 @@ impl<R: ReadAt> Qcow2<R> {
     }
 
     /// Decodes a compressed cluster and lets `take` have it. A hostile image costs a read of two clusters and one decoding.
-    fn read_compressed(&self, guest_offset: u64, host: HostOffset, bytes: u64, take: impl FnOnce(&[u8])) -> Result<(), Qcow2Error> {
+    fn read_compressed(
+        &self,
+        guest_offset: u64,
+        host: HostOffset,
+        bytes: u64,
+        take: impl FnOnce(&[u8]),
+    ) -> Result<(), Qcow2Error> {
         let cluster_bytes = to_usize(self.header.cluster_bits.cluster_bytes());
         let mut slot = self.decompressing.lock().unwrap_or_else(PoisonError::into_inner);
         let state = slot.get_or_insert_with(|| {

@@ -80,7 +80,8 @@ impl BlockingStage for Collect {
     fn run(self, inlet: Inlet<Placed>, outlet: Outlet<Placed>, _: StageContext) -> Result<Survey, StageError> {
         let cluster_bytes = self.cluster_bits.cluster_bytes();
         let mut order = Reorder::new(HELD_MAX);
-        let mut survey = Survey { source_bytes: 0, cluster_bits: self.cluster_bits, index: ClusterIndex::new(), extents: Vec::new() };
+        let mut survey =
+            Survey { source_bytes: 0, cluster_bits: self.cluster_bits, index: ClusterIndex::new(), extents: Vec::new() };
         let mut passing = false;
         while let Some(placed) = inlet.recv_blocking()? {
             let guest = placed.guest;
@@ -88,8 +89,7 @@ impl BlockingStage for Collect {
             while let Some(placed) = order.pop() {
                 if self.survey {
                     survey.add(&placed, cluster_bytes)?;
-                    let index_bytes =
-                        survey.index.memory_bytes() + to_u64(survey.extents.capacity() * size_of::<KeptExtent>());
+                    let index_bytes = survey.index.memory_bytes() + to_u64(survey.extents.capacity() * size_of::<KeptExtent>());
                     if index_bytes > self.index_limit_bytes {
                         let full = IndexFull { limit_bytes: self.index_limit_bytes, guest_offset: placed.guest.start.0 };
                         return Err(StageError::new(ErrorKind::Limit, full));

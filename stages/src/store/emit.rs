@@ -5,11 +5,7 @@ use std::{collections::HashMap, fs::File, sync::Arc};
 use bytes::Bytes;
 use engine::{BlockingStage, ErrorKind, Inlet, Item, Outlet, StageContext, StageError};
 
-use super::{
-    KeptIn, Survey,
-    collect::KeptExtent,
-    reread::Rebuilt,
-};
+use super::{KeptIn, Survey, collect::KeptExtent, reread::Rebuilt};
 use crate::{
     hash::Hasher,
     qcow2::{Layout, StreamWriter, packing::InFileOrder},
