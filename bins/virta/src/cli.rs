@@ -25,6 +25,10 @@ pub enum Command {
     Convert(Box<ConvertArgs>),
     /// Do two images show a guest the same bytes? Files or images in Glance, raw or qcow2
     Verify(VerifyArgs),
+    /// Runs of this user on this machine, running and past; --follow finds one again whose terminal went away
+    Status(StatusArgs),
+    /// Remove half-made images that killed runs of this machine left in Glance
+    Clean(CleanArgs),
     /// See it work: the main job against an image service inside this process; no cloud, nothing left behind
     Demo(DemoArgs),
 }
@@ -55,16 +59,29 @@ pub struct ConvertArgs {
     /// Level: zlib 1 to 12, zstd 1 to 19 [default: 2 for zlib, 3 for zstd: smaller than qemu-img's at a fraction of its time]
     #[arg(long, value_name = "N")]
     pub compress_level: Option<u8>,
-    /// How sure to be: hash compares the source's and the new image's hashes in Glance; readback fetches the new image again, decodes
+    /// Delete the source image once the new one is verified (by readback, unless --verify hash says otherwise). Asks first
+    #[arg(long, conflicts_with = "replace")]
+    pub delete_source: bool,
+    /// The new image takes the source's name and visibility, and the source is deleted. Its id does change: pinned ids break
+    #[arg(long)]
+    pub replace: bool,
+    /// Share the new image with the projects that the source is shared with; each has to accept it again
+    #[arg(long)]
+    pub copy_members: bool,
+    /// Do not ask before deleting
+    #[arg(long)]
+    pub yes: bool,
+    /// How sure to be [default: hash; readback where the source is to be deleted]: hash compares the source's and the new image's hashes in Glance; readback fetches the new image again, decodes
     /// it and compares every cluster with what was read; none hashes no source
-    #[arg(long, value_name = "HOW", default_value = "hash")]
-    pub verify: VerifyChoice,
+    #[arg(long, value_name = "HOW")]
+    pub verify: Option<VerifyChoice>,
     #[command(flatten)]
     pub tuning: Tuning,
     /// Property of the new image, over the source's (may be repeated)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     pub property: Vec<(String, String)>,
-    /// Replace a local file; make a second image of a name that is taken. Never overwrites an image
+    /// Replace a local file; make a second image of a name that is taken; delete a source that servers were built from. Never
+    /// overwrites an image
     #[arg(long)]
     pub force: bool,
     #[command(flatten)]
@@ -154,6 +171,27 @@ pub struct VerifyArgs {
     pub progress: ProgressChoice,
 }
 
+#[derive(Args)]
+pub struct StatusArgs {
+    /// A run's id, or its beginning
+    pub id: Option<String>,
+    /// Show what it shows, until it is over, and exit as it does. Without an id: the latest one that runs
+    #[arg(long)]
+    pub follow: bool,
+    /// What is printed on stdout
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", default_value = "table")]
+    pub format: FormatChoice,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Only images that are queued or saving, and that carry the name of a run of this machine that is dead, are removed: never one of a run \
+that lives, and never one that is active.")]
+pub struct CleanArgs {
+    #[command(flatten)]
+    pub cloud: CloudArgs,
+}
+
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
 pub enum CompressChoice {
     None,
@@ -241,6 +279,10 @@ Examples:
       compressed, and read back before it counts as done
   ssh host 'sudo dd if=/dev/vda bs=4M' | virta convert - glance:host
       a disk that comes through a pipe; its data has to fit into --memory, or into a file in --scratch DIR
+  virta convert --replace glance:my-snapshot glance:my-snapshot
+      the new image takes the old one's place, after it was read back
+  virta convert --to-os-cloud epouta glance:my-snapshot glance:my-server
+      from one cloud into another
   virta convert glance:my-snapshot - | ssh host 'cat > disk.qcow2'
       nothing but the image goes to stdout
 

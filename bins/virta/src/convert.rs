@@ -5,22 +5,25 @@ use std::{io::IsTerminal, path::Path, process::ExitCode, sync::Arc};
 use engine::{CancelToken, Cause};
 use stages::{
     convert::{
-        self, Job, JobError, Notices, Options, Report, Source,
+        self, After, Job, JobError, Notices, Options, Report, Source, Verify,
         names::{NameCheck, check_name, images_of_name},
+        retire,
         to_file::same_file,
     },
     disk::output::partial_of,
     glance::Remote,
     openstack::{Image, Session},
     progress::Progress,
-    text::{printable, shell_word, size},
+    text::{causes, printable, shell_word, size},
 };
 
 use crate::{
     cli::{CloudArgs, ConvertArgs, FormatChoice, OutputArgs, Tuning, VerifyChoice},
     display::Display,
     exit, receipt,
+    runs::{self, Run},
     sign_in::sign_in,
+    status,
 };
 
 /// Where an image is.
@@ -97,7 +100,7 @@ pub fn watch_signals(cancel: &CancelToken) {
                 Some(first) if first.elapsed() < std::time::Duration::from_secs(1) => continue,
                 Some(_) => {
                     exit::say(
-                        "virta: stopped at once. A half-made image may be left: the same command warns of it and names its id",
+                        "virta: stopped at once. A half-made image may be left: the same command, or virta clean, removes it",
                     );
                     std::process::exit(130);
                 }
@@ -114,21 +117,38 @@ pub async fn run(arguments: ConvertArgs) -> ExitCode {
         Ok(compression) => compression,
         Err(text) => return exit::usage(&text),
     };
+    let after = match (arguments.delete_source, arguments.replace) {
+        (_, true) => After::Replace,
+        (true, false) => After::Delete,
+        (false, false) => After::Keep,
+    };
+    // what is the only copy of somebody's machine goes only after the new one was read back
+    let verify = arguments.verify.map_or(if after == After::Keep { Verify::Hash } else { Verify::Readback }, Into::into);
+    let run = Run::begin(&arguments.source, &arguments.destination);
     let options = Options {
         force: arguments.force,
         properties: arguments.property.clone(),
         compression,
-        verify: arguments.verify.into(),
+        verify,
+        after,
+        copy_members: arguments.copy_members,
+        elsewhere: arguments.to_os_cloud.is_some(),
+        run: run.id(),
         ..options(&arguments.tuning)
     };
     let progress = Progress::default();
-    let display = Display::start(arguments.output.progress, &progress);
+    let display = Display::start(arguments.output.progress, &progress, run.clone());
     let cancel = CancelToken::new();
     watch_signals(&cancel);
-    let result = convert(&arguments, options, &progress, &display, &cancel).await;
+    let result = convert(&arguments, options, &progress, &display, &run, &cancel).await;
     display.finish().await;
+    match &result {
+        Ok(Outcome::Made(report)) => run.end(0, &format!("made {}", printable(&report.destination))),
+        Ok(Outcome::AlreadyDone(id)) => run.end(0, &format!("already done: image {}", printable(id))),
+        Err(error) => run.end(error.exit_code(), &printable(&causes(error))),
+    }
     let on_stdout = arguments.destination != "-";
-    conclude(result, &display, &arguments.output, on_stdout)
+    conclude(result, &display, &arguments.output, on_stdout, after != After::Keep)
 }
 
 async fn convert(
@@ -136,6 +156,7 @@ async fn convert(
     options: Options,
     progress: &Progress,
     display: &Display,
+    run: &Run,
     cancel: &CancelToken,
 ) -> Result<Outcome, JobError> {
     let notices: Arc<dyn Notices> = Arc::new(display.clone());
@@ -154,6 +175,15 @@ async fn convert(
         }
         None => source_cloud.clone(),
     };
+    if let (End::Glance(_), Some(session)) = (&to, &destination_cloud) {
+        run.in_cloud(session);
+        interruptible(cancel, status::clean_up_before(session, display)).await?;
+    }
+    if let (End::Glance(name), true, Some(session)) = (&from, arguments.replace, &source_cloud)
+        && let Some(image) = interruptible(cancel, retire::finish_replacing(session, name, display)).await?
+    {
+        return Ok(Outcome::AlreadyDone(image.id));
+    }
     let signed_in =
         |session: &Option<Session>| session.clone().ok_or_else(|| JobError::bug("a cloud is needed, and nobody signed in"));
     let mut taken = None;
@@ -180,6 +210,8 @@ async fn convert(
         End::Stdio => Source::stdin()?,
     };
     let job = Job::new(source, options, progress, &notices, cancel);
+    interruptible(cancel, retire::check(&job, arguments.force)).await?;
+    confirm(&job, arguments.yes)?;
     let report = match &to {
         End::Stdio => convert::to_stream::to_stream(&job, stdout()?, "-").await?,
         End::Path(path) if is_forward_only(path) => {
@@ -212,14 +244,47 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
     if arguments.to_os_cloud.is_some() && !matches!(to, End::Glance(_)) {
         return usage("--to-os-cloud chooses the cloud of a new image: the destination has to be glance:NAME");
     }
-    let verify = arguments.verify;
-    if verify == VerifyChoice::Readback && (matches!(to, End::Stdio) || matches!(to, End::Path(path) if is_forward_only(path))) {
+    if (arguments.delete_source || arguments.replace || arguments.copy_members) && !matches!(to, End::Glance(_)) {
+        return usage("--delete-source, --replace and --copy-members need a new image in Glance: glance:NAME");
+    }
+    if arguments.replace && arguments.to_os_cloud.is_some() {
+        return usage("--replace puts the new image in the place of the old one, in the same cloud: use --delete-source with --to-os-cloud");
+    }
+    if arguments.verify == Some(VerifyChoice::Readback) && (matches!(to, End::Stdio) || matches!(to, End::Path(path) if is_forward_only(path))) {
         return usage("--verify readback reads back what was made, and a pipe cannot be read back: use --verify hash");
     }
     if matches!(from, End::Path(_)) && arguments.destination == arguments.source {
         return usage("source and destination are one and the same");
     }
     Ok(())
+}
+
+/// Whatever deletes an image asks on a terminal, and needs `--yes` elsewhere.
+fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
+    let (After::Delete | After::Replace, Source::Glance { session, image, bytes }) = (job.options.after, &job.source) else { return Ok(()) };
+    let who = session.whoami();
+    let what = format!(
+        "image {} ({}, {}) in cloud {}, project {}",
+        image.shown(),
+        image.shown_id(),
+        size(*bytes),
+        who.cloud,
+        who.project
+    );
+    if yes {
+        job.notices.note(&format!("after verification will be deleted: {what}"));
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+        return Err(JobError::Usage(format!("{what} would be deleted after verification, and nobody can be asked: add --yes")));
+    }
+    exit::ask(&format!("After the new image is verified, delete {what}? [y/N] "));
+    let mut answer = String::new();
+    let _ = std::io::stdin().read_line(&mut answer);
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        return Ok(());
+    }
+    Err(JobError::Interrupted("nothing was done: the answer was not yes".to_owned()))
 }
 
 /// A FIFO or what stdout is can only be written forward.
@@ -236,14 +301,19 @@ fn stdout() -> Result<std::fs::File, JobError> {
 
 /// May the new image have this name? What an earlier run left half done is proven or removed first.
 async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str) -> Result<Option<Outcome>, JobError> {
-    match check_name(session, taken, name, &job.source, job.options.force)? {
-        NameCheck::AlreadyDone(image) => return Ok(Some(Outcome::AlreadyDone(image.id.clone()))),
+    match check_name(session, taken, name, &job.source, job.options.force, job.options.after)? {
+        NameCheck::AlreadyDone(image) => {
+            // an earlier run may have been stopped between its verification and the rest
+            retire::after_conversion(job, session, &image.id, None).await?;
+            return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
+        }
         NameCheck::Unproven(image) => {
             job.notices.note(&format!(
                 "image {name} ({}) was made from this source and never verified since: it is read and compared now",
                 image.shown_id()
             ));
             if convert::readback::prove(job, session, &image).await? {
+                retire::after_conversion(job, session, &image.id, None).await?;
                 return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
             }
             return Err(convert::names::unproven(&image));
@@ -251,9 +321,18 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
         NameCheck::Free { unfinished } => {
             for image in unfinished {
                 let id = image.shown_id();
+                let live = runs::all().into_iter().find(|found| found.record.images.contains(&image.id));
+                if let Some(live) = live.filter(|found| found.record.state == runs::State::Running) {
+                    return Err(JobError::Usage(format!(
+                        "run {} of this machine (process {}) makes that very image just now: virta status --follow {}",
+                        live.record.run,
+                        live.record.pid,
+                        &live.record.run[..8]
+                    )));
+                }
                 job.notices.warn(&format!(
-                    "image {id} of that name is an unfinished conversion of this source: another run makes it, or a killed one left it. \
-                     If none runs: openstack image delete {id}"
+                    "image {id} of that name is an unfinished conversion of this source: a run on another machine makes it, or left it. If \
+                     none runs: openstack image delete {id}"
                 ));
             }
         }
@@ -336,7 +415,13 @@ async fn did_you_mean(error: JobError, path: &str, session: Option<&Session>) ->
 }
 
 /// Prints the report, or the error, and gives the exit code.
-pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &OutputArgs, on_stdout: bool) -> ExitCode {
+pub fn conclude(
+    result: Result<Outcome, JobError>,
+    display: &Display,
+    output: &OutputArgs,
+    on_stdout: bool,
+    source_is_gone: bool,
+) -> ExitCode {
     // where the image itself went to stdout, nothing else may
     let print = |text: &str| {
         if on_stdout {
@@ -376,7 +461,7 @@ pub fn conclude(result: Result<Outcome, JobError>, display: &Display, output: &O
             _ = print(&format!(
                 "{}{}",
                 summary(&report, &proven),
-                what_next(&report, receipt.as_ref().ok().map(std::path::PathBuf::as_path))
+                what_next(&report, receipt.as_ref().ok().map(std::path::PathBuf::as_path), source_is_gone)
             ))
         }
         FormatChoice::Json => {
@@ -462,9 +547,11 @@ pub fn summary(report: &Report, proven: &[String]) -> String {
 }
 
 /// What is left to do, and where the receipt is; each line after a line break.
-fn what_next(report: &Report, receipt: Option<&Path>) -> String {
+fn what_next(report: &Report, receipt: Option<&Path>, source_is_gone: bool) -> String {
     let mut text = String::new();
-    if let Some(id) = report.source.strip_prefix("glance:")
+    if source_is_gone {
+        text.push_str("\nthe raw image is deleted");
+    } else if let Some(id) = report.source.strip_prefix("glance:")
         && !report.destination.starts_with("glance:")
     {
         text.push_str(&format!(

@@ -20,6 +20,7 @@ use crate::{
     convert::{proven, remote_of, summary, watch_signals},
     display::Display,
     exit,
+    runs::Run,
 };
 
 /// Size of the demo's virtual disk.
@@ -30,7 +31,7 @@ const COMPARERS: usize = 2;
 /// Runs the command.
 pub async fn run(arguments: DemoArgs) -> ExitCode {
     let progress = Progress::default();
-    let display = Display::start(arguments.progress, &progress);
+    let display = Display::start(arguments.progress, &progress, Run::default());
     let cancel = CancelToken::new();
     watch_signals(&cancel);
     let result = demo(&progress, &display, &cancel).await;

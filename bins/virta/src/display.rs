@@ -16,7 +16,7 @@ use stages::{
     text::{printable, size},
 };
 
-use crate::{cli::ProgressChoice, exit};
+use crate::{cli::ProgressChoice, exit, runs::Run};
 
 /// How often bars are drawn.
 const DRAW_EVERY: Duration = Duration::from_millis(100);
@@ -40,12 +40,13 @@ pub struct Display {
     bars: MultiProgress,
     warnings: Arc<Mutex<Vec<String>>>,
     stop: Arc<AtomicBool>,
+    run: Run,
     task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
 }
 
 impl Display {
-    /// Starts to show `progress`.
-    pub fn start(choice: ProgressChoice, progress: &Progress) -> Self {
+    /// Starts to show `progress`; `run`'s log gets the lines of a plain display, whatever is shown.
+    pub fn start(choice: ProgressChoice, progress: &Progress, run: Run) -> Self {
         let kind = match choice {
             ProgressChoice::Auto if std::io::stderr().is_terminal() => Kind::Bars,
             ProgressChoice::Auto | ProgressChoice::Plain => Kind::Plain,
@@ -54,18 +55,18 @@ impl Display {
         };
         let bars = MultiProgress::new();
         let stop = Arc::new(AtomicBool::new(false));
-        let task = (kind != Kind::None).then(|| {
-            let (progress, stop, bars) = (progress.clone(), Arc::clone(&stop), bars.clone());
+        let task = {
+            let (progress, stop, bars, run) = (progress.clone(), Arc::clone(&stop), bars.clone(), run.clone());
             tokio::spawn(async move {
-                let mut drawing = Drawing::new(kind, &bars);
+                let mut drawing = Drawing::new(kind, &bars, run);
                 while !stop.load(SeqCst) {
                     drawing.draw(&progress);
                     tokio::time::sleep(DRAW_EVERY).await;
                 }
                 drawing.finish();
             })
-        });
-        Self { kind, bars, warnings: Arc::default(), stop, task: Arc::new(Mutex::new(task)) }
+        };
+        Self { kind, bars, warnings: Arc::default(), stop, run, task: Arc::new(Mutex::new(Some(task))) }
     }
 
     /// Stops drawing and clears the bars.
@@ -86,6 +87,7 @@ impl Display {
 impl Notices for Display {
     fn note(&self, line: &str) {
         let line = printable(line);
+        self.run.log(&line);
         match self.kind {
             Kind::Bars => {
                 if self.bars.println(&line).is_err() {
@@ -100,10 +102,14 @@ impl Notices for Display {
 
     fn warn(&self, line: &str) {
         self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
-        match self.kind {
-            Kind::None => exit::say(&format!("warning: {}", printable(line))), // a warning is never swallowed
-            _ => self.note(&format!("warning: {line}")),
+        self.note(&format!("warning: {line}"));
+        if self.kind == Kind::None {
+            exit::say(&format!("warning: {}", printable(line))); // a warning is never swallowed
         }
+    }
+
+    fn making(&self, image_id: &str) {
+        self.run.making(image_id);
     }
 }
 
@@ -115,12 +121,15 @@ struct Drawing {
     verify: ProgressBar,
     phase: Option<Phase>,
     last_line: Instant,
+    /// The log's last line.
+    last_logged: Instant,
+    run: Run,
     /// When the phase began.
     started: Instant,
 }
 
 impl Drawing {
-    fn new(kind: Kind, bars: &MultiProgress) -> Self {
+    fn new(kind: Kind, bars: &MultiProgress, run: Run) -> Self {
         let unicode = ["LC_ALL", "LC_CTYPE", "LANG"]
             .iter()
             .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
@@ -141,7 +150,7 @@ impl Drawing {
         };
         let (read, hash, upload, verify) = (bar("reading"), bar("checking"), bar("uploading"), bar("verifying"));
         let now = Instant::now();
-        Self { kind, read, hash, upload, verify, phase: None, last_line: now, started: now }
+        Self { kind, read, hash, upload, verify, phase: None, last_line: now, last_logged: now, run, started: now }
     }
 
     fn draw(&mut self, progress: &Progress) {
@@ -151,6 +160,14 @@ impl Drawing {
             self.started = Instant::now();
         }
         self.phase = Some(phase);
+        if changed {
+            self.last_logged = Instant::now();
+        } else if self.last_logged.elapsed() >= LINE_EVERY {
+            self.last_logged = Instant::now();
+            if let Some(line) = plain_line(progress, phase, self.started.elapsed()) {
+                self.run.log(&line);
+            }
+        }
         match self.kind {
             Kind::Bars => self.draw_bars(progress, phase),
             Kind::Plain if changed => self.last_line = Instant::now(), // nothing worth a line yet
@@ -257,6 +274,9 @@ fn json_line(progress: &Progress, phase: Phase, elapsed: Duration) -> String {
         "image_bytes": progress.image_bytes(),
         "uploaded_bytes": progress.uploaded_bytes(),
         "verified_bytes": progress.verified_bytes(),
+        "stored_bytes": progress.stored_bytes(),
+        "reread_bytes": progress.reread_bytes(),
+        "scratch_bytes": progress.scratch_bytes(),
         "retries": progress.retries(),
     })
     .to_string()

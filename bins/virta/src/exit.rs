@@ -33,6 +33,12 @@ pub fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
+/// A question on stderr, with the answer behind it.
+pub fn ask(text: &str) {
+    let _ = write!(std::io::stderr(), "{text}");
+    let _ = std::io::stderr().flush();
+}
+
 /// A line on stdout; was it taken? The reader may be gone: that is no reason to stop.
 pub fn print(text: &str) -> bool {
     writeln!(std::io::stdout(), "{text}").is_ok()

@@ -7,7 +7,9 @@ mod display;
 mod exit;
 mod habits;
 mod receipt;
+mod runs;
 mod sign_in;
+mod status;
 mod verify;
 
 use std::process::ExitCode;
@@ -27,6 +29,8 @@ fn main() -> ExitCode {
         match cli.command {
             cli::Command::Convert(arguments) => convert::run(*arguments).await,
             cli::Command::Verify(arguments) => verify::run(arguments).await,
+            cli::Command::Status(arguments) => status::status(arguments).await,
+            cli::Command::Clean(arguments) => status::clean(arguments).await,
             cli::Command::Demo(arguments) => demo::run(arguments).await,
         }
     });

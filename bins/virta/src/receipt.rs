@@ -10,17 +10,10 @@ use std::{
 use serde_json::json;
 use stages::{convert::Report, openstack::error::now_utc};
 
-/// `$XDG_STATE_HOME/virta`, else `~/.local/state/virta`.
-fn state_folder() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let state = set("XDG_STATE_HOME").filter(|path| path.is_absolute());
-    Some(state.or_else(|| Some(set("HOME")?.join(".local/state")))?.join("virta"))
-}
-
 /// Writes the receipt of a finished conversion; returns its path. No secret is ever on the command line, so the command is
 /// kept as it was typed.
 pub fn write(report: &Report, proven: &[String]) -> io::Result<PathBuf> {
-    let folder = state_folder().ok_or_else(|| io::Error::other("neither XDG_STATE_HOME nor HOME is set"))?.join("receipts");
+    let folder = crate::runs::state_folder().ok_or_else(|| io::Error::other("neither XDG_STATE_HOME nor HOME is set"))?.join("receipts");
     write_into(&folder, report, proven)
 }
 

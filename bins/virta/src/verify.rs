@@ -19,13 +19,14 @@ use crate::{
     convert::{End, watch_signals},
     display::Display,
     exit,
+    runs::Run,
     sign_in::sign_in,
 };
 
 /// Runs the command.
 pub async fn run(arguments: VerifyArgs) -> ExitCode {
     let progress = Progress::default();
-    let display = Display::start(arguments.progress, &progress);
+    let display = Display::start(arguments.progress, &progress, Run::default());
     let cancel = CancelToken::new();
     watch_signals(&cancel);
     let started = Instant::now();

@@ -1,6 +1,6 @@
 //! Who has the new image's name already, and what that means.
 
-use super::{JobError, Source};
+use super::{After, JobError, Source};
 use crate::{
     openstack::{
         Image, Session,
@@ -43,11 +43,16 @@ pub async fn images_of_name(session: &Session, name: &str) -> Result<Vec<Image>,
     Ok(session.images_named(name).await?)
 }
 
-/// May an image of this name be made in the project of `session`, with `taken` having it?
+/// May an image of this name be made in the project of `session`, with `taken` having it? The source itself may have it where it is to
+/// be replaced.
 ///
 /// # Errors
 /// [`JobError::Usage`] if it is taken and `force` is not given; it lists who has it.
-pub fn check_name(session: &Session, taken: Vec<Image>, name: &str, source: &Source, force: bool) -> Result<NameCheck, JobError> {
+pub fn check_name(session: &Session, taken: Vec<Image>, name: &str, source: &Source, force: bool, after: After) -> Result<NameCheck, JobError> {
+    let mut taken = taken;
+    if let (After::Replace, Source::Glance { image, .. }) = (after, source) {
+        taken.retain(|taken| taken.id != image.id);
+    }
     let (taken, waiting): (Vec<Image>, Vec<Image>) = taken.into_iter().partition(|image| image.status == "active");
     let mut unfinished = Vec::new();
     if let Source::Glance { image: source, .. } = source {
@@ -55,7 +60,7 @@ pub fn check_name(session: &Session, taken: Vec<Image>, name: &str, source: &Sou
         // for the source itself has the name when the new image is to replace it
         let ours = taken.iter().filter(|image| of_source(image));
         let ours: Vec<&Image> = ours.filter(|image| may_be_made_of(session, image, source)).collect();
-        if let Some(done) = ours.iter().find(|image| is_finished(image)) {
+        if let Some(done) = ours.iter().find(|image| may_be_finished(image)) {
             return Ok(NameCheck::AlreadyDone(Box::new((*done).clone())));
         }
         if let Some(unproven) = ours.first().filter(|_| !force) {
@@ -101,7 +106,7 @@ fn may_be_made_of(session: &Session, image: &Image, source: &Image) -> bool {
 
 /// Nova copies an image's properties onto the snapshots of servers that boot from it, and so the marks, too: only the hash of the very
 /// image that carries it proves anything.
-fn is_finished(image: &Image) -> bool {
+pub(super) fn may_be_finished(image: &Image) -> bool {
     let own = image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
     own.is_some_and(|own| image.property(VERIFIED) == Some(&verified_mark(&own)))
 }

@@ -16,6 +16,18 @@ pub enum Verify {
     Readback,
 }
 
+/// What becomes of a source in Glance once the new image is proven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum After {
+    /// It stays.
+    #[default]
+    Keep,
+    /// It is deleted.
+    Delete,
+    /// It is deleted, and the new image takes its name.
+    Replace,
+}
+
 /// Options of one conversion, with defaults that suit a small machine.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -43,6 +55,12 @@ pub struct Options {
     pub force: bool,
     /// Properties to set on a new image, over those of the source.
     pub properties: Vec<(String, String)>,
+    /// What becomes of the source.
+    pub after: After,
+    /// Share the new image with the projects that the source is shared with.
+    pub copy_members: bool,
+    /// The new image goes into another cloud: ids of the source's cloud stay behind.
+    pub elsewhere: bool,
     /// The run's name, by which a half-made image is recognised; a random one if there is none.
     pub run: Option<String>,
     /// When to give up.
@@ -66,6 +84,9 @@ impl Default for Options {
             sync: true,
             force: false,
             properties: Vec::new(),
+            after: After::Keep,
+            copy_members: false,
+            elsewhere: false,
             run: None,
             patience: Patience::default(),
         }

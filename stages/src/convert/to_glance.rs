@@ -29,6 +29,7 @@ use super::{
     names::verified_mark,
     readback::{Target, against_survey},
     report::HashReport,
+    retire,
 };
 use crate::{
     glance::{ImageFile, Remote, Upload, upload::UploadError},
@@ -104,6 +105,7 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
         Err(error) => return Err(emission.clean_up(error).await),
     };
     emission.remove_all_but(&made.id).await;
+    retire::after_conversion(job, session, &made.id, Some(&surveyed.survey)).await?;
     Ok(job.report(ReportOf {
         destination: format!("glance:{}", made.id),
         virtual_bytes: surveyed.layout.placement().geometry.virtual_bytes(),
@@ -256,21 +258,56 @@ impl Emission<'_> {
             Source::Local(_) | Source::Pipe(_) => None,
         };
         let virtual_bytes = self.surveyed.layout.placement().geometry.virtual_bytes();
-        let record = converted_record(source, &id, self.name, virtual_bytes, &self.run, &self.job.options.properties);
+        let record = converted_record(
+            source,
+            &id,
+            self.name,
+            virtual_bytes,
+            &self.run,
+            &self.job.options.properties,
+            self.job.options.elsewhere,
+        );
         self.made.lock().unwrap_or_else(PoisonError::into_inner).push(id.clone());
         self.job.notices.making(&id);
-        match self.session.create_image(&record).await {
-            Ok(_) => Ok(id),
+        let mut record = record;
+        let mut lost = false;
+        loop {
+            let error = match self.session.create_image(&record).await {
+                Ok(_) => return Ok(id),
+                Err(error) => error,
+            };
+            // a property that is not ours to set here (policies differ between clouds) stays behind
+            if let Some(key) = self.refused_property(&error, &record) {
+                record.remove(&key);
+                self.job.notices.warn(&format!("property {} was not taken over: {}", printable(&key), causes(&error)));
+                continue;
+            }
             // The answer may have been lost on its way: the id is ours, so the image tells.
-            Err(error) if error.is_retryable() => match self.session.image(&id).await {
-                Ok(_) => Ok(id),
-                Err(_) => {
-                    self.job.retries.note(format!("making the image tried again: {}", causes(&error)));
-                    self.session.create_image(&record).await.map(|_| id).map_err(Into::into)
-                }
-            },
-            Err(error) => Err(error.into()),
+            if !error.is_retryable() || lost {
+                return Err(error.into());
+            }
+            if self.session.image(&id).await.is_ok() {
+                return Ok(id);
+            }
+            lost = true;
+            self.job.retries.note(format!("making the image tried again: {}", causes(&error)));
         }
+    }
+
+    /// The property of the source that Glance's refusal names, if it names one.
+    fn refused_property(&self, error: &ApiError, record: &serde_json::Map<String, serde_json::Value>) -> Option<String> {
+        let ApiError::Status(refusal) = error else { return None };
+        if !matches!(refusal.status, StatusCode::FORBIDDEN | StatusCode::BAD_REQUEST) {
+            return None;
+        }
+        let Source::Glance { image, .. } = &self.job.source else { return None };
+        let given = |key: &str| self.job.options.properties.iter().any(|(name, _)| name == key);
+        let named = |key: &&String| {
+            let quoted = [format!("'{key}'"), format!("\"{key}\""), format!(" {key} ")];
+            quoted.iter().any(|quoted| refusal.text.contains(quoted.as_str()))
+        };
+        let taken_over = image.properties.keys().filter(|key| record.contains_key(*key) && !given(key));
+        taken_over.into_iter().find(named).cloned()
     }
 
     /// One upload, with a token of its own: its failure ends nothing else.

@@ -22,6 +22,11 @@ pub const RUN: &str = "virta_run";
 /// Property that is there only once the image was verified.
 pub const VERIFIED: &str = "virta_verified";
 
+/// Property that names the image that this one takes the place of, while it does.
+pub const REPLACES: &str = "virta_replaces";
+/// Property that holds that image's name, for a run that finds it gone.
+pub const REPLACES_NAME: &str = "virta_replaces_name";
+
 /// An image's record. Everything but `id` and `status` may be missing or null.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 pub struct Image {
@@ -190,8 +195,19 @@ impl Session {
     /// # Errors
     /// [`ApiError`].
     pub async fn images_named(&self, name: &str) -> Result<Vec<Image>, ApiError> {
+        let mut images = self.images_where("name", name).await?;
+        // some filters match more than the name itself: what is asked for is equality
+        images.retain(|image: &Image| image.name.as_deref() == Some(name));
+        Ok(images)
+    }
+
+    /// All images that the project may see and whose attribute or property `key` matches `value`, as Glance filters them.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn images_where(&self, key: &str, value: &str) -> Result<Vec<Image>, ApiError> {
         let mut url = self.image_url(&["images"]);
-        url.query_pairs_mut().append_pair("name", name);
+        url.query_pairs_mut().append_pair(key, value);
         let mut images = Vec::new();
         // a page has up to 1000; a loop of `next` links must end
         for _ in 0..1000 {
@@ -205,8 +221,6 @@ impl Session {
             let query = next.split_once('?').map(|(_, query)| query.to_owned());
             url.set_query(query.as_deref());
         }
-        // some filters match more than the name itself: what is asked for is equality
-        images.retain(|image: &Image| image.name.as_deref() == Some(name));
         Ok(images)
     }
 
@@ -253,6 +267,63 @@ impl Session {
         let patch = json!([{ "op": "add", "path": path, "value": value }]);
         self.call(Method::PATCH, &url, Some(("application/openstack-images-v2.1-json-patch", &patch))).await?;
         Ok(())
+    }
+
+    /// Takes a property off an image; one that is not there is off already.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn remove_property(&self, id: &str, key: &str) -> Result<(), ApiError> {
+        let url = self.image_url(&["images", id]);
+        let patch = json!([{ "op": "remove", "path": format!("/{key}") }]);
+        match self.call(Method::PATCH, &url, Some(("application/openstack-images-v2.1-json-patch", &patch))).await {
+            Err(error) if error.status() == Some(StatusCode::CONFLICT) => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// Projects that an image is shared with.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn members(&self, id: &str) -> Result<Vec<String>, ApiError> {
+        let answer = self.call(Method::GET, &self.image_url(&["images", id, "members"]), None).await?;
+        let members = answer["members"].as_array().cloned().unwrap_or_default();
+        Ok(members.iter().filter_map(|member| member["member_id"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// Shares an image with a project, which then has to accept it. A project that is a member already stays one.
+    ///
+    /// # Errors
+    /// [`ApiError`]: 403 for an image that is not `shared`.
+    pub async fn add_member(&self, id: &str, project: &str) -> Result<(), ApiError> {
+        let url = self.image_url(&["images", id, "members"]);
+        match self.call(Method::POST, &url, Some(("application/json", &json!({ "member": project })))).await {
+            Err(error) if error.status() == Some(StatusCode::CONFLICT) => Ok(()),
+            // the answer may have been lost: adding twice is adding
+            Err(error) if error.is_retryable() => {
+                match self.call(Method::POST, &url, Some(("application/json", &json!({ "member": project })))).await {
+                    Err(error) if error.status() == Some(StatusCode::CONFLICT) => Ok(()),
+                    other => other.map(|_| ()),
+                }
+            }
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// Servers of this project that were built from an image, as `name (id)`; `None` where the cloud has no compute service.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn servers_of_image(&self, id: &str) -> Result<Option<Vec<String>>, ApiError> {
+        let Some(mut url) = self.compute_url(&["servers"]) else { return Ok(None) };
+        url.query_pairs_mut().append_pair("image", id);
+        let answer = self.call(Method::GET, &url, None).await?;
+        let servers = answer["servers"].as_array().cloned().unwrap_or_default();
+        let line = |server: &Value| {
+            printable(&format!("{} ({})", server["name"].as_str().unwrap_or_default(), server["id"].as_str().unwrap_or_default()))
+        };
+        Ok(Some(servers.iter().map(line).collect()))
     }
 
     /// Deletes an image. One that is gone already counts as deleted.
@@ -311,6 +382,11 @@ fn stays_behind(key: &str) -> bool {
     NAMES.contains(&key) || key.starts_with("img_signature") || key.starts_with("os_glance") || key.starts_with("virta_")
 }
 
+/// Properties that hold ids of users, servers and images of the cloud that they are in.
+fn is_of_its_cloud(key: &str) -> bool {
+    matches!(key, "owner_id" | "user_id" | "instance_uuid" | "base_image_ref" | "kernel_id" | "ramdisk_id" | "owner_project_name" | "owner_user_name")
+}
+
 /// May these properties be set on a converted image by hand?
 ///
 /// # Errors
@@ -344,7 +420,7 @@ pub fn check_properties(properties: &[(String, String)]) -> Result<(), String> {
 }
 
 /// The record of a converted image: private, bare, qcow2, with the source's properties, tags and requirements.
-/// `protected` is not in it: it is set last.
+/// `protected` is not in it: it is set last. `elsewhere`: it goes into another cloud, where the source's ids mean nothing.
 #[must_use]
 pub fn converted_record(
     source: Option<&Image>,
@@ -353,6 +429,7 @@ pub fn converted_record(
     virtual_bytes: u64,
     run: &str,
     properties: &[(String, String)],
+    elsewhere: bool,
 ) -> Map<String, Value> {
     let mut record = Map::new();
     record.insert("id".to_owned(), json!(id));
@@ -372,6 +449,7 @@ pub fn converted_record(
             // values are strings; Nova leaves kernel_id and ramdisk_id null or empty, which a POST refuses
             if let Value::String(text) = value
                 && !stays_behind(key)
+                && !(elsewhere && is_of_its_cloud(key))
                 && !(text.is_empty() && matches!(key.as_str(), "kernel_id" | "ramdisk_id"))
             {
                 record.insert(key.clone(), json!(text));
@@ -416,6 +494,7 @@ mod tests {
             (80 << 30) + 1,
             "r",
             &[("os_distro".to_owned(), "debian".to_owned())],
+            false,
         );
         let keys: Vec<&str> = record.keys().map(String::as_str).collect();
         let mut expected = vec![

@@ -111,6 +111,7 @@ struct Inner {
     /// Held while somebody renews.
     renewing: Mutex<()>,
     image_url: Url,
+    compute_url: Option<Url>,
     whoami: Whoami,
 }
 
@@ -133,14 +134,16 @@ impl Session {
     pub async fn sign_in(cloud: CloudConfig) -> Result<Self, SignInError> {
         let clients = Clients::new(&cloud)?;
         let signed_in = sign_in(&cloud, &clients).await?;
-        let image_url = image_endpoint(&cloud, &signed_in.catalog)?;
-        let image_url = versioned(image_url);
+        let image_url = versioned(image_endpoint(&cloud, &signed_in.catalog)?);
+        // a cloud without servers is a cloud, too
+        let compute_url = endpoint(&cloud, &signed_in.catalog, "compute").ok();
         Ok(Self(Arc::new(Inner {
             cloud,
             clients,
             token: RwLock::new(signed_in.token),
             renewing: Mutex::new(()),
             image_url,
+            compute_url,
             whoami: signed_in.whoami,
         })))
     }
@@ -160,6 +163,14 @@ impl Session {
         let mut url = self.0.image_url.clone();
         url.path_segments_mut().expect("an http address has segments").pop_if_empty().extend(segments);
         url
+    }
+
+    /// The address of a path of the compute service; `None` where the catalog has none.
+    #[must_use]
+    pub fn compute_url(&self, segments: &[&str]) -> Option<Url> {
+        let mut url = self.0.compute_url.clone()?;
+        url.path_segments_mut().ok()?.pop_if_empty().extend(segments);
+        Some(url)
     }
 
     fn token_now(&self) -> Token {
@@ -400,20 +411,25 @@ fn auth_body(cloud: &CloudConfig) -> Value {
 
 /// Where Glance is.
 fn image_endpoint(cloud: &CloudConfig, catalog: &[Service]) -> Result<Url, SignInError> {
-    let parse = |text: &str| {
-        let url =
-            Url::parse(text).map_err(|error| SignInError::Catalog(format!("image endpoint {text} is no address: {error}")))?;
-        match url.scheme() {
-            "http" | "https" => Ok(url),
-            other => Err(SignInError::Catalog(format!("image endpoint {text} has scheme {other}, not http or https"))),
-        }
-    };
-    if let Some(endpoint) = &cloud.image_endpoint_override {
-        return parse(endpoint);
+    match &cloud.image_endpoint_override {
+        Some(address) => parse_endpoint("image", address),
+        None => endpoint(cloud, catalog, "image"),
     }
+}
+
+fn parse_endpoint(kind: &str, text: &str) -> Result<Url, SignInError> {
+    let url = Url::parse(text).map_err(|error| SignInError::Catalog(format!("{kind} endpoint {text} is no address: {error}")))?;
+    match url.scheme() {
+        "http" | "https" => Ok(url),
+        other => Err(SignInError::Catalog(format!("{kind} endpoint {text} has scheme {other}, not http or https"))),
+    }
+}
+
+/// Where a service of this kind is.
+fn endpoint(cloud: &CloudConfig, catalog: &[Service], kind: &str) -> Result<Url, SignInError> {
     let all: Vec<&Endpoint> = catalog
         .iter()
-        .filter(|service| service.kind == "image")
+        .filter(|service| service.kind == kind)
         .flat_map(|service| &service.endpoints)
         .filter(|endpoint| endpoint.interface.trim_end_matches("URL") == cloud.interface && !endpoint.url.is_empty())
         .collect();
@@ -427,13 +443,13 @@ fn image_endpoint(cloud: &CloudConfig, catalog: &[Service]) -> Result<Url, SignI
     if all.is_empty() {
         let interface = &cloud.interface;
         return Err(SignInError::Catalog(format!(
-            "cloud {name} has no image service with a {interface} endpoint in its catalog"
+            "cloud {name} has no {kind} service with a {interface} endpoint in its catalog"
         )));
     }
     let chosen = match &cloud.region_name {
         Some(region) => all.iter().find(|endpoint| endpoint.region_name() == Some(region)).ok_or_else(|| {
             SignInError::Catalog(format!(
-                "cloud {name} has no image service in region {region}; there are: {}",
+                "cloud {name} has no {kind} service in region {region}; there are: {}",
                 regions().join(", ")
             ))
         })?,
@@ -445,7 +461,7 @@ fn image_endpoint(cloud: &CloudConfig, catalog: &[Service]) -> Result<Url, SignI
         }
         None => &all[0],
     };
-    parse(&chosen.url)
+    parse_endpoint(kind, &chosen.url)
 }
 
 /// The endpoint with `/v2`. Many catalogs leave it out; what discovery links say behind a proxy may carry an internal

@@ -1,0 +1,261 @@
+//! Runs: a record of each in the state folder, by which a live one is found again and what a dead one left is removed.
+//!
+//! `runs/ID.json` says what the run does and which images it made, `ID.log` is what it would show, and `ID.lock` is locked as long as it
+//! lives: the kernel lets go of it however the run ends. An image's id is written down before the request that makes it leaves.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use serde::{Deserialize, Serialize};
+use stages::openstack::{Session, error::now_utc};
+
+/// Records of finished runs that are kept.
+const KEPT_MAX: usize = 200;
+
+/// How a run stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It goes on, or was killed.
+    Running,
+    /// It ended with success.
+    Done,
+    /// It ended otherwise, and cleaned up.
+    Failed,
+    /// It was killed.
+    Killed,
+}
+
+/// What is written down of a run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Its name, and `virta_run` of the images it makes.
+    pub run: String,
+    /// Its process.
+    pub pid: u32,
+    /// When it began, UTC.
+    pub started_at: String,
+    /// When it ended, UTC.
+    pub finished_at: Option<String>,
+    /// What it reads.
+    pub source: String,
+    /// What it makes.
+    pub destination: String,
+    /// The cloud's name in clouds.yaml, if it has one, of the images it makes.
+    pub cloud: Option<String>,
+    /// The project's id.
+    pub project: Option<String>,
+    /// Ids of images that it made or was about to make.
+    pub images: Vec<String>,
+    /// How it stands.
+    pub state: State,
+    /// Its exit code.
+    pub exit_code: Option<u8>,
+    /// What it said at the end.
+    pub message: Option<String>,
+}
+
+struct Inner {
+    folder: PathBuf,
+    record: Record,
+    log: Option<File>,
+    _lock: File,
+}
+
+/// This run's record. Clones are the same; without a state folder it does nothing.
+#[derive(Clone, Default)]
+pub struct Run(Option<Arc<Mutex<Inner>>>);
+
+/// `$XDG_STATE_HOME/virta`, else `~/.local/state/virta`.
+pub fn state_folder() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let state = set("XDG_STATE_HOME").filter(|path| path.is_absolute());
+    Some(state.or_else(|| Some(set("HOME")?.join(".local/state")))?.join("virta"))
+}
+
+fn runs_folder() -> Option<PathBuf> {
+    Some(state_folder()?.join("runs"))
+}
+
+fn private(path: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+}
+
+/// Writes a record whole: a reader sees the old one or the new one.
+fn write(folder: &Path, record: &Record) -> io::Result<()> {
+    let path = folder.join(format!("{}.json.new", record.run));
+    let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&path)?;
+    file.write_all(serde_json::to_string_pretty(record)?.as_bytes())?;
+    file.write_all(b"\n")?;
+    file.sync_data()?;
+    fs::rename(&path, folder.join(format!("{}.json", record.run)))
+}
+
+impl Run {
+    /// Begins a record. Where it cannot be kept, the run goes on without.
+    pub fn begin(source: &str, destination: &str) -> Self {
+        Self(runs_folder().and_then(|folder| Self::begin_in(folder, source, destination).ok()).map(|inner| Arc::new(Mutex::new(inner))))
+    }
+
+    fn begin_in(folder: PathBuf, source: &str, destination: &str) -> io::Result<Inner> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+        let record = Record {
+            run: uuid::Uuid::new_v4().hyphenated().to_string(),
+            pid: std::process::id(),
+            started_at: now_utc(),
+            finished_at: None,
+            source: source.to_owned(),
+            destination: destination.to_owned(),
+            cloud: None,
+            project: None,
+            images: Vec::new(),
+            state: State::Running,
+            exit_code: None,
+            message: None,
+        };
+        // locked before the record exists: nobody can take a run that begins for a dead one
+        let lock = private(&folder.join(format!("{}.lock", record.run)))?;
+        lock.lock()?;
+        write(&folder, &record)?;
+        let log = private(&folder.join(format!("{}.log", record.run))).ok();
+        forget_old(&folder);
+        Ok(Inner { folder, record, log, _lock: lock })
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Record)) {
+        let Some(inner) = &self.0 else { return };
+        let mut inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut inner.record);
+        let _ = write(&inner.folder, &inner.record);
+    }
+
+    /// Its name.
+    pub fn id(&self) -> Option<String> {
+        let inner = self.0.as_ref()?;
+        Some(inner.lock().unwrap_or_else(PoisonError::into_inner).record.run.clone())
+    }
+
+    /// Where it makes images.
+    pub fn in_cloud(&self, session: &Session) {
+        let who = session.whoami();
+        self.change(|record| {
+            record.cloud = Some(who.cloud.clone());
+            record.project.clone_from(&who.project_id);
+        });
+    }
+
+    /// It is about to make this image.
+    pub fn making(&self, image_id: &str) {
+        self.change(|record| record.images.push(image_id.to_owned()));
+    }
+
+    /// A line that it shows.
+    pub fn log(&self, line: &str) {
+        let Some(inner) = &self.0 else { return };
+        let mut inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(log) = inner.log.as_mut() {
+            let _ = writeln!(log, "{} {line}", now_utc());
+        }
+    }
+
+    /// It is over.
+    pub fn end(&self, exit_code: u8, message: &str) {
+        self.log(message);
+        self.change(|record| {
+            record.finished_at = Some(now_utc());
+            record.state = if exit_code == 0 { State::Done } else { State::Failed };
+            record.exit_code = Some(exit_code);
+            record.message = Some(message.to_owned());
+        });
+    }
+}
+
+/// A record found in the state folder.
+pub struct Found {
+    /// What it says; a run that is dead is [`State::Killed`].
+    pub record: Record,
+    folder: PathBuf,
+}
+
+impl Found {
+    /// Its log.
+    pub fn log_path(&self) -> PathBuf {
+        self.folder.join(format!("{}.log", self.record.run))
+    }
+
+    /// What a dead run left is removed: it holds no images any more.
+    pub fn cleaned(&self) -> io::Result<()> {
+        let record = Record { images: Vec::new(), state: State::Killed, ..self.record.clone() };
+        write(&self.folder, &record)
+    }
+
+    /// Reads the record again.
+    pub fn again(&self) -> Option<Self> {
+        read(&self.folder, &self.record.run)
+    }
+}
+
+/// Does a living process hold this run's lock?
+fn is_live(folder: &Path, run: &str) -> bool {
+    match OpenOptions::new().write(true).open(folder.join(format!("{run}.lock"))) {
+        Ok(lock) => match lock.try_lock() {
+            Ok(()) => false,
+            Err(TryLockError::WouldBlock) => true,
+            // a file system without locks: nobody can tell, and nothing of it is touched
+            Err(TryLockError::Error(_)) => true,
+        },
+        Err(_) => false,
+    }
+}
+
+fn read(folder: &Path, run: &str) -> Option<Found> {
+    let mut record: Record = serde_json::from_slice(&fs::read(folder.join(format!("{run}.json"))).ok()?).ok()?;
+    if record.state == State::Running && !is_live(folder, run) {
+        // it may have ended between the two looks
+        record = serde_json::from_slice(&fs::read(folder.join(format!("{run}.json"))).ok()?).ok()?;
+        if record.state == State::Running {
+            record.state = State::Killed;
+        }
+    }
+    Some(Found { record, folder: folder.to_owned() })
+}
+
+/// All runs of this user on this machine, the latest last.
+pub fn all() -> Vec<Found> {
+    let Some(folder) = runs_folder() else { return Vec::new() };
+    let Ok(entries) = fs::read_dir(&folder) else { return Vec::new() };
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let runs = names.filter_map(|name| name.strip_suffix(".json").map(str::to_owned));
+    let mut found: Vec<Found> = runs.filter_map(|run| read(&folder, &run)).collect();
+    found.sort_by(|a, b| (&a.record.started_at, &a.record.run).cmp(&(&b.record.started_at, &b.record.run)));
+    found
+}
+
+/// Dead runs that may have left images.
+pub fn dead() -> Vec<Found> {
+    all().into_iter().filter(|found| found.record.state == State::Killed && !found.record.images.is_empty()).collect()
+}
+
+/// Forgets the oldest of many runs; never one that lives, or whose images are still to be removed.
+fn forget_old(folder: &Path) {
+    let over: Vec<Found> = {
+        let mut all = all();
+        let keep = all.len().saturating_sub(KEPT_MAX);
+        all.truncate(keep);
+        all
+    };
+    for found in over {
+        let record = &found.record;
+        if record.state == State::Running || (record.state == State::Killed && !record.images.is_empty()) {
+            continue;
+        }
+        for kind in ["json", "log", "lock"] {
+            let _ = fs::remove_file(folder.join(format!("{}.{kind}", record.run)));
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! `virta status` and `virta clean`.
+
+use std::{
+    io::{BufRead, BufReader, Seek, SeekFrom},
+    process::ExitCode,
+    time::Duration,
+};
+
+use engine::CancelToken;
+use reqwest::StatusCode;
+use stages::{
+    convert::{JobError, Notices},
+    openstack::{ApiError, Session, image::RUN},
+    text::{causes, printable},
+};
+
+use crate::{
+    cli::{CleanArgs, CloudArgs, FormatChoice, ProgressChoice, StatusArgs},
+    convert::watch_signals,
+    display::Display,
+    exit,
+    runs::{self, Found, State},
+    sign_in::sign_in,
+};
+
+/// Lines of a run's log that are shown when it is looked at.
+const TAIL_LINES: usize = 20;
+/// How often a followed run is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(300);
+
+fn word(state: State) -> &'static str {
+    match state {
+        State::Running => "running",
+        State::Done => "done",
+        State::Failed => "failed",
+        State::Killed => "killed",
+    }
+}
+
+fn short(run: &str) -> &str {
+    run.get(..8).unwrap_or(run)
+}
+
+/// `virta status`.
+pub async fn status(arguments: StatusArgs) -> ExitCode {
+    let mut found = runs::all();
+    if let Some(id) = &arguments.id {
+        found.retain(|found| found.record.run.starts_with(id.as_str()));
+        if found.len() != 1 {
+            let what = if found.is_empty() { "no run" } else { "more than one run" };
+            return exit::usage(&format!("there is {what} whose id begins with {}: `virta status` lists them", printable(id)));
+        }
+    } else if arguments.follow {
+        // the run that somebody who comes back looks for
+        let live = found.iter().rposition(|found| found.record.state == State::Running);
+        let latest = live.or(found.len().checked_sub(1));
+        let Some(latest) = latest else { return exit::usage("there is no run to follow") };
+        found = vec![found.swap_remove(latest)];
+    }
+    if arguments.follow || (arguments.id.is_some() && arguments.format == FormatChoice::Table) {
+        return match found.pop() {
+            Some(found) => show(&found, arguments.follow).await,
+            None => ExitCode::SUCCESS,
+        };
+    }
+    match arguments.format {
+        FormatChoice::Json => {
+            let records: Vec<_> = found.iter().map(|found| &found.record).collect();
+            _ = exit::print(&serde_json::to_string_pretty(&records).unwrap_or_default());
+        }
+        FormatChoice::Value => found.iter().for_each(|found| _ = exit::print(&found.record.run)),
+        FormatChoice::Table if found.is_empty() => exit::say("no run yet on this machine"),
+        FormatChoice::Table => {
+            _ = exit::print(&format!("{:<9} {:<8} {:<21} what", "run", "state", "started (UTC)"));
+            for found in &found {
+                let record = &found.record;
+                let what = format!("{} -> {}", printable(&record.source), printable(&record.destination));
+                _ = exit::print(&format!("{:<9} {:<8} {:<21} {what}", short(&record.run), word(record.state), record.started_at));
+            }
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// A run's record and the end of its log; followed until it is over.
+async fn show(found: &Found, follow: bool) -> ExitCode {
+    let record = &found.record;
+    _ = exit::print(&format!(
+        "run {}, {}, process {}, started {}\n{} -> {}",
+        record.run,
+        word(record.state),
+        record.pid,
+        record.started_at,
+        printable(&record.source),
+        printable(&record.destination)
+    ));
+    if !record.images.is_empty() {
+        _ = exit::print(&format!("images made: {}", record.images.join(" ")));
+    }
+    let mut log = std::fs::File::open(found.log_path()).ok().map(BufReader::new);
+    let mut lines: Vec<String> = Vec::new();
+    if let Some(log) = &mut log {
+        lines.extend(log.lines().map_while(Result::ok));
+    }
+    lines.iter().skip(lines.len().saturating_sub(TAIL_LINES)).for_each(|line| _ = exit::print(&printable(line)));
+    let mut state = record.state;
+    let mut last = found.again();
+    while follow && state == State::Running {
+        tokio::time::sleep(LOOK_EVERY).await;
+        // looked at before the log is read: its last lines are written before its end is
+        last = found.again();
+        state = last.as_ref().map_or(State::Killed, |found| found.record.state);
+        if let Some(log) = &mut log {
+            let mut line = String::new();
+            while let Ok(1..) = log.read_line(&mut line) {
+                if !line.ends_with('\n') {
+                    // half a line: read it again when it is whole
+                    let back = i64::try_from(line.len()).unwrap_or(0);
+                    let _ = log.seek(SeekFrom::Current(-back));
+                    break;
+                }
+                if !exit::print(&printable(line.trim_end())) {
+                    return ExitCode::SUCCESS; // nobody looks any more
+                }
+                line.clear();
+            }
+        }
+    }
+    let code = last.as_ref().and_then(|found| found.record.exit_code);
+    match (state, code) {
+        (State::Running, _) => ExitCode::SUCCESS,
+        (_, Some(code)) if follow => ExitCode::from(code),
+        (State::Killed, _) => {
+            exit::say("this run was killed; virta clean removes what it left");
+            ExitCode::from(u8::from(follow))
+        }
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+/// `virta clean`.
+pub async fn clean(arguments: CleanArgs) -> ExitCode {
+    let display = Display::start(ProgressChoice::Plain, &stages::progress::Progress::default(), runs::Run::default());
+    let cancel = CancelToken::new();
+    watch_signals(&cancel);
+    let mut dead = runs::dead();
+    if dead.is_empty() {
+        _ = exit::print("nothing to clean: no killed run of this machine has made an image");
+        return ExitCode::SUCCESS;
+    }
+    let mut code = ExitCode::SUCCESS;
+    while let Some(first) = dead.first() {
+        let (cloud, project) = (first.record.cloud.clone(), first.record.project.clone());
+        let (here, elsewhere): (Vec<Found>, Vec<Found>) =
+            dead.into_iter().partition(|found| found.record.cloud == cloud && found.record.project == project);
+        dead = elsewhere;
+        let chosen = arguments.cloud.os_cloud.clone().or_else(|| cloud.clone().filter(|name| name != "envvars"));
+        let flags = CloudArgs { os_cloud: chosen, ..arguments.cloud.clone() };
+        let result = async {
+            let session = sign_in("cloud", &flags, &display, &cancel).await?;
+            if project.is_some() && session.whoami().project_id != project {
+                return Err(JobError::Refused(format!(
+                    "this is another project than that of the killed runs ({}): choose their cloud with --os-cloud",
+                    project.unwrap_or_default()
+                )));
+            }
+            remove_leftovers(&session, &here, &display).await
+        };
+        if let Err(error) = result.await {
+            code = exit::failure(&error, error.exit_code());
+        }
+    }
+    code
+}
+
+/// Dead runs of this machine in this session's project: what they left is removed before a new one begins.
+pub async fn clean_up_before(session: &Session, display: &Display) -> Result<(), JobError> {
+    let mut dead = runs::dead();
+    dead.retain(|found| found.record.project.is_some() && found.record.project == session.whoami().project_id);
+    remove_leftovers(session, &dead, display).await
+}
+
+/// Only what is `queued` or `saving` and carries the dead run's name is removed: an image that is active may be wanted.
+async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notices) -> Result<(), JobError> {
+    for found in dead {
+        let mut all_gone = true;
+        for id in &found.record.images {
+            let image = match session.image(id).await {
+                Ok(image) => image,
+                Err(error) if error.status() == Some(StatusCode::NOT_FOUND) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let ours = image.property(RUN) == Some(found.record.run.as_str());
+            if ours && matches!(image.status.as_str(), "queued" | "saving") {
+                match session.delete_image(id).await {
+                    Ok(()) => notices.note(&format!(
+                        "removed image {} ({id}), which run {} left {} when it was killed",
+                        image.shown(),
+                        short(&found.record.run),
+                        image.status
+                    )),
+                    Err(error) => {
+                        all_gone = false;
+                        let error: ApiError = error;
+                        notices.warn(&format!("image {id}, left by a killed run, could not be removed: {}", causes(&error)));
+                    }
+                }
+            } else if ours && image.property(stages::openstack::image::VERIFIED).is_none() {
+                notices.note(&format!(
+                    "image {} ({id}) of killed run {} is {}, and was not verified: start the same command again to verify it, or remove it",
+                    image.shown(),
+                    short(&found.record.run),
+                    image.status
+                ));
+            }
+        }
+        if all_gone && let Err(error) = found.cleaned() {
+            notices.warn(&format!("the record of run {} could not be written: {error}", short(&found.record.run)));
+        }
+    }
+    Ok(())
+}
