@@ -67,6 +67,8 @@ pub struct Faults {
     pub changed_after_gets: Option<u32>,
     /// GETs of data so far.
     pub gets_of_data: u32,
+    /// Properties that a POST refuses, as other policies do.
+    pub refused_properties: Vec<String>,
     /// Bytes that `/v2/info/usage` says are left; `None` for no such limit.
     pub quota_left_bytes: Option<u64>,
     /// A pause before each answer.

@@ -193,6 +193,13 @@ impl MiniGlance {
         }
     }
 
+    /// Shares an image with a project.
+    pub fn add_member(&self, id: &str, project: &str) {
+        if let Some(record) = self.shared.state().images.0.get_mut(id) {
+            record.members.push(project.to_owned());
+        }
+    }
+
     /// Who an image is shared with.
     #[must_use]
     pub fn members(&self, id: &str) -> Vec<String> {
@@ -369,7 +376,11 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
         (Method::GET, ["v2", "images"]) => Ok(json_response(StatusCode::OK, &shared.state().images.list(&query(&request)))),
         (Method::POST, ["v2", "images"]) => {
             let body = read_json(request).await?;
-            let created = shared.state().images.create(&body);
+            let mut state = shared.state();
+            if let Some(key) = state.faults.refused_properties.iter().find(|key| body.get(key.as_str()).is_some()) {
+                return Ok(html(StatusCode::FORBIDDEN, &format!("Attribute '{key}' is reserved.")));
+            }
+            let created = state.images.create(&body);
             Ok(unbox(created.map(|image| json_response(StatusCode::CREATED, &image))))
         }
         (Method::GET, ["v2", "images", id]) => {

@@ -248,9 +248,13 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
         return usage("--delete-source, --replace and --copy-members need a new image in Glance: glance:NAME");
     }
     if arguments.replace && arguments.to_os_cloud.is_some() {
-        return usage("--replace puts the new image in the place of the old one, in the same cloud: use --delete-source with --to-os-cloud");
+        return usage(
+            "--replace puts the new image in the place of the old one, in the same cloud: use --delete-source with --to-os-cloud",
+        );
     }
-    if arguments.verify == Some(VerifyChoice::Readback) && (matches!(to, End::Stdio) || matches!(to, End::Path(path) if is_forward_only(path))) {
+    if arguments.verify == Some(VerifyChoice::Readback)
+        && (matches!(to, End::Stdio) || matches!(to, End::Path(path) if is_forward_only(path)))
+    {
         return usage("--verify readback reads back what was made, and a pipe cannot be read back: use --verify hash");
     }
     if matches!(from, End::Path(_)) && arguments.destination == arguments.source {
@@ -261,7 +265,9 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
 
 /// Whatever deletes an image asks on a terminal, and needs `--yes` elsewhere.
 fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
-    let (After::Delete | After::Replace, Source::Glance { session, image, bytes }) = (job.options.after, &job.source) else { return Ok(()) };
+    let (After::Delete | After::Replace, Source::Glance { session, image, bytes }) = (job.options.after, &job.source) else {
+        return Ok(());
+    };
     let who = session.whoami();
     let what = format!(
         "image {} ({}, {}) in cloud {}, project {}",

@@ -13,7 +13,8 @@ use stages::{convert::Report, openstack::error::now_utc};
 /// Writes the receipt of a finished conversion; returns its path. No secret is ever on the command line, so the command is
 /// kept as it was typed.
 pub fn write(report: &Report, proven: &[String]) -> io::Result<PathBuf> {
-    let folder = crate::runs::state_folder().ok_or_else(|| io::Error::other("neither XDG_STATE_HOME nor HOME is set"))?.join("receipts");
+    let folder =
+        crate::runs::state_folder().ok_or_else(|| io::Error::other("neither XDG_STATE_HOME nor HOME is set"))?.join("receipts");
     write_into(&folder, report, proven)
 }
 

@@ -99,7 +99,11 @@ fn write(folder: &Path, record: &Record) -> io::Result<()> {
 impl Run {
     /// Begins a record. Where it cannot be kept, the run goes on without.
     pub fn begin(source: &str, destination: &str) -> Self {
-        Self(runs_folder().and_then(|folder| Self::begin_in(folder, source, destination).ok()).map(|inner| Arc::new(Mutex::new(inner))))
+        Self(
+            runs_folder()
+                .and_then(|folder| Self::begin_in(folder, source, destination).ok())
+                .map(|inner| Arc::new(Mutex::new(inner))),
+        )
     }
 
     fn begin_in(folder: PathBuf, source: &str, destination: &str) -> io::Result<Inner> {

@@ -48,7 +48,14 @@ pub async fn images_of_name(session: &Session, name: &str) -> Result<Vec<Image>,
 ///
 /// # Errors
 /// [`JobError::Usage`] if it is taken and `force` is not given; it lists who has it.
-pub fn check_name(session: &Session, taken: Vec<Image>, name: &str, source: &Source, force: bool, after: After) -> Result<NameCheck, JobError> {
+pub fn check_name(
+    session: &Session,
+    taken: Vec<Image>,
+    name: &str,
+    source: &Source,
+    force: bool,
+    after: After,
+) -> Result<NameCheck, JobError> {
     let mut taken = taken;
     if let (After::Replace, Source::Glance { image, .. }) = (after, source) {
         taken.retain(|taken| taken.id != image.id);

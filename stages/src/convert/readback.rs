@@ -52,7 +52,25 @@ pub enum Target {
     },
 }
 
+/// An image that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("reading {what}")]
+pub struct CannotRead {
+    /// Which.
+    pub what: String,
+    /// Why not.
+    #[source]
+    pub source: io::Error,
+}
+
 impl Target {
+    fn shown(&self) -> String {
+        match self {
+            Self::Path(path) => path.display().to_string(),
+            Self::Glance { remote, .. } => format!("glance:{}", remote.image_id),
+        }
+    }
+
     /// An image in Glance; finds out how it can be read.
     ///
     /// # Errors
@@ -168,7 +186,10 @@ impl BlockingStage for OpenAndCompare {
     type Report = u64;
 
     fn run(self, inlet: Inlet<NoInput>, outlet: Outlet<NoOutput>, cx: StageContext) -> Result<u64, StageError> {
-        let open = |target: &Target| target.open(&self.runtime).map_err(|error| StageError::new(ErrorKind::Io, error));
+        let open = |target: &Target| {
+            let failed = |source| StageError::new(ErrorKind::Io, CannotRead { what: target.shown(), source });
+            target.open(&self.runtime).map_err(failed)
+        };
         let (a, b) = (open(&self.a)?, open(&self.b)?);
         let bytes = a.virtual_bytes().max(b.virtual_bytes());
         self.progress.set_virtual_bytes(bytes);

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     openstack::{
         Image, Session,
-        image::{ImageError, REPLACES, REPLACES_NAME},
+        image::{ImageError, REPLACES, REPLACES_NAME, SOURCE_ID},
     },
     store::Survey,
     text::{causes, printable, shell_word, size},
@@ -43,7 +43,8 @@ pub async fn check(job: &Job, force: bool) -> Result<(), JobError> {
             "--delete-source, --replace and --copy-members are about a source in Glance: glance:IMAGE".to_owned(),
         ));
     };
-    let members = if options.after == After::Keep && !options.copy_members { Vec::new() } else { members(session, image).await? };
+    let members =
+        if options.after == After::Keep && !options.copy_members { Vec::new() } else { members(session, image).await? };
     if options.after == After::Keep {
         return Ok(());
     }
@@ -232,11 +233,12 @@ pub async fn finish_replacing(session: &Session, name_or_id: &str, notices: &dyn
         Err(ImageError::NotFound { .. }) => {}
         Err(error) => return Err(error.into()),
     }
-    for key in [REPLACES, REPLACES_NAME] {
+    // the source's id stays in the new image when everything else is done
+    for key in [REPLACES, REPLACES_NAME, SOURCE_ID] {
         let mut found = session.images_where(key, name_or_id).await?;
         found.retain(|image| image.property(key) == Some(name_or_id) && image.status == "active" && may_be_finished(image));
         let [image] = found.as_slice() else { continue };
-        let name = image.property(REPLACES_NAME).unwrap_or(name_or_id).to_owned();
+        let Some(name) = image.property(REPLACES_NAME).map(str::to_owned) else { return Ok(Some(image.clone())) };
         notices.note(&format!("the source is gone, and image {} takes its place: it gets its name now", image.shown_id()));
         rename(session, &image.id, &name).await?;
         return Ok(Some(image.clone()));

@@ -99,10 +99,13 @@ impl BlockingStage for WritePipe {
         let mut written = 0;
         while let Some(Chunk(chunk)) = inlet.recv_blocking()? {
             for part in chunk.chunks(WRITE_BYTES) {
-                while written + to_u64(part.len()) == self.total
-                    && self.gate.recv_timeout(Duration::from_millis(200)) == Err(mpsc::RecvTimeoutError::Timeout)
-                {
-                    cx.cancel.check()?;
+                if written + to_u64(part.len()) == self.total {
+                    while let Err(error) = self.gate.recv_timeout(Duration::from_millis(200)) {
+                        cx.cancel.check()?;
+                        if error == mpsc::RecvTimeoutError::Disconnected {
+                            return Err(Cancelled.into());
+                        }
+                    }
                 }
                 let result = write_whole(&mut self.output, part, &cx.cancel)?;
                 result.map_err(|source| {

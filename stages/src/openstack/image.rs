@@ -384,7 +384,17 @@ fn stays_behind(key: &str) -> bool {
 
 /// Properties that hold ids of users, servers and images of the cloud that they are in.
 fn is_of_its_cloud(key: &str) -> bool {
-    matches!(key, "owner_id" | "user_id" | "instance_uuid" | "base_image_ref" | "kernel_id" | "ramdisk_id" | "owner_project_name" | "owner_user_name")
+    matches!(
+        key,
+        "owner_id"
+            | "user_id"
+            | "instance_uuid"
+            | "base_image_ref"
+            | "kernel_id"
+            | "ramdisk_id"
+            | "owner_project_name"
+            | "owner_user_name"
+    )
 }
 
 /// May these properties be set on a converted image by hand?

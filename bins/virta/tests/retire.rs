@@ -1,0 +1,361 @@
+//! A source that goes, kills at any moment, runs that are found again, two clouds, pipes: against mini-glance.
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
+
+mod common;
+
+use std::{
+    io::Write,
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use common::{Cloud, Run, raw_disk, seen, signal, snapshot_record};
+use mini_glance::{Config, Ranges};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+impl Cloud {
+    fn image(&self, id: &str) -> Option<Value> {
+        self.service.images().into_iter().find(|image| image["id"] == id)
+    }
+
+    fn named(&self, name: &str) -> Vec<Value> {
+        self.service.images().into_iter().filter(|image| image["name"] == name).collect()
+    }
+
+    fn is_gone(&self, id: &str) -> bool {
+        self.image(id).is_none()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_is_deleted_only_after_it_was_read_back_and_only_when_asked() {
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.convert(&["--delete-source"]).await.ends(2, &["would be deleted after verification", "add --yes"]);
+    cloud.convert(&["--delete-source", "--yes", "--verify", "none"]).await.ends(2, &["only after verification"]);
+    cloud.run(&["convert", "glance:snap", "x.qcow2", "--delete-source", "--yes"]).await.ends(2, &["need a new image in Glance"]);
+    assert_eq!(cloud.gets_of_data(), (0, 0));
+    cloud.assert_nothing_made();
+    let run = cloud.convert(&["--delete-source", "--yes"]).await;
+    run.ends(0, &["proven: what Glance serves of the new image", "is deleted", "after verification will be deleted: image snap"]);
+    assert!(cloud.is_gone(&cloud.snapshot));
+    let made = cloud.others().remove(0);
+    cloud.assert_is_the_disk(&cloud.service.data_path(made["id"].as_str().unwrap()).unwrap());
+    let requests = cloud.service.requests();
+    let at = |what: &str| requests.iter().position(|request| request.starts_with(what)).unwrap();
+    let read_back = format!("GET /v2/images/{}/file", made["id"].as_str().unwrap());
+    assert!(at(&read_back) < at("PATCH") && at("PATCH") < at(&format!("DELETE /v2/images/{}", cloud.snapshot)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_stands_in_the_way_of_a_deletion_is_seen_before_a_byte_is_read() {
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.service.set(&cloud.snapshot, "protected", json!(true));
+    cloud.convert(&["--delete-source", "--yes"]).await.ends(1, &["is protected", "openstack image set --unprotected"]);
+    cloud.service.set(&cloud.snapshot, "protected", json!(false));
+    cloud.service.add_server("web-1", &cloud.snapshot);
+    cloud.convert(&["--delete-source", "--yes"]).await.ends(1, &["1 servers were built from", "web-1", "--force"]);
+    cloud.service.set(&cloud.snapshot, "visibility", json!("shared"));
+    cloud.service.add_member(&cloud.snapshot, "another-project");
+    cloud
+        .convert(&["--delete-source", "--yes", "--force"])
+        .await
+        .ends(1, &["is shared with 1 projects", "another-project", "--copy-members"]);
+    assert_eq!(cloud.gets_of_data(), (0, 0));
+    cloud.assert_nothing_made();
+    cloud.convert(&["--delete-source", "--yes", "--force", "--copy-members"]).await.ends(0, &["shared with 1 projects"]);
+    let made = cloud.others().remove(0);
+    assert_eq!(made["visibility"], "shared");
+    assert_eq!(cloud.service.members(made["id"].as_str().unwrap()), ["another-project"]);
+    assert!(cloud.is_gone(&cloud.snapshot));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_others_use_stays_and_so_does_the_new_image() {
+    for flag in ["--delete-source", "--replace"] {
+        let cloud = Cloud::start(|_| {}).await;
+        cloud.service.set_in_use(&cloud.snapshot);
+        cloud.convert(&[flag, "--yes"]).await.ends(1, &["409", "in use", "is there and verified"]);
+        assert_eq!(cloud.named("snap").len(), 1);
+        assert_eq!(cloud.named("compact").len(), 1);
+        cloud.assert_converted();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_without_a_hash_is_read_twice_before_it_goes() {
+    let cloud = Cloud::start(|faults| faults.null_hashes = true).await;
+    cloud.service.faults(|faults| faults.null_hashes = false);
+    let run = cloud.convert(&["--delete-source", "--yes", "--verify", "hash"]).await;
+    run.ends(0, &["it is read a second time and compared", "reading the source a second time"]);
+    assert!(cloud.is_gone(&cloud.snapshot));
+    assert!(cloud.report()["reread_bytes"].as_u64().unwrap() >= u64::try_from(cloud.raw.len()).unwrap() / 4);
+    // and what differs then stops everything
+    let cloud = Cloud::start(|faults| {
+        faults.null_hashes = true;
+        faults.ranges = Ranges::Refused;
+    })
+    .await;
+    cloud.service.faults(|faults| faults.null_hashes = false);
+    cloud.service.faults(|faults| faults.changed_after_gets = Some(2));
+    let run = cloud.convert(&["--delete-source", "--yes", "--verify", "hash"]).await;
+    run.ends(3, &["read a second time, differs", "nothing was deleted"]);
+    assert!(!cloud.is_gone(&cloud.snapshot));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replacement_takes_name_and_visibility() {
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.service.set(&cloud.snapshot, "visibility", json!("shared"));
+    cloud
+        .run(&["convert", "glance:snap", "glance:snap", "--replace", "--yes"])
+        .await
+        .ends(0, &["the new image is called snap now", "pinned"].map(|text| if text == "pinned" { "its id is" } else { text }));
+    assert!(cloud.is_gone(&cloud.snapshot));
+    let images = cloud.named("snap");
+    assert_eq!(images.len(), 1);
+    assert_eq!((&images[0]["visibility"], &images[0]["disk_format"]), (&json!("shared"), &json!("qcow2")));
+    assert!(images[0].get("virta_replaces").is_none() && images[0].get("virta_replaces_name").is_none());
+    // once more: it is done
+    cloud.run(&["convert", "glance:snap", "glance:snap", "--replace", "--yes"]).await.ends(0, &["already done"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replacement_that_is_killed_anywhere_is_finished_by_the_same_command() {
+    let steps = ["PUT ", "PATCH", "DELETE", "GET /v2/images/", "POST /v2/images"];
+    for step in 0..24_u64 {
+        let cloud = Cloud::start_with(8, Config::default(), |faults| faults.latency = Duration::from_millis(15)).await;
+        let by_id = format!("glance:{}", cloud.snapshot);
+        let source = if step % 2 == 0 { "glance:snap" } else { &by_id };
+        let command = ["convert", source, "glance:new", "--replace", "--yes"];
+        let mut child = cloud.command(&command).spawn().unwrap();
+        if let Some(step) = steps.get(usize::try_from(step).unwrap()) {
+            seen(&cloud.service, step).await;
+        } else {
+            tokio::time::sleep(Duration::from_millis(150 + 30 * step)).await;
+        }
+        let _ = child.start_kill();
+        let _ = child.wait().await;
+        let complete = |image: &Value| image["status"] == "active" && image["virta_verified"].is_string();
+        assert!(!cloud.is_gone(&cloud.snapshot) || cloud.others().iter().any(complete), "neither is there");
+        cloud.run(&command).await.ends(0, &[]);
+        assert!(cloud.is_gone(&cloud.snapshot));
+        let images = cloud.service.images();
+        assert_eq!(images.len(), 1, "step {step}: {images:?}");
+        assert_eq!(images[0]["name"], "snap");
+        assert!(images[0].get("virta_replaces").is_none());
+        cloud.assert_is_the_disk(&cloud.service.data_path(images[0]["id"].as_str().unwrap()).unwrap());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_kill_at_any_moment_the_same_command_finishes_with_one_image_and_no_trash() {
+    let states = ["POST /v3", "GET /v2/images?", "GET /v2/images/", "POST /v2/images", "PUT ", "PATCH"];
+    for step in 0..56_u64 {
+        let cloud = Cloud::start_with(24, Config::default(), |faults| faults.latency = Duration::from_millis(8)).await;
+        let scratch = ["--memory", "32M", "--scratch", "."];
+        let command = [&["convert", "glance:snap", "glance:compact"][..], &scratch].concat();
+        let mut child = cloud.command(&command).spawn().unwrap();
+        match usize::try_from(step).ok().and_then(|step| states.get(step)) {
+            Some(state) => seen(&cloud.service, state.trim_end_matches('?')).await,
+            // a fixed sequence that looks random: 0 to 900 ms
+            None => tokio::time::sleep(Duration::from_millis(step * 7919 % 900)).await,
+        }
+        let _ = child.start_kill();
+        let _ = child.wait().await;
+        assert!(cloud.image(&cloud.snapshot).is_some());
+        cloud.run(&command).await.ends(0, &[]);
+        cloud.assert_converted();
+        let left: Vec<_> = std::fs::read_dir(cloud.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(left.iter().all(|name| name == "clouds.yaml" || name == "state"), "step {step}: {left:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_run_left_is_cleaned_and_what_a_live_one_holds_is_not() {
+    let cloud = Cloud::start(|faults| faults.stuck_saving = true).await;
+    let live = cloud.command(&["convert", "glance:snap", "glance:live"]).spawn().unwrap();
+    seen(&cloud.service, "PUT ").await;
+    let mut dead = cloud.command(&["convert", "glance:snap", "glance:dead"]).spawn().unwrap();
+    for _ in 0..400 {
+        if cloud.named("dead").iter().any(|image| image["status"] == "saving") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    let _ = dead.start_kill();
+    let _ = dead.wait().await;
+    let status = cloud.run(&["status"]).await;
+    status.ends(0, &["running", "killed", "glance:snap -> glance:dead"]);
+    // somebody else's image of the same name and state is nobody's business
+    let foreign = cloud.service.add_image(&snapshot_record("dead"), |storing| storing.write(b"x")).unwrap();
+    cloud.service.set(&foreign, "status", json!("queued"));
+    cloud.run(&["clean"]).await.ends(0, &["removed image dead"]);
+    assert_eq!(cloud.named("dead").len(), 1);
+    assert_eq!(cloud.named("live").len(), 1, "a live run holds it");
+    cloud.run(&["clean"]).await.ends(0, &["nothing to clean"]);
+    // the same conversion a second time, while one runs: it is refused, and told where to look
+    cloud
+        .run(&["convert", "glance:snap", "glance:live"])
+        .await
+        .ends(2, &["makes that very image just now", "virta status --follow"]);
+    let asked = Instant::now();
+    signal(&live, Signal::INT);
+    Run::new(live.wait_with_output().await.unwrap(), asked.elapsed()).ends(130, &["interrupted"]);
+    assert!(asked.elapsed() < Duration::from_secs(5));
+    assert_eq!(cloud.named("live").len(), 0);
+    let runs: Value = serde_json::from_str(&cloud.run(&["status", "-f", "json"]).await.stdout).unwrap();
+    let mut states: Vec<&str> = runs.as_array().unwrap().iter().map(|run| run["state"].as_str().unwrap()).collect();
+    states.sort_unstable(); // they began within a second
+    assert_eq!(states, ["failed", "failed", "killed"], "{runs}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_terminal_does_not_end_the_run_and_status_finds_it_again() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let cloud = Cloud::start(|faults| {
+        faults.stalling_gets = 1;
+        faults.cut_after_bytes = 3 << 20;
+        faults.stall = Duration::from_secs(4);
+    })
+    .await;
+    // a real terminal: the run's session leader has it as its controlling terminal, and it is hung up when the other end closes
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+    let open = || std::fs::File::options().read(true).write(true).open(&name).unwrap();
+    let mut command = cloud.command(&[]);
+    let mut setsid = tokio::process::Command::new("setsid");
+    setsid.args(["--ctty", env!("CARGO_BIN_EXE_virta"), "convert", "glance:snap", "glance:compact", "--connections", "1"]);
+    setsid.current_dir(cloud.folder.path()).env_clear();
+    for (key, value) in command.as_std_mut().get_envs() {
+        setsid.env(key, value.unwrap());
+    }
+    let mut child = setsid.stdin(open()).stdout(open()).stderr(open()).spawn().unwrap();
+    drop(setsid);
+    seen(&cloud.service, "GET /v2/images/").await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    drop(master);
+    let followed = cloud.run(&["status", "--follow"]).await;
+    followed.ends(0, &["glance:snap -> glance:compact", "running", "the image will be", "made glance:"]);
+    assert_eq!(child.wait().await.unwrap().code(), Some(0));
+    cloud.assert_converted();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_cloud_streams_into_another_with_its_own_sign_in() {
+    let cloud = Cloud::start(|_| {}).await;
+    let other = Cloud::start(|faults| faults.refused_properties = vec!["hw_disk_bus".to_owned()]).await;
+    let both = format!("{}{}", cloud.service.clouds_yaml(), other.service.clouds_yaml().replace("clouds:\n  mini:", "  other:"));
+    std::fs::write(cloud.folder.path().join("clouds.yaml"), both).unwrap();
+    cloud.service.set(&cloud.snapshot, "instance_uuid", json!("here"));
+    let mut arguments = vec!["convert", "glance:snap", "glance:there", "--os-cloud", "mini", "--to-os-cloud", "other"];
+    arguments.extend(["--verify", "readback"]);
+    cloud.run(&arguments).await.ends(0, &["destination: cloud other", "property hw_disk_bus was not taken over"]);
+    cloud.assert_nothing_made();
+    let made = other.others().remove(0);
+    assert_eq!((&made["name"], &made["os_distro"]), (&json!("there"), &json!("debian")));
+    assert!(made.get("instance_uuid").is_none() && made.get("hw_disk_bus").is_none());
+    cloud.assert_is_the_disk(&other.service.data_path(made["id"].as_str().unwrap()).unwrap());
+    // again: it is there already; and with the source to go, it is compared once more first
+    cloud.run(&arguments).await.ends(0, &["already done"]);
+    arguments.extend(["--delete-source", "--yes"]);
+    cloud.run(&arguments).await.ends(0, &["it is compared with the source before that is deleted", "already done"]);
+    assert!(cloud.is_gone(&cloud.snapshot));
+    cloud.run(&["convert", "x", "y.qcow2", "--to-os-cloud", "other"]).await.ends(2, &["has to be glance:NAME"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pipes_in_and_out_carry_the_image_and_nothing_else() {
+    let cloud = Cloud::start(|_| {}).await;
+    // from Glance to stdout, and the report to stderr
+    let run = cloud.command(&["convert", "glance:snap", "-", "--compress", "zstd"]).output().await.unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    std::fs::write(cloud.folder.path().join("out.qcow2"), &run.stdout).unwrap();
+    cloud.assert_is_the_disk(&cloud.folder.path().join("out.qcow2"));
+    assert!(String::from_utf8_lossy(&run.stderr).contains("proven: what was read has the source's sha512"));
+    // from a pipe to a file, to Glance, to a pipe
+    let feed = |arguments: &[&str]| {
+        let mut command = cloud.command(arguments);
+        let raw = cloud.raw.clone();
+        async move {
+            let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+            let mut stdin = child.stdin.take().unwrap().into_owned_fd().map(std::fs::File::from).unwrap();
+            let feeding = tokio::task::spawn_blocking(move || stdin.write_all(&raw));
+            let output = child.wait_with_output().await.unwrap();
+            let _ = feeding.await.unwrap();
+            output
+        }
+    };
+    let output = feed(&["convert", "-", "piped.qcow2", "--verify", "readback"]).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cloud.assert_is_the_disk(&cloud.folder.path().join("piped.qcow2"));
+    let output = feed(&["convert", "-", "glance:piped", "--compress", "zlib", "--verify", "readback"]).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let made = cloud.named("piped").remove(0);
+    cloud.assert_is_the_disk(&cloud.service.data_path(made["id"].as_str().unwrap()).unwrap());
+    let output = feed(&["convert", "-", "-"]).await;
+    std::fs::write(cloud.folder.path().join("through.qcow2"), &output.stdout).unwrap();
+    cloud.assert_is_the_disk(&cloud.folder.path().join("through.qcow2"));
+    // a file as stdin is a file: read at any offset, twice if need be
+    let path = cloud.folder.path().join("disk.raw");
+    std::fs::write(&path, &cloud.raw).unwrap();
+    let mut command = cloud.command(&["convert", "-", "glance:redirected", "--memory", "32M", "--report", "report.json"]);
+    let output = command.stdin(std::fs::File::open(&path).unwrap()).output().await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(cloud.report()["access"], "random");
+    // a reader that goes away, a source that is empty, a pipe that does not fit
+    let mut command = cloud.command(&["convert", "glance:snap", "-"]);
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO).ends(1, &["writing to -", "Broken pipe"]);
+    let run = cloud.run(&["convert", "-", "empty.qcow2"]).await;
+    run.ends(1, &["stdin is"]);
+    let big = Cloud::start_with(200, Config::default(), |_| {}).await;
+    let mut child = big.command(&["convert", "-", "glance:big", "--memory", "32M"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap().into_owned_fd().map(std::fs::File::from).unwrap();
+    let raw = big.raw.clone();
+    let feeding = tokio::task::spawn_blocking(move || stdin.write_all(&raw));
+    let run = Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO);
+    run.ends(1, &["cannot be read again", "Raise --memory (now 32.0 MiB)", "--scratch DIR", "ends the run"]);
+    let _ = feeding.await.unwrap();
+    big.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hash_that_disagrees_cuts_the_pipe_short() {
+    let cloud = Cloud::start(|faults| faults.corrupt_gets = 1).await;
+    let output = cloud.command(&["convert", "glance:snap", "-"]).output().await.unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", String::from_utf8_lossy(&output.stderr));
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let whole: usize = stderr.split("exactly ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(output.stdout.len() < whole, "the last bytes never leave");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verify_compares_any_two_and_names_the_first_difference() {
+    for ranges in [Ranges::Served, Ranges::Refused] {
+        let cloud = Cloud::start(|faults| faults.ranges = ranges).await;
+        std::fs::write(cloud.folder.path().join("disk.raw"), &cloud.raw).unwrap();
+        cloud.run(&["convert", "glance:snap", "glance:compact", "--compress", "zstd"]).await.ends(0, &[]);
+        cloud.run(&["convert", "disk.raw", "disk.qcow2", "--compress", "zlib"]).await.ends(0, &[]);
+        let all = ["glance:snap", "glance:compact", "disk.raw", "disk.qcow2"];
+        for (a, b) in all.iter().flat_map(|a| all.iter().map(move |b| (a, b))).filter(|(a, b)| a < b) {
+            cloud.run(&["verify", a, b]).await.ends(0, &["the same: both show a guest the same"]);
+        }
+        let mut other = cloud.raw.clone();
+        for at in [20 << 20, (35 << 20) + 4711, 45 << 20] {
+            other[at] ^= 1;
+        }
+        std::fs::write(cloud.folder.path().join("other.raw"), &other).unwrap();
+        for whole in all {
+            let run = cloud.run(&["verify", whole, "other.raw"]).await;
+            run.ends(3, &["the images differ: first at guest offset 0x1400000"]);
+        }
+        std::fs::write(cloud.folder.path().join("short.raw"), &cloud.raw[..40 << 20]).unwrap();
+        cloud.run(&["verify", "disk.qcow2", "short.raw"]).await.ends(3, &["one disk has"]);
+        cloud.run(&["verify", "disk.qcow2", "nothing.raw"]).await.ends(1, &["nothing.raw"]);
+    }
+    let _ = raw_disk(1);
+}
