@@ -5,35 +5,11 @@
 //! `skipped: …`, and fail where `CI_REQUIRE_TOOLS=1` is set.
 #![allow(clippy::unwrap_used)] // a panic is how a test fails
 
-use std::{os::unix::fs::FileExt, path::Path, process::Command};
+mod real;
 
-/// The cloud is up and the tools are there?
-fn ready() -> bool {
-    let answers = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
-    let missing = if !answers(Command::new("qemu-img").arg("--version")) {
-        "qemu-img is not installed"
-    } else if !std::env::var("OS_CLIENT_CONFIG_FILE").is_ok_and(|path| path.contains("openstack")) {
-        "OS_CLIENT_CONFIG_FILE names no test cloud: start one with .ci/openstack/up"
-    } else if !answers(Command::new("openstack").args(["--os-cloud", "donor", "token", "issue"])) {
-        "the test cloud does not answer: start it with .ci/openstack/up"
-    } else {
-        return true;
-    };
-    assert!(std::env::var_os("CI_REQUIRE_TOOLS").is_none(), "required here: {missing}");
-    println!("skipped: {missing}");
-    false
-}
+use std::{os::unix::fs::FileExt, path::Path};
 
-fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).env_remove("OS_CLOUD").output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-fn openstack(cloud: &str, arguments: &[&str]) -> String {
-    run("openstack", &[&["--os-cloud", cloud], arguments].concat())
-}
+use real::{Images, openstack, ready, run};
 
 fn virta(arguments: &[&str]) -> String {
     run(env!("CARGO_BIN_EXE_virta"), arguments)
@@ -53,19 +29,6 @@ fn write_raw(path: &Path) {
         file.write_all_at(&block, start).unwrap();
     }
     file.write_all_at(b"the end", (200 << 20) + 1017).unwrap();
-}
-
-struct Images {
-    cloud: &'static str,
-    ids: Vec<String>,
-}
-
-impl Drop for Images {
-    fn drop(&mut self) {
-        for id in &self.ids {
-            let _ = Command::new("openstack").args(["--os-cloud", self.cloud, "image", "delete", id]).output();
-        }
-    }
 }
 
 #[test]

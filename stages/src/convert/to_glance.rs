@@ -454,7 +454,7 @@ impl Emission<'_> {
         // an interrupt is answered within seconds; otherwise a service that stumbles gets the time to get up again
         let within = match error {
             JobError::Interrupted(_) => self.job.options.patience.clean_up,
-            _ => self.job.options.patience.silence,
+            _ => self.job.options.patience.silence.max(self.job.options.patience.clean_up),
         };
         match tokio::time::timeout(within, deleting).await {
             Ok(Ok(())) => error,
