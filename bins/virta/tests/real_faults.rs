@@ -31,10 +31,13 @@ static WORKERS: tokio::sync::RwLock<()> = tokio::sync::RwLock::const_new(());
 /// What a proxy does to the connections that go through it.
 #[derive(Default)]
 struct Unkindness {
-    /// From the second whole download on, bytes come at this rate, bytes a second; 0 for no limit.
+    /// From the second whole download on, the first [`SLOW_BYTES`] come at this rate, bytes a second; 0 for no limit.
     slow_second_get: AtomicU64,
     gets: AtomicU64,
 }
+
+/// Less than memory holds the data of.
+const SLOW_BYTES: usize = 40 << 20;
 
 /// A proxy in front of Glance; returns its address.
 async fn proxy(target: SocketAddr, unkindness: Arc<Unkindness>) -> SocketAddr {
@@ -69,12 +72,16 @@ async fn pass(mut client: TcpStream, target: SocketAddr, unkindness: &Unkindness
     };
     let down = async {
         let mut buffer = vec![0; 64 << 10];
+        let mut passed = 0;
         loop {
             let bytes = from_server.read(&mut buffer).await?;
             if bytes == 0 {
                 return to_client.shutdown().await;
             }
-            if let Some(ms) = (u64::try_from(bytes).unwrap_or(0) * 1000).checked_div(rate) {
+            passed += bytes;
+            if let Some(ms) = (u64::try_from(bytes).unwrap_or(0) * 1000).checked_div(rate)
+                && passed < SLOW_BYTES
+            {
                 tokio::time::sleep(Duration::from_millis(ms)).await;
             }
             to_client.write_all(&buffer[..bytes]).await?;

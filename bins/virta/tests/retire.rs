@@ -4,7 +4,6 @@
 mod common;
 
 use std::{
-    io::Write,
     process::Stdio,
     time::{Duration, Instant},
 };
@@ -13,6 +12,7 @@ use common::{Cloud, Run, raw_disk, seen, signal, snapshot_record};
 use mini_glance::{Config, Ranges};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
 
 impl Cloud {
     fn image(&self, id: &str) -> Option<Value> {
@@ -281,8 +281,8 @@ async fn pipes_in_and_out_carry_the_image_and_nothing_else() {
         let raw = cloud.raw.clone();
         async move {
             let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
-            let mut stdin = child.stdin.take().unwrap().into_owned_fd().map(std::fs::File::from).unwrap();
-            let feeding = tokio::task::spawn_blocking(move || stdin.write_all(&raw));
+            let mut stdin = child.stdin.take().unwrap();
+            let feeding = tokio::spawn(async move { stdin.write_all(&raw).await });
             let output = child.wait_with_output().await.unwrap();
             let _ = feeding.await.unwrap();
             output
@@ -314,9 +314,9 @@ async fn pipes_in_and_out_carry_the_image_and_nothing_else() {
     run.ends(1, &["stdin is"]);
     let big = Cloud::start_with(200, Config::default(), |_| {}).await;
     let mut child = big.command(&["convert", "-", "glance:big", "--memory", "32M"]).stdin(Stdio::piped()).spawn().unwrap();
-    let mut stdin = child.stdin.take().unwrap().into_owned_fd().map(std::fs::File::from).unwrap();
+    let mut stdin = child.stdin.take().unwrap();
     let raw = big.raw.clone();
-    let feeding = tokio::task::spawn_blocking(move || stdin.write_all(&raw));
+    let feeding = tokio::spawn(async move { stdin.write_all(&raw).await });
     let run = Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO);
     run.ends(1, &["cannot be read again", "Raise --memory (now 32.0 MiB)", "--scratch DIR", "ends the run"]);
     let _ = feeding.await.unwrap();

@@ -38,6 +38,7 @@ const WORKERS_MAX: usize = 8;
 
 /// An image to look into, wherever it is.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant)] // there are two of them in a comparison
 pub enum Target {
     /// A local file or block device.
     Path(PathBuf),

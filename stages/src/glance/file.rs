@@ -37,6 +37,7 @@ pub struct ImageFile {
     state: Mutex<State>,
 }
 
+#[allow(clippy::large_enum_variant)] // one a file
 enum State {
     Ranges { connection: Connection, start: u64, window: Vec<u8> },
     Forward(Box<Forward>),

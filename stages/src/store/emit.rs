@@ -69,7 +69,7 @@ impl BlockingStage for Emit {
             let lengths: Vec<u32> = lengths.by_ref().take(to_usize(u64::from(extent.data_clusters))).collect();
             let (packed, credit) = match &extent.kept {
                 KeptIn::Memory(packed) => (packed.clone(), None),
-                KeptIn::Scratch(at) => (self.from_scratch(*at, &lengths)?, None),
+                KeptIn::Scratch(at) => (self.read_scratch(*at, &lengths)?, None),
                 KeptIn::Source => {
                     let rebuilt = next_rebuilt(&inlet, &mut early, extent.guest)?;
                     (rebuilt.packed.clone(), Some(rebuilt))
@@ -110,7 +110,7 @@ fn next_rebuilt(inlet: &Inlet<Rebuilt>, early: &mut HashMap<u64, Rebuilt>, guest
 }
 
 impl Emit {
-    fn from_scratch(&self, at: u64, lengths: &[u32]) -> Result<Bytes, StageError> {
+    fn read_scratch(&self, at: u64, lengths: &[u32]) -> Result<Bytes, StageError> {
         let scratch = self.scratch.as_ref().ok_or_else(|| StageError::bug("bytes in a scratch file, but no file"))?;
         let mut packed = vec![0; to_usize(lengths.iter().map(|&bytes| u64::from(bytes)).sum())];
         scratch.read_exact_at(at, &mut packed).map_err(|error| StageError::new(ErrorKind::Io, error))?;
