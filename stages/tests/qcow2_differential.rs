@@ -242,7 +242,7 @@ fn patterned(bytes: usize, pattern: &str) -> Vec<u8> {
             let text = b"listen 443 ssl; log_level = info # configuration of a server, line by line\n";
             for start in (0..bytes).step_by(2 << 16) {
                 for (byte, at) in raw[start..bytes.min(start + (1 << 16))].iter_mut().zip(0_usize..) {
-                    *byte = text[(at + start / 7) % text.len()] ^ u8::from(at % 61 == 0) * u8::try_from(at % 200).unwrap();
+                    *byte = text[(at + start / 7) % text.len()] ^ (u8::from(at % 61 == 0) * u8::try_from(at % 200).unwrap());
                 }
             }
         }

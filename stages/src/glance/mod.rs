@@ -10,7 +10,7 @@
 //! | [`fetch`] | the source stage: N ranges in parallel, or one GET |
 //! | [`trickle`] | never lets an upload fall silent |
 //! | [`upload`] | the sink stage: one PUT with the exact length |
-//! | [`file`] | an image as [`crate::read_at::ReadAt`], for reading it back |
+//! | [`mod@file`] | an image as [`crate::read_at::ReadAt`], for reading it back |
 //!
 //! What a real Glance answers, and what other stores and proxies do, is in the module docs with its source. Two
 //! rules: probe, never assume (glance_store serves ranges from file and Cinder stores alone; on Ceph, Swift and S3 the

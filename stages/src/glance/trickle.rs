@@ -14,7 +14,7 @@ use crate::{
     units::{to_u64, to_usize},
 };
 
-/// Bytes held back while more are to come: drops of [`DROP_BYTES`] every few seconds last for hours.
+/// Bytes held back while more are to come: drops of 8 KiB every few seconds last for hours.
 pub const RESERVE_BYTES: u64 = 16 << 20;
 /// One drop. Some proxies ask for 500 bytes a second.
 const DROP_BYTES: usize = 8 << 10;
