@@ -39,6 +39,7 @@ struct Counters {
     hash_expected: AtomicU64,
     image_bytes: AtomicU64,
     uploaded_bytes: AtomicU64,
+    sent_in_vain: AtomicU64,
     verified_bytes: AtomicU64,
     retries: AtomicU64,
 }
@@ -127,7 +128,19 @@ impl Progress {
 
     /// An upload starts from the beginning again.
     pub fn restart_upload(&self) {
-        self.0.uploaded_bytes.store(0, Relaxed);
+        let sent = self.0.uploaded_bytes.swap(0, Relaxed);
+        self.0.sent_in_vain.fetch_add(sent, Relaxed);
+    }
+
+    /// Bytes handed to the connection by all tries.
+    #[must_use]
+    pub fn sent_bytes(&self) -> u64 {
+        self.uploaded_bytes() + self.0.sent_in_vain.load(Relaxed)
+    }
+
+    /// Another comparison begins.
+    pub fn restart_verify(&self) {
+        self.0.verified_bytes.store(0, Relaxed);
     }
 
     /// What is going on.

@@ -11,7 +11,6 @@ use stages::{
         to_file::same_file,
     },
     disk::output::partial_of,
-    glance::Remote,
     openstack::{Image, Session},
     progress::Progress,
     text::{causes, printable, shell_word, size},
@@ -211,7 +210,7 @@ async fn convert(
     };
     let job = Job::new(source, options, progress, &notices, cancel);
     interruptible(cancel, retire::check(&job, arguments.force)).await?;
-    confirm(&job, arguments.yes)?;
+    confirm(&job, arguments.yes).await?;
     let report = match &to {
         End::Stdio => convert::to_stream::to_stream(&job, stdout()?, "-").await?,
         End::Path(path) if is_forward_only(path) => {
@@ -264,7 +263,7 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
 }
 
 /// Whatever deletes an image asks on a terminal, and needs `--yes` elsewhere.
-fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
+async fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
     let (After::Delete | After::Replace, Source::Glance { session, image, bytes }) = (job.options.after, &job.source) else {
         return Ok(());
     };
@@ -286,7 +285,9 @@ fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
     }
     exit::ask(&format!("After the new image is verified, delete {what}? [y/N] "));
     let mut answer = String::new();
-    let _ = std::io::stdin().read_line(&mut answer);
+    let mut stdin = tokio::io::BufReader::new(tokio::io::stdin());
+    let reading = tokio::io::AsyncBufReadExt::read_line(&mut stdin, &mut answer);
+    let _ = job.cancel.guard(reading).await.map_err(|_| JobError::interrupted())?;
     if matches!(answer.trim(), "y" | "Y" | "yes") {
         return Ok(());
     }
@@ -344,20 +345,6 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
         }
     }
     Ok(None)
-}
-
-/// An image as something to read, for this job.
-pub fn remote_of(session: &Session, image: &Image, job: &Job) -> Remote {
-    Remote {
-        session: session.clone(),
-        image_id: image.id.clone(),
-        image_bytes: image.size.unwrap_or(0),
-        progress: job.progress.clone(),
-        retries: job.retries.clone(),
-        patience: job.options.patience,
-        cancel: job.cancel.clone(),
-        again: true,
-    }
 }
 
 async fn interruptible<T>(cancel: &CancelToken, work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {

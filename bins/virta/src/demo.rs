@@ -17,7 +17,7 @@ use stages::{
 
 use crate::{
     cli::DemoArgs,
-    convert::{proven, remote_of, summary, watch_signals},
+    convert::{proven, summary, watch_signals},
     display::Display,
     exit,
     runs::Run,
@@ -93,7 +93,7 @@ async fn demo(progress: &Progress, display: &Display, cancel: &CancelToken) -> R
     let image = session.image(&id).await?;
     let raw = session.image(&snapshot).await?;
     let started = Instant::now();
-    let target = |image: &Image| Target::glance(remote_of(&session, image, &job));
+    let target = |image: &Image| Target::glance(job.remote(&session, image));
     compare(&target(&raw).await?, &target(&image).await?, COMPARERS, progress, cancel).await?;
     Ok((report, started.elapsed().as_secs_f64()))
 }

@@ -24,8 +24,9 @@ use crate::{
         uring::{UringExecutor, UringQueue},
     },
     extent::{EXTENT_BYTES, Placed, PlacedRun},
-    glance::{Fetch, Retries, Trickle, fetch},
+    glance::{Fetch, Remote, Retries, Trickle, fetch},
     hash::{ExpectedHash, HashLane, Hasher},
+    openstack::{Image, Session},
     progress::{Phase, Progress},
     qcow2::{Geometry, Layout},
     store::{
@@ -97,6 +98,21 @@ impl Job {
         let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
         let (progress, notices, cancel) = (progress.clone(), Arc::clone(notices), cancel.clone());
         Self { source, options, progress, notices, cancel, retries, started: Instant::now() }
+    }
+
+    /// An image as something to read for this job, beside what the conversion itself reads.
+    #[must_use]
+    pub fn remote(&self, session: &Session, image: &Image) -> Remote {
+        Remote {
+            session: session.clone(),
+            image_id: image.id.clone(),
+            image_bytes: image.size.unwrap_or(0),
+            progress: self.progress.clone(),
+            retries: self.retries.clone(),
+            patience: self.options.patience,
+            cancel: self.cancel.clone(),
+            again: true,
+        }
     }
 
     pub(super) fn codec(&self) -> Option<Codec> {

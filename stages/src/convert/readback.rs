@@ -116,6 +116,7 @@ impl Target {
 /// # Errors
 /// [`JobError::Verification`] with the first guest offset that differs, or both sizes.
 pub async fn compare(a: &Target, b: &Target, workers: usize, progress: &Progress, cancel: &CancelToken) -> Result<u64, JobError> {
+    progress.restart_verify();
     progress.set_phase(Phase::Verifying);
     let workers = if a.is_random() && b.is_random() { workers.clamp(1, WORKERS_MAX) } else { 1 };
     let (cursor, first) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));
@@ -153,8 +154,7 @@ fn difference(error: &StageError) -> Option<&Difference> {
 pub async fn prove(job: &Job, session: &Session, image: &Image) -> Result<bool, JobError> {
     let Some(source) = job.source.remote(job) else { return Ok(false) };
     let Some(own) = image.expected_hash() else { return Ok(false) };
-    let made =
-        Remote { session: session.clone(), image_id: image.id.clone(), image_bytes: image.size.unwrap_or(0), ..source.clone() };
+    let made = job.remote(session, image);
     let (source, made) = (Target::glance(source).await?, Target::glance(made).await?);
     match compare(&source, &made, job.options.connections.get(), &job.progress, &job.cancel).await {
         Ok(_) => {}
@@ -211,6 +211,7 @@ pub(super) async fn against_survey(
     progress: &Progress,
     cancel: &CancelToken,
 ) -> Result<(), JobError> {
+    progress.restart_verify();
     progress.set_phase(Phase::Verifying);
     let workers = if target.is_random() { workers.clamp(1, WORKERS_MAX) } else { 1 };
     let (cursor, first) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));

@@ -184,7 +184,7 @@ impl Report {
             data_bytes: progress.data_bytes(),
             stored_bytes: parts.stored_bytes,
             image_bytes: parts.image_bytes,
-            uploaded_bytes: progress.uploaded_bytes(),
+            uploaded_bytes: progress.sent_bytes(),
             scratch_peak_bytes: progress.scratch_bytes(),
             rss_peak_bytes: rss_peak_bytes(),
             elapsed_s: parts.started.elapsed().as_secs_f64(),

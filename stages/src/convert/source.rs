@@ -190,16 +190,8 @@ impl Source {
     /// The image, if it is one.
     pub(super) fn remote(&self, job: &Job) -> Option<Remote> {
         let Self::Glance { session, image, bytes } = self else { return None };
-        Some(Remote {
-            session: session.clone(),
-            image_id: image.id.clone(),
-            image_bytes: *bytes,
-            progress: job.progress.clone(),
-            retries: job.retries.clone(),
-            patience: job.options.patience,
-            cancel: job.cancel.clone(),
-            again: false,
-        })
+        debug_assert_eq!(image.size, Some(*bytes));
+        Some(Remote { again: false, ..job.remote(session, image) })
     }
 
     /// The pipeline's first part: from the source to classified extents.

@@ -32,7 +32,7 @@ use super::{
     retire,
 };
 use crate::{
-    glance::{ImageFile, Remote, Upload, upload::UploadError},
+    glance::{ImageFile, Upload, upload::UploadError},
     hash::{ExpectedHash, Hasher},
     openstack::{
         ApiError, Image, Session,
@@ -407,16 +407,7 @@ impl Emission<'_> {
 
     async fn read_back(&self, image: &Image) -> Result<(), JobError> {
         let job = self.job;
-        let remote = Remote {
-            session: self.session.clone(),
-            image_id: image.id.clone(),
-            image_bytes: image.size.unwrap_or(0),
-            progress: job.progress.clone(),
-            retries: job.retries.clone(),
-            patience: job.options.patience,
-            cancel: job.cancel.clone(),
-            again: true,
-        };
+        let remote = job.remote(self.session, image);
         job.notices.note(&format!("reading {} back and comparing it with what was read of the source", size(remote.image_bytes)));
         let access = ImageFile::access(&remote).await?;
         let target = Target::Glance { remote, access, head_bytes: self.surveyed.layout.metadata_bytes() };
