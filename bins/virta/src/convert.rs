@@ -11,7 +11,7 @@ use stages::{
         to_file::same_file,
     },
     disk::output::partial_of,
-    openstack::{Image, Session},
+    openstack::{Image, Session, config::Surroundings},
     progress::Progress,
     text::{causes, printable, shell_word, size},
 };
@@ -144,7 +144,10 @@ pub async fn run(arguments: ConvertArgs) -> ExitCode {
     match &result {
         Ok(Outcome::Made(report)) => run.end(0, &format!("made {}", printable(&report.destination))),
         Ok(Outcome::AlreadyDone(id)) => run.end(0, &format!("already done: image {}", printable(id))),
-        Err(error) => run.end(error.exit_code(), &printable(&causes(error))),
+        Err(error) => {
+            let left = matches!(error, JobError::LeftBehind { .. });
+            run.end_with(error.exit_code(), &printable(&causes(error)), left);
+        }
     }
     let on_stdout = arguments.destination != "-";
     conclude(result, &display, &arguments.output, on_stdout, after != After::Keep)
@@ -164,13 +167,15 @@ async fn convert(
     check_ends(arguments, &from, &to)?;
     let needs_source_cloud = matches!(from, End::Glance(_)) || (matches!(to, End::Glance(_)) && arguments.to_os_cloud.is_none());
     let source_cloud = match needs_source_cloud {
-        true => Some(sign_in("cloud", &arguments.cloud, display, cancel).await?),
+        true => Some(sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?),
         false => None,
     };
     let destination_cloud = match &arguments.to_os_cloud {
         Some(name) => {
             let cloud = CloudArgs { os_cloud: Some(name.clone()), ..CloudArgs::default() };
-            Some(sign_in("destination: cloud", &cloud, display, cancel).await?)
+            // what the environment says is about the source's cloud: its region, its password
+            let surroundings = Surroundings::current().without_a_cloud();
+            Some(sign_in("destination: cloud", &cloud, &surroundings, display, cancel).await?)
         }
         None => source_cloud.clone(),
     };
@@ -246,6 +251,9 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
     if (arguments.delete_source || arguments.replace || arguments.copy_members) && !matches!(to, End::Glance(_)) {
         return usage("--delete-source, --replace and --copy-members need a new image in Glance: glance:NAME");
     }
+    if arguments.copy_members && arguments.to_os_cloud.is_some() {
+        return usage("--copy-members shares with projects of the source's cloud, which mean nothing in another: leave it out");
+    }
     if arguments.replace && arguments.to_os_cloud.is_some() {
         return usage(
             "--replace puts the new image in the place of the old one, in the same cloud: use --delete-source with --to-os-cloud",
@@ -311,7 +319,7 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
     match check_name(session, taken, name, &job.source, job.options.force, job.options.after)? {
         NameCheck::AlreadyDone(image) => {
             // an earlier run may have been stopped between its verification and the rest
-            retire::after_conversion(job, session, &image.id, None).await?;
+            retire::after_conversion(job, session, &image.id, true).await?;
             return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
         }
         NameCheck::Unproven(image) => {
@@ -320,7 +328,7 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
                 image.shown_id()
             ));
             if convert::readback::prove(job, session, &image).await? {
-                retire::after_conversion(job, session, &image.id, None).await?;
+                retire::after_conversion(job, session, &image.id, false).await?;
                 return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
             }
             return Err(convert::names::unproven(&image));

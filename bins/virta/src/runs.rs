@@ -36,6 +36,8 @@ pub enum State {
 pub struct Record {
     /// Its name, and `virta_run` of the images it makes.
     pub run: String,
+    /// The machine it runs on: a lock in a shared home says nothing of another's processes.
+    pub host: String,
     /// Its process.
     pub pid: u32,
     /// When it began, UTC.
@@ -110,6 +112,7 @@ impl Run {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
         let record = Record {
             run: uuid::Uuid::new_v4().hyphenated().to_string(),
+            host: host(),
             pid: std::process::id(),
             started_at: now_utc(),
             finished_at: None,
@@ -167,10 +170,18 @@ impl Run {
         }
     }
 
-    /// It is over.
+    /// It is over, and nothing half made is left of it.
     pub fn end(&self, exit_code: u8, message: &str) {
+        self.end_with(exit_code, message, false);
+    }
+
+    /// It is over; `left`: an image may be left that could not be removed.
+    pub fn end_with(&self, exit_code: u8, message: &str, left: bool) {
         self.log(message);
         self.change(|record| {
+            if exit_code != 0 && !left {
+                record.images.clear();
+            }
             record.finished_at = Some(now_utc());
             record.state = if exit_code == 0 { State::Done } else { State::Failed };
             record.exit_code = Some(exit_code);
@@ -219,7 +230,8 @@ fn is_live(folder: &Path, run: &str) -> bool {
 
 fn read(folder: &Path, run: &str) -> Option<Found> {
     let mut record: Record = serde_json::from_slice(&fs::read(folder.join(format!("{run}.json"))).ok()?).ok()?;
-    if record.state == State::Running && !is_live(folder, run) {
+    // of another machine's run nobody here can tell whether it lives
+    if record.state == State::Running && record.host == host() && !is_live(folder, run) {
         // it may have ended between the two looks
         record = serde_json::from_slice(&fs::read(folder.join(format!("{run}.json"))).ok()?).ok()?;
         if record.state == State::Running {
@@ -240,9 +252,14 @@ pub fn all() -> Vec<Found> {
     found
 }
 
-/// Dead runs that may have left images.
+/// Runs of this machine that are over and may have left images.
 pub fn dead() -> Vec<Found> {
-    all().into_iter().filter(|found| found.record.state == State::Killed && !found.record.images.is_empty()).collect()
+    let over = |found: &Found| matches!(found.record.state, State::Killed | State::Failed) && found.record.host == host();
+    all().into_iter().filter(|found| over(found) && !found.record.images.is_empty()).collect()
+}
+
+fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 /// Forgets the oldest of many runs; never one that lives, or whose images are still to be removed.
@@ -255,7 +272,7 @@ fn forget_old(folder: &Path) {
     };
     for found in over {
         let record = &found.record;
-        if record.state == State::Running || (record.state == State::Killed && !record.images.is_empty()) {
+        if record.state == State::Running || (record.state != State::Done && !record.images.is_empty()) {
             continue;
         }
         for kind in ["json", "log", "lock"] {

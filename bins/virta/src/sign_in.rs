@@ -15,6 +15,7 @@ use crate::cli::CloudArgs;
 pub async fn sign_in(
     what: &str,
     arguments: &CloudArgs,
+    surroundings: &Surroundings,
     notices: &dyn Notices,
     cancel: &CancelToken,
 ) -> Result<Session, JobError> {
@@ -24,7 +25,7 @@ pub async fn sign_in(
         interface: arguments.os_interface.clone(),
         cacert: arguments.os_cacert.clone(),
     };
-    let mut cloud = CloudConfig::resolve(&flags, &Surroundings::current())?;
+    let mut cloud = CloudConfig::resolve(&flags, surroundings)?;
     for notice in &cloud.notices {
         notices.warn(notice);
     }

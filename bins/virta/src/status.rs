@@ -10,7 +10,7 @@ use engine::CancelToken;
 use reqwest::StatusCode;
 use stages::{
     convert::{JobError, Notices},
-    openstack::{ApiError, Session, image::RUN},
+    openstack::{ApiError, Session, config::Surroundings, image::RUN},
     text::{causes, printable},
 };
 
@@ -157,7 +157,7 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
         let chosen = arguments.cloud.os_cloud.clone().or_else(|| cloud.clone().filter(|name| name != "envvars"));
         let flags = CloudArgs { os_cloud: chosen, ..arguments.cloud.clone() };
         let result = async {
-            let session = sign_in("cloud", &flags, &display, &cancel).await?;
+            let session = sign_in("cloud", &flags, &Surroundings::current(), &display, &cancel).await?;
             if project.is_some() && session.whoami().project_id != project {
                 return Err(JobError::Refused(format!(
                     "this is another project than that of the killed runs ({}): choose their cloud with --os-cloud",
@@ -177,7 +177,15 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
 pub async fn clean_up_before(session: &Session, display: &Display) -> Result<(), JobError> {
     let mut dead = runs::dead();
     dead.retain(|found| found.record.project.is_some() && found.record.project == session.whoami().project_id);
-    remove_leftovers(session, &dead, display).await
+    // it is no reason not to begin
+    match remove_leftovers(session, &dead, display).await {
+        Err(error @ JobError::Interrupted(_)) => Err(error),
+        Err(error) => {
+            display.warn(&format!("what killed runs left could not be looked at: {}", causes(&error)));
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
 }
 
 /// Only what is `queued` or `saving` and carries the dead run's name is removed: an image that is active may be wanted.

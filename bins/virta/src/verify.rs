@@ -9,7 +9,7 @@ use stages::{
         readback::{Target, compare},
     },
     glance::{Patience, Remote, Retries},
-    openstack::Session,
+    openstack::{Session, config::Surroundings},
     progress::Progress,
     text::size,
 };
@@ -45,7 +45,7 @@ pub async fn run(arguments: VerifyArgs) -> ExitCode {
 async fn verify(arguments: &VerifyArgs, progress: &Progress, display: &Display, cancel: &CancelToken) -> Result<u64, JobError> {
     let ends = [End::parse(&arguments.a), End::parse(&arguments.b)];
     let session = match ends.iter().any(|end| matches!(end, End::Glance(_))) {
-        true => Some(sign_in("cloud", &arguments.cloud, display, cancel).await?),
+        true => Some(sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?),
         false => None,
     };
     let told = display.clone();

@@ -98,8 +98,9 @@ fn wrong_usage_ends_with_2_and_says_what_to_do() {
     fs::write(place.join("empty"), b"").unwrap();
     for (arguments, code, texts) in [
         (&["convert", "disk.raw", "x.vmdk"][..], 2, &["extension .vmdk"][..]),
-        (&["convert", "disk.raw", "-"], 2, &["not supported"]),
-        (&["convert", "-", "x.qcow2"], 2, &["not supported"]),
+        (&["convert", "disk.raw", "-", "--verify", "readback"], 2, &["a pipe cannot be read back"]),
+        (&["convert", "-", "x.qcow2", "--delete-source"], 2, &["need a new image in Glance"]),
+        (&["convert", "disk.raw", "glance:x", "--copy-members", "--to-os-cloud", "b"], 2, &["mean nothing in another"]),
         (&["convert", "-O", "qcow2", "disk.raw", "x.qcow2"], 2, &["virta always makes qcow2"]),
         (&["convert", "-f", "raw", "disk.raw", "x.qcow2"], 2, &["output format"]),
         (&["convert", "disk.raw", "x.qcow2", "--cluster-size", "48K"], 2, &["power of two"]),
@@ -119,7 +120,8 @@ fn wrong_usage_ends_with_2_and_says_what_to_do() {
         (&["convert", "packed.raw", "x.qcow2"], 1, &["xz -dk packed.raw"]),
         (&["convert", "disk.raw", "no/such/x.qcow2"], 2, &["there is no folder no/such"]),
         (&["convert", "disk.raw", "glance:x"], 2, &["Did you `source` the openrc"]),
-        (&["convert", "--compress", "zstd", "disk.raw", "x.qcow2"], 2, &["compression is not built yet"]),
+        (&["convert", "-c", "disk.raw", "x.qcow2"], 2, &["--compress zlib"]),
+        (&["convert", "disk.raw", "x.qcow2", "--scratch-limit", "1G"], 2, &["--scratch"]),
     ] {
         ends(place, arguments, code, texts);
     }

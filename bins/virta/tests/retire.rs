@@ -101,6 +101,8 @@ async fn a_source_without_a_hash_is_read_twice_before_it_goes() {
     let run = cloud.convert(&["--delete-source", "--yes", "--verify", "hash"]).await;
     run.ends(3, &["read a second time, differs", "nothing was deleted"]);
     assert!(!cloud.is_gone(&cloud.snapshot));
+    // and leaves no image that a later run could take for a finished one
+    cloud.assert_nothing_made();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -321,6 +323,20 @@ async fn pipes_in_and_out_carry_the_image_and_nothing_else() {
     run.ends(1, &["cannot be read again", "Raise --memory (now 32.0 MiB)", "--scratch DIR", "ends the run"]);
     let _ = feeding.await.unwrap();
     big.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipe_that_neither_memory_nor_scratch_holds_ends_at_once() {
+    let cloud = Cloud::start_with(200, Config::default(), |_| {}).await;
+    let arguments = ["convert", "-", "glance:big", "--memory", "32M", "--scratch", ".", "--scratch-limit", "10M"];
+    let mut child = cloud.command(&arguments).stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let raw = cloud.raw.clone();
+    let feeding = tokio::spawn(async move { stdin.write_all(&raw).await });
+    let run = Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO);
+    run.ends(1, &["cannot be read again", "full at guest offset 0x", "--scratch-limit"]);
+    assert!(feeding.await.unwrap().is_err(), "it did not read to the end");
+    cloud.assert_nothing_made();
 }
 
 #[tokio::test(flavor = "multi_thread")]

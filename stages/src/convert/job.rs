@@ -210,7 +210,7 @@ impl Job {
         let pipeline =
             pipeline.cpu("keep", options.workers.get(), || Keep { store: store.clone(), encoder: self.encoder(), cluster_bits });
         let pipeline = match &scratch {
-            Some(scratch) => self.with_scratch(pipeline, scratch)?,
+            Some(scratch) => self.with_scratch(pipeline, scratch, budget.memory_bytes)?,
             None => pipeline,
         };
         let collect = Collect {
@@ -264,19 +264,26 @@ impl Job {
         Ok(Surveyed { survey, layout, scratch, access, running: Some(running), expected, tiers, budget })
     }
 
-    fn with_scratch(&self, pipeline: Pipeline<Placed>, scratch: &ScratchFile) -> Result<Pipeline<Placed>, JobError> {
+    fn with_scratch(
+        &self,
+        pipeline: Pipeline<Placed>,
+        scratch: &ScratchFile,
+        memory_bytes: u64,
+    ) -> Result<Pipeline<Placed>, JobError> {
         let folder = self.options.scratch.as_deref().ok_or_else(|| JobError::bug("a scratch file without a folder"))?;
         let file = scratch.handle().map_err(|error| JobError::Refused(format!("opening the scratch file again: {error}")))?;
+        // what a pipe gave and nothing keeps is lost
+        let refuse = matches!(self.source, Source::Pipe(_)).then_some(memory_bytes);
         let (limit_bytes, progress, retries) = (self.options.scratch_limit_bytes, self.progress.clone(), self.retries.clone());
         let io = |error| StageError::new(engine::ErrorKind::Io, error);
         Ok(match choose_backend(self.options.io, folder)? {
             Backend::Uring => pipeline.ring("scratch", UringExecutor, move || {
                 let queue = UringQueue::new(file, SCRATCH_DEPTH).map_err(io)?;
-                Ok(ScratchWrite { queue, limit_bytes, progress, retries })
+                Ok(ScratchWrite { queue, limit_bytes, refuse, progress, retries })
             }),
             Backend::Pwrite => pipeline.ring("scratch", TokioLocal, move || {
                 let queue = PwriteQueue::new(file, SCRATCH_DEPTH, PWRITE_THREADS).map_err(io)?;
-                Ok(ScratchWrite { queue, limit_bytes, progress, retries })
+                Ok(ScratchWrite { queue, limit_bytes, refuse, progress, retries })
             }),
         })
     }
@@ -403,6 +410,7 @@ impl Surveyed {
             layout: Arc::clone(&self.layout),
             scratch: scratch.map_err(|error| JobError::Refused(format!("opening the scratch file again: {error}")))?,
             hasher,
+            decoder: None,
         });
         let (pipeline, emitted) = pipeline.threads_reporting("emit", 1, || emit.take().expect("one worker asks once"));
         let pipeline =

@@ -22,15 +22,13 @@ use crate::{
     magic::DiskFormat,
     openstack::{Image, Session, image::VERIFIED},
     progress::{Phase, Progress},
-    qcow2::Qcow2,
+    qcow2::{Qcow2, Qcow2Error},
     read_at::ReadAt,
     store::Survey,
     units::to_usize,
     zero::is_zero,
 };
 
-/// Tables of an image without ranges that are kept while it is read forward, where their size is not known.
-const HEAD_BYTES: u64 = 24 << 20;
 /// Guest bytes that a worker takes at once.
 const STEP_BYTES: u64 = 8 << 20;
 /// Most workers that read at once: each has its own connection.
@@ -48,8 +46,6 @@ pub enum Target {
         remote: Remote,
         /// How it can be read.
         access: Access,
-        /// Bytes of its start to keep where it cannot be read at any offset.
-        head_bytes: u64,
     },
 }
 
@@ -78,7 +74,7 @@ impl Target {
     /// [`JobError::Fetch`].
     pub async fn glance(remote: Remote) -> Result<Self, JobError> {
         let access = ImageFile::access(&remote).await?;
-        Ok(Self::Glance { remote, access, head_bytes: HEAD_BYTES })
+        Ok(Self::Glance { remote, access })
     }
 
     /// Can several workers read it at once?
@@ -98,12 +94,17 @@ impl Target {
                 }
                 Ok(Box::new(RawFile::from_file(file, path).map_err(io::Error::other)?))
             }
-            Self::Glance { remote, access, head_bytes } => {
-                let file = ImageFile::new(remote.clone(), *access, *head_bytes, runtime.clone());
+            Self::Glance { remote, access } => {
+                let file = ImageFile::new(remote.clone(), *access, runtime.clone());
                 let mut head = vec![0; to_usize(remote.image_bytes.min(8))];
                 file.read_exact_at(0, &mut head)?;
                 if DiskFormat::detect(&head, &[]) == DiskFormat::Qcow2 {
-                    return Ok(Box::new(Qcow2::open(file).map_err(io::Error::other)?));
+                    let image = Qcow2::open(file).map_err(io::Error::other)?;
+                    // whatever was written metadata first has its tables below its first data cluster
+                    if let Some(host) = image.first_data().map_err(io::Error::other)? {
+                        image.storage().split_at(host.0);
+                    }
+                    return Ok(Box::new(image));
                 }
                 Ok(Box::new(RawGuest(file, remote.image_bytes)))
             }
@@ -142,6 +143,23 @@ pub async fn compare(a: &Target, b: &Target, workers: usize, progress: &Progress
     }
 }
 
+/// Is it the images' content that is wrong, and not the way to them?
+fn is_about_content(error: &JobError) -> bool {
+    if matches!(error, JobError::Verification(_)) {
+        return true;
+    }
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let inner =
+            error.downcast_ref::<io::Error>().and_then(io::Error::get_ref).and_then(|inner| inner.downcast_ref::<Qcow2Error>());
+        if let Some(found) = error.downcast_ref::<Qcow2Error>().or(inner) {
+            return !matches!(found, Qcow2Error::Io { .. });
+        }
+        cause = error.source();
+    }
+    false
+}
+
 fn difference(error: &StageError) -> Option<&Difference> {
     error.source.as_ref().and_then(|source| source.downcast_ref::<Difference>())
 }
@@ -158,9 +176,11 @@ pub async fn prove(job: &Job, session: &Session, image: &Image) -> Result<bool, 
     let (source, made) = (Target::glance(source).await?, Target::glance(made).await?);
     match compare(&source, &made, job.options.connections.get(), &job.progress, &job.cancel).await {
         Ok(_) => {}
-        Err(error @ JobError::Interrupted(_)) => return Err(error),
-        // different, or no image at all: whatever it is, it is not proven
+        // different, or no image at all; what could not be asked is neither
         Err(error) => {
+            if !is_about_content(&error) {
+                return Err(error);
+            }
             job.notices.note(&format!("image {}: {}", image.shown_id(), crate::text::causes(&error)));
             return Ok(false);
         }

@@ -1,9 +1,10 @@
 //! The source goes, or the new image takes its place.
 //!
 //! # The order, and what a kill leaves
-//! 1. The new image is proven and carries `virta_verified`: both are there.
+//! 1. The new image is proven; a source without a hash is read a second time and compared with what was read of it at first. Then the new
+//!    image gets `virta_verified`: both are there.
 //! 2. To replace: `virta_replaces` and `virta_replaces_name` on the new image; visibility and members: both are there.
-//! 3. A source without a hash is read a second time and compared with what was read of it at first: both are there.
+//! 3. The new image is looked at once more: still active, still marked.
 //! 4. DELETE of the source. Refused (403, 409): both are there, each under its own name.
 //! 5. To replace: the name. A kill before it leaves the new image, whose properties tell a later run what is left to do
 //!    ([`finish_replacing`]).
@@ -21,9 +22,10 @@ use super::{
     readback::{Target, against_survey, prove},
 };
 use crate::{
+    glance::Remote,
     openstack::{
         Image, Session,
-        image::{ImageError, REPLACES, REPLACES_NAME, SOURCE_ID},
+        image::{ImageError, REPLACES, REPLACES_NAME, SOURCE_ID, VERIFIED},
     },
     store::Survey,
     text::{causes, printable, shell_word, size},
@@ -76,6 +78,12 @@ pub async fn check(job: &Job, force: bool) -> Result<(), JobError> {
         Some(_) => {}
         None => job.notices.note("this cloud has no compute service: nobody can say whether servers were built from the image"),
     }
+    if !members.is_empty() && options.elsewhere {
+        return Err(JobError::Refused(format!(
+            "{shown} is shared with {} projects of its own cloud, which would lose it: stop sharing it first",
+            members.len()
+        )));
+    }
     if !members.is_empty() && !options.copy_members {
         let list: Vec<String> = members.iter().map(|member| printable(member)).collect();
         return Err(JobError::Refused(format!(
@@ -101,52 +109,26 @@ async fn members(session: &Session, image: &Image) -> Result<Vec<String>, JobErr
     Ok(session.members(&image.id).await?)
 }
 
-/// After the new image is proven: carries members over, deletes the source, gives the new image its name, as far as asked for.
-/// `survey` is what was read of the source; without it the two images are compared once more.
+/// After the new image is proven: carries members over, deletes the source, gives the new image its name, as far as asked for. An image
+/// that an earlier run made (`compare_first`) is compared with the source before that goes.
 ///
 /// # Errors
 /// [`JobError`], which says that the new image is there.
-pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, survey: Option<&Arc<Survey>>) -> Result<(), JobError> {
+pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, compare_first: bool) -> Result<(), JobError> {
     let Source::Glance { session: source_session, image: source, .. } = &job.source else { return Ok(()) };
-    let failed = |what: &str, error: &dyn std::error::Error| {
-        JobError::Refused(format!(
-            "the new image {new_id} is there and verified, and so is the source: {what}: {}",
-            causes(error)
-        ))
-    };
     let after = job.options.after;
-    if after == After::Replace {
-        for (key, value) in [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())] {
-            let value = json!(value.chars().take(255).collect::<String>());
-            session.set_property(new_id, key, &value).await.map_err(|error| failed("marking the new image", &error))?;
-        }
+    if compare_first && after != After::Keep {
+        compare_again(job, session, new_id).await?;
     }
-    let visibility = source.visibility.as_deref().unwrap_or("private");
-    if job.options.copy_members || (after == After::Replace && visibility != "private") {
-        let set = session.set_property(new_id, "visibility", &json!(visibility)).await;
-        set.map_err(|error| failed(&format!("making the new image {visibility}"), &error))?;
-    }
-    if job.options.copy_members {
-        let members = members(source_session, source).await?;
-        for member in &members {
-            let added = session.add_member(new_id, member).await;
-            added.map_err(|error| failed(&format!("sharing the new image with {}", printable(member)), &error))?;
-        }
-        job.notices.note(&format!("the new image is shared with {} projects, which have to accept it", members.len()));
-    }
+    let preparing = prepare(job, session, source_session, source, new_id);
+    job.cancel.guard(preparing).await.map_err(|_| kept(new_id))??;
     if after == After::Keep {
         return Ok(());
     }
+    // From here on nothing is broken off: what is asked of Glance is asked to its end.
     if job.cancel.is_cancelled() {
-        return Err(kept(new_id, "interrupted before the source was deleted"));
+        return Err(kept(new_id));
     }
-    if survey.is_none() || source.expected_hash().is_none() {
-        second_reading(job, session, new_id, survey).await.map_err(|error| match error {
-            JobError::Interrupted(_) => kept(new_id, "interrupted before the source was deleted"),
-            error => error,
-        })?;
-    }
-    job.check_unchanged().await?;
     match source_session.delete_image(&source.id).await {
         Ok(()) => job.notices.note(&format!("the source image {} ({}) is deleted", source.shown(), source.shown_id())),
         Err(error) => {
@@ -155,7 +137,7 @@ pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, survey
                 Some(StatusCode::FORBIDDEN) => "the source may not be deleted",
                 _ => "deleting the source failed",
             };
-            return Err(failed(why, &error));
+            return Err(failed(new_id, why, &error));
         }
     }
     if after == After::Replace {
@@ -168,31 +150,88 @@ pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, survey
     Ok(())
 }
 
-fn kept(new_id: &str, why: &str) -> JobError {
-    JobError::Interrupted(format!("{why}: both images are there, and the new one ({new_id}) is verified"))
+fn failed(new_id: &str, what: &str, error: &dyn std::error::Error) -> JobError {
+    JobError::Refused(format!("the new image {new_id} is there and verified, and so is the source: {what}: {}", causes(error)))
 }
 
-/// Reads the source once more: what it serves now has to be what was read at first.
-async fn second_reading(job: &Job, session: &Session, new_id: &str, survey: Option<&Arc<Survey>>) -> Result<(), JobError> {
-    let Some(remote) = job.source.remote(job) else { return Ok(()) };
-    let Some(survey) = survey else {
-        // an earlier run made the image: nothing is known of the source but the source itself
-        job.notices.note("the image was made by an earlier run: it is compared with the source before that is deleted");
-        let new = session.image(new_id).await?;
-        if prove(job, session, &new).await? {
-            return Ok(());
+fn kept(new_id: &str) -> JobError {
+    JobError::Interrupted(format!(
+        "interrupted before the source was deleted: both images are there, and the new one ({new_id}) is verified"
+    ))
+}
+
+/// Everything before the DELETE. Broken off anywhere, both images are there.
+async fn prepare(job: &Job, session: &Session, source_session: &Session, source: &Image, new_id: &str) -> Result<(), JobError> {
+    let after = job.options.after;
+    if after == After::Replace {
+        for (key, value) in [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())] {
+            let value = json!(value.chars().take(255).collect::<String>());
+            session.set_property(new_id, key, &value).await.map_err(|error| failed(new_id, "marking the new image", &error))?;
         }
-        return Err(JobError::Verification(format!("image {new_id} does not show what the source shows: nothing was deleted")));
-    };
+    }
+    let visibility = source.visibility.as_deref().unwrap_or("private");
+    if job.options.copy_members || (after == After::Replace && visibility != "private") {
+        let set = session.set_property(new_id, "visibility", &json!(visibility)).await;
+        set.map_err(|error| failed(new_id, &format!("making the new image {visibility}"), &error))?;
+    }
+    // asked for again: somebody may have been added meanwhile
+    let members =
+        if after == After::Keep && !job.options.copy_members { Vec::new() } else { members(source_session, source).await? };
+    if job.options.copy_members {
+        for member in &members {
+            let added = session.add_member(new_id, member).await;
+            added.map_err(|error| failed(new_id, &format!("sharing the new image with {}", printable(member)), &error))?;
+        }
+        job.notices.note(&format!("the new image is shared with {} projects, which have to accept it", members.len()));
+    }
+    if after == After::Keep {
+        return Ok(());
+    }
+    if !members.is_empty() && !job.options.copy_members {
+        return Err(JobError::Refused(format!(
+            "the source was shared with {} projects meanwhile: it is not deleted; the new image is {new_id}. Carry them over with \
+             --copy-members",
+            members.len()
+        )));
+    }
+    job.check_unchanged().await?;
+    let new = session.image(new_id).await?;
+    if new.status != "active" || !may_be_finished(&new) {
+        return Err(JobError::Refused(format!(
+            "the new image {new_id} is {} and not as it was verified any more: the source is not deleted",
+            new.status
+        )));
+    }
+    Ok(())
+}
+
+/// An image that an earlier run made: nothing is known of the source but the source itself.
+async fn compare_again(job: &Job, session: &Session, new_id: &str) -> Result<(), JobError> {
+    job.notices.note("the image was made by an earlier run: it is compared with the source before that is deleted");
+    let new = session.image(new_id).await?;
+    if prove(job, session, &new).await? {
+        return Ok(());
+    }
+    session.remove_property(new_id, VERIFIED).await?;
+    Err(JobError::Verification(format!(
+        "image {new_id} does not show what the source shows: nothing was deleted, and its mark is off"
+    )))
+}
+
+/// Reads a source without a hash once more: what it serves now has to be what was read at first. Any other has been checked.
+///
+/// # Errors
+/// [`JobError::Verification`]; the new image is then not to be trusted.
+pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<(), JobError> {
+    let (Some(remote), None) = (job.source.remote(job), job.source.expected_hash()) else { return Ok(()) };
     job.notices.note("reading the source a second time, since it has no hash");
-    let mut remote = remote;
-    remote.again = true;
-    let target = Target::glance(remote).await?;
+    let target = Target::glance(Remote { again: true, ..remote }).await?;
     against_survey(&target, survey, job.options.connections.get(), &job.progress, &job.cancel).await.map_err(|error| match error {
-        JobError::Verification(_) => JobError::Verification(format!(
-            "the source, read a second time, differs from what was read at first: nothing was deleted, and the new image {new_id} is not \
-             to be trusted"
-        )),
+        JobError::Verification(_) => JobError::Verification(
+            "the source, read a second time, differs from what was read at first: the new image is removed, and nothing was deleted \
+             of the source"
+                .to_owned(),
+        ),
         error => error,
     })
 }
@@ -238,6 +277,13 @@ pub async fn finish_replacing(session: &Session, name_or_id: &str, notices: &dyn
         let mut found = session.images_where(key, name_or_id).await?;
         found.retain(|image| image.property(key) == Some(name_or_id) && image.status == "active" && may_be_finished(image));
         let [image] = found.as_slice() else { continue };
+        // it may only be called otherwise by now
+        let replaced = image.property(REPLACES).or(image.property(SOURCE_ID)).unwrap_or_default();
+        match session.image(replaced).await {
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
+            Ok(_) => continue,
+            Err(error) => return Err(error.into()),
+        }
         let Some(name) = image.property(REPLACES_NAME).map(str::to_owned) else { return Ok(Some(image.clone())) };
         notices.note(&format!("the source is gone, and image {} takes its place: it gets its name now", image.shown_id()));
         rename(session, &image.id, &name).await?;

@@ -24,7 +24,7 @@ use serde_json::json;
 use tokio::runtime::Handle;
 
 use super::{
-    Job, JobError, Report, Source, Verify,
+    After, Job, JobError, Report, Source, Verify,
     job::{ReportOf, Surveyed, cause_of},
     names::verified_mark,
     readback::{Target, against_survey},
@@ -105,7 +105,7 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
         Err(error) => return Err(emission.clean_up(error).await),
     };
     emission.remove_all_but(&made.id).await;
-    retire::after_conversion(job, session, &made.id, Some(&surveyed.survey)).await?;
+    retire::after_conversion(job, session, &made.id, false).await?;
     Ok(job.report(ReportOf {
         destination: format!("glance:{}", made.id),
         virtual_bytes: surveyed.layout.placement().geometry.virtual_bytes(),
@@ -283,6 +283,9 @@ impl Emission<'_> {
                 continue;
             }
             // The answer may have been lost on its way: the id is ours, so the image tells.
+            if lost && error.status() == Some(StatusCode::CONFLICT) && self.session.image(&id).await.is_ok() {
+                return Ok(id);
+            }
             if !error.is_retryable() || lost {
                 return Err(error.into());
             }
@@ -355,9 +358,15 @@ impl Emission<'_> {
     async fn prove(&self, active: Active, surveyed_stages: Stages) -> Result<Proven, JobError> {
         let Active { image, emitted, stages } = active;
         let image_hash = self.compare(&image, &emitted).await?;
-        let read_back = self.job.options.verify == Verify::Readback;
+        // a source never goes on the strength of a size alone
+        let goes = self.job.options.after != After::Keep;
+        let read_back = self.job.options.verify == Verify::Readback || (goes && !image_hash.checked);
         if read_back {
             self.read_back(&image).await?;
+        }
+        // before the mark: an image that is made of something else than the source has none
+        if goes {
+            retire::second_reading(self.job, &self.surveyed.survey).await?;
         }
         let verified = match (&image_hash.algorithm, &image_hash.value) {
             (Some(algorithm), Some(value)) if image_hash.checked => verified_mark(&format!("{algorithm}:{value}")),
@@ -366,7 +375,7 @@ impl Emission<'_> {
         self.guard(self.session.set_property(&image.id, VERIFIED, &json!(verified))).await??;
         if let Source::Glance { image: source, .. } = &self.job.source
             && source.protected == Some(true)
-            && let Err(error) = self.session.set_property(&image.id, "protected", &json!(true)).await
+            && let Err(error) = self.guard(self.session.set_property(&image.id, "protected", &json!(true))).await?
         {
             self.job.notices.warn(&format!("the source is protected, the new image could not be: {error}"));
         }
@@ -410,7 +419,7 @@ impl Emission<'_> {
         let remote = job.remote(self.session, image);
         job.notices.note(&format!("reading {} back and comparing it with what was read of the source", size(remote.image_bytes)));
         let access = ImageFile::access(&remote).await?;
-        let target = Target::Glance { remote, access, head_bytes: self.surveyed.layout.metadata_bytes() };
+        let target = Target::Glance { remote, access };
         let workers = job.options.connections.get();
         against_survey(&target, &self.surveyed.survey, workers, &job.progress, &job.cancel).await
     }
@@ -432,15 +441,21 @@ impl Emission<'_> {
     async fn clean_up(&self, error: JobError) -> JobError {
         let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let deleting = async {
+            let mut left = Vec::new();
             for id in &made {
-                self.session.delete_image(id).await.map_err(|error| (id.clone(), error))?;
+                if let Err(error) = self.session.delete_image(id).await {
+                    left.push((id.clone(), error));
+                }
             }
             // a POST that was still on its way may land behind the DELETE
             tokio::time::sleep(std::time::Duration::from_millis(300)).await;
-            if let Some(id) = made.last() {
-                self.session.delete_image(id).await.map_err(|error| (id.clone(), error))?;
+            if let Some(id) = made.last()
+                && let Err(error) = self.session.delete_image(id).await
+                && left.iter().all(|(known, _)| known != id)
+            {
+                left.push((id.clone(), error));
             }
-            Ok(())
+            left
         };
         // an interrupt is answered within seconds; otherwise a service that stumbles gets the time to get up again
         let within = match error {
@@ -448,8 +463,12 @@ impl Emission<'_> {
             _ => self.job.options.patience.silence.max(self.job.options.patience.clean_up),
         };
         match tokio::time::timeout(within, deleting).await {
-            Ok(Ok(())) => error,
-            Ok(Err((id, left))) => JobError::LeftBehind { id, error: Box::new(error), left: Some(left) },
+            Ok(left) if left.is_empty() => error,
+            Ok(mut left) => {
+                let ids: Vec<String> = left.iter().map(|(id, _)| id.clone()).collect();
+                let first = left.swap_remove(0).1;
+                JobError::LeftBehind { id: ids.join(" "), error: Box::new(error), left: Some(first) }
+            }
             Err(_) => JobError::LeftBehind { id: made.join(" "), error: Box::new(error), left: None::<ApiError> },
         }
     }

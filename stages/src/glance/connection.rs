@@ -302,8 +302,8 @@ impl Connection {
         let Remote { session, image_id, image_bytes, patience, cancel, .. } = &self.remote;
         let url = session.image_url(&["images", image_id, "file"]);
         let token = match self.tries.rejected.take() {
-            Some(rejected) => session.renew(&rejected).await,
-            None => session.token().await,
+            Some(rejected) => cancel.guard(session.renew(&rejected)).await?,
+            None => cancel.guard(session.token()).await?,
         };
         let token = token.map_err(|error| self.answer(crate::text::causes(&error)))?;
         self.tries.used = Some(token.clone());
@@ -325,7 +325,7 @@ impl Connection {
             None => (StatusCode::OK, *image_bytes),
         };
         if status.is_client_error() || status.is_server_error() {
-            return Err(BodyError::Api(ApiError::from_response(Method::GET, &url, response).await));
+            return Err(BodyError::Api(cancel.guard(ApiError::from_response(Method::GET, &url, response)).await?));
         }
         if status != expected_status {
             return Err(self.answer(format!("server sent {}, expected {}", status.as_u16(), expected_status.as_u16())));

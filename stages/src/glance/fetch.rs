@@ -252,7 +252,8 @@ async fn again_by_ranges(shared: &Arc<Shared>, wanted: Arc<Vec<GuestRange>>, con
         async move {
             loop {
                 let mut first = next.lock().await; // held until the leases are there: claims are in guest order
-                let neighbours = wanted[*first..].windows(2).take_while(|pair| pair[0].end == pair[1].start).count() + 1;
+                let neighbours =
+                    wanted[*first..].windows(2).take(batch).take_while(|pair| pair[0].end == pair[1].start).count() + 1;
                 let claimed = &wanted[*first..(*first + neighbours.min(batch)).min(wanted.len())];
                 let Some(range_end) = claimed.last().map(|guest| guest.end.0) else { return Ok(()) };
                 let mut leases = Vec::with_capacity(claimed.len());

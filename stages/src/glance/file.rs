@@ -1,11 +1,13 @@
 //! An image in Glance as [`ReadAt`]: for reading back what was made.
 //!
-//! Where ranges are served, any offset is a request away. Where they are not, one GET is read forward: the first bytes (a qcow2's
-//! tables) are kept, and a window behind the place that was reached. What lies further back costs another GET.
+//! Where ranges are served, any offset is a request away. Where they are not, two GETs are read forward, one through the tables of a qcow2
+//! and one through its data ([`ImageFile::split_at`]): a file that was written metadata first is read front to back by each, with a window
+//! behind the place that was reached. What lies further back costs another GET.
 
 use std::{
     io,
     sync::{Mutex, PoisonError},
+    time::Instant,
 };
 
 use engine::Cancelled;
@@ -23,10 +25,9 @@ use crate::{
 
 /// Bytes fetched at once.
 const STEP_BYTES: u64 = 4 << 20;
-/// Largest head that is kept of an image without ranges: the tables of a full disk of 256 GiB, and some.
-const HEAD_BYTES_MAX: u64 = 48 << 20;
-/// Bytes kept behind the place that a forward reading has reached: a qcow2 that was written forward goes back by less than this.
-const BEHIND_BYTES: u64 = 24 << 20;
+/// Bytes kept behind the place that a forward reading has reached: the data of a qcow2 that was written forward goes back by less than
+/// this.
+const BEHIND_BYTES: u64 = 20 << 20;
 /// GETs from the start that one file is worth.
 const RESTARTS_MAX: u32 = 16;
 
@@ -40,17 +41,17 @@ pub struct ImageFile {
 #[allow(clippy::large_enum_variant)] // one a file
 enum State {
     Ranges { connection: Connection, start: u64, window: Vec<u8> },
-    Forward(Box<Forward>),
+    Forward { below: Forward, above: Forward, split: u64 },
 }
 
+/// One forward reading.
 struct Forward {
     connection: Connection,
-    head_bytes: u64,
-    head: Vec<u8>,
     /// Bytes from `start` on, up to the place that was reached.
     start: u64,
     window: Vec<u8>,
     restarts: u32,
+    used: Instant,
 }
 
 fn io_error(error: ReadError) -> io::Error {
@@ -61,22 +62,24 @@ fn io_error(error: ReadError) -> io::Error {
 }
 
 impl ImageFile {
-    /// An image read by ranges, or forward; of the latter, `head_bytes` from its start on are kept.
+    /// An image read by ranges, or forward.
     #[must_use]
-    pub fn new(remote: Remote, access: Access, head_bytes: u64, runtime: Handle) -> Self {
+    pub fn new(remote: Remote, access: Access, runtime: Handle) -> Self {
         let image_bytes = remote.image_bytes;
         let state = match access {
             Access::Random => State::Ranges { connection: Connection::new(remote, Asking::Ranges), start: 0, window: Vec::new() },
-            Access::Sequential | Access::Once => State::Forward(Box::new(Forward {
-                connection: Connection::new(remote, Asking::Whole),
-                head_bytes: head_bytes.min(HEAD_BYTES_MAX),
-                head: Vec::new(),
-                start: 0,
-                window: Vec::new(),
-                restarts: 0,
-            })),
+            Access::Sequential | Access::Once => {
+                State::Forward { below: Forward::new(remote.clone()), above: Forward::new(remote), split: u64::MAX }
+            }
         };
         Self { image_bytes, runtime, state: Mutex::new(state) }
+    }
+
+    /// Offsets from here on are read by a GET of their own: where a qcow2's tables end and its data begins.
+    pub fn split_at(&self, file_offset: u64) {
+        if let State::Forward { split, .. } = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
+            *split = file_offset;
+        }
     }
 
     /// How this image can be read: asks for a range behind its first bytes, and compares with a reading from the start.
@@ -132,7 +135,14 @@ impl ReadAt for ImageFile {
                 }
                 Ok(())
             }
-            State::Forward(forward) => forward.read(self.image_bytes, &self.runtime, file_offset, buf),
+            State::Forward { below, above, split } => {
+                let (low, high) = buf.split_at_mut(to_usize(split.saturating_sub(file_offset)).min(buf.len()));
+                let at = file_offset + to_u64(low.len());
+                if !low.is_empty() {
+                    below.read(self.image_bytes, &self.runtime, file_offset, low)?;
+                }
+                if high.is_empty() { Ok(()) } else { above.read(self.image_bytes, &self.runtime, at, high) }
+            }
         }
     }
 }
@@ -147,54 +157,59 @@ fn copy_part(start: u64, window: &[u8], at: u64, file_offset: u64, buf: &mut [u8
 }
 
 impl Forward {
+    fn new(remote: Remote) -> Self {
+        let connection = Connection::new(remote, Asking::Whole);
+        Self { connection, start: 0, window: Vec::new(), restarts: 0, used: Instant::now() }
+    }
+
     fn read(&mut self, image_bytes: u64, runtime: &Handle, file_offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = file_offset + to_u64(buf.len());
         let mut at = file_offset;
         while at < end {
             let reached = self.start + to_u64(self.window.len());
-            if at < to_u64(self.head.len()) {
-                at += copy_part(0, &self.head, at, file_offset, buf);
-            } else if at >= self.start && at < reached {
+            if at >= self.start && at < reached {
                 at += copy_part(self.start, &self.window, at, file_offset, buf);
-            } else {
-                if at < self.start {
-                    self.restarts += 1;
-                    if self.restarts > RESTARTS_MAX {
-                        return Err(io::Error::other(
-                            "the image store serves no ranges, and the image's clusters are not in the order of the disk: \
-                             download it first, and compare the file",
-                        ));
-                    }
-                    (self.start, self.window) = (0, Vec::new());
-                    self.connection.close();
-                }
-                self.step(image_bytes, runtime)?;
+                continue;
             }
+            if at < self.start {
+                self.restarts += 1;
+                if self.restarts > RESTARTS_MAX {
+                    return Err(io::Error::other(
+                        "the image store serves no ranges, and the image's clusters are not in the order of the disk: \
+                         download it first, and compare the file",
+                    ));
+                }
+                (self.start, self.window) = (at, Vec::new());
+                self.connection.close();
+            }
+            self.step(image_bytes, runtime, at)?;
         }
         Ok(())
     }
 
-    /// Reads on.
-    fn step(&mut self, image_bytes: u64, runtime: &Handle) -> io::Result<()> {
-        let reached = self.start + to_u64(self.window.len());
-        let bytes = to_usize(STEP_BYTES.min(image_bytes - reached));
+    /// Reads on, or on from `at` if that is further.
+    fn step(&mut self, image_bytes: u64, runtime: &Handle, at: u64) -> io::Result<()> {
+        // the other GET may have been read for minutes: servers cut what nobody reads
+        if self.used.elapsed() > self.connection.remote().patience.unread {
+            self.connection.close();
+        }
         let behind = to_usize(BEHIND_BYTES);
-        if self.window.len() > 2 * behind {
+        if at > self.start + to_u64(self.window.len()) + STEP_BYTES {
+            (self.start, self.window) = (at, Vec::new()); // nothing between was asked for
+        } else if self.window.len() > 2 * behind {
             let gone = self.window.len() - behind;
             self.window.drain(..gone);
             self.start += to_u64(gone);
         }
         let filled = self.window.len();
+        let reached = self.start + to_u64(filled);
+        let bytes = to_usize(STEP_BYTES.min(image_bytes - reached));
         self.window.resize(filled + bytes, 0);
         let read = runtime.block_on(self.connection.read(reached, image_bytes, &mut self.window[filled..]));
+        self.used = Instant::now();
         if let Err(error) = read {
             self.window.truncate(filled);
             return Err(io_error(error));
-        }
-        let missing = self.head_bytes.saturating_sub(to_u64(self.head.len()));
-        if missing > 0 && reached == to_u64(self.head.len()) {
-            let here = to_usize(missing).min(bytes);
-            self.head.extend_from_slice(&self.window[filled..filled + here]);
         }
         Ok(())
     }

@@ -128,7 +128,8 @@ impl Stage for Upload {
 
     async fn run(self, inlet: Inlet<Chunk>, outlet: Outlet<NoOutput>, cx: StageContext) -> Result<UploadReport, StageError> {
         // a fresh token right before a long transfer: Glance may use it until the end
-        let token = self.session.token().await.map_err(|error| StageError::new(ErrorKind::Remote, UploadError::from(error)))?;
+        let token = cx.cancel.guard(self.session.token()).await?;
+        let token = token.map_err(|error| StageError::new(ErrorKind::Remote, UploadError::from(error)))?;
         let url = self.session.image_url(&["images", &self.image_id, "file"]);
         let taken = Arc::new(AtomicU64::new(0));
         let (feed, chunks) = mpsc::channel(CHUNKS_WAITING);
@@ -154,6 +155,8 @@ impl Stage for Upload {
                     break; // the request has ended: its answer says why
                 }
             }
+            // what still waits in the channel is there to be taken
+            starved.store(false, Relaxed);
             drop(feed);
             Ok::<(), StageError>(())
         };
@@ -175,7 +178,7 @@ impl Stage for Upload {
         match response {
             Ok(response) if response.status().is_success() => {}
             Ok(response) => {
-                let error = ApiError::from_response(Method::PUT, &url, response).await;
+                let error = cx.cancel.guard(ApiError::from_response(Method::PUT, &url, response)).await?;
                 if error.status() == Some(StatusCode::UNAUTHORIZED) {
                     // for whoever tries again; if this fails, that try will say so
                     let _ = cx.cancel.guard(self.session.renew(&token)).await?;

@@ -27,6 +27,14 @@ impl Surroundings {
         Self { env, cwd: std::env::current_dir().unwrap_or_default() }
     }
 
+    /// The same without the variables that choose a cloud or say something about the chosen one: for a second cloud, whose password and
+    /// region are not the first one's.
+    #[must_use]
+    pub fn without_a_cloud(mut self) -> Self {
+        self.env.retain(|name, _| !name.starts_with("OS_") || name.starts_with("OS_CLIENT_"));
+        self
+    }
+
     /// A variable that is set and not empty.
     pub(super) fn var(&self, name: &str) -> Option<&str> {
         self.env.get(name).map(String::as_str).filter(|value| !value.is_empty())

@@ -139,6 +139,7 @@ impl Arrival {
         let mut placement = Placement::data_first(geometry, to_u64(populated.len()), data_clusters)?;
         let any_compressed = self.runs.iter().any(|run| run.compressed_bytes > 0);
         placement.codec = self.codec.filter(|_| any_compressed);
+        placement.check_compressed()?;
         // one for each table and each cluster that is stored as it is; only compressed ones share
         let mut refcounts = Vec::new();
         if any_compressed {

@@ -166,6 +166,20 @@ impl Placement {
         self.total_clusters() * self.geometry.cluster_bits.cluster_bytes()
     }
 
+    /// An entry of a compressed cluster has fewer bits for the host offset than another.
+    ///
+    /// # Errors
+    /// [`Qcow2Error::TooLarge`] if this file could need more.
+    pub const fn check_compressed(&self) -> Result<(), Qcow2Error> {
+        let bits = self.geometry.cluster_bits;
+        let limit_bytes = 1 << (62 - (bits.bits() - 8));
+        if self.codec.is_some() && self.file_bytes() > limit_bytes {
+            let cluster_bytes = bits.cluster_bytes();
+            return Err(Qcow2Error::TooLarge { virtual_bytes: self.geometry.virtual_bytes, cluster_bytes, limit_bytes });
+        }
+        Ok(())
+    }
+
     /// Byte at which host cluster `index` begins.
     #[must_use]
     pub const fn host_offset(&self, index: u64) -> HostOffset {
@@ -258,6 +272,7 @@ impl Layout {
         }
         let mut placement = Placement::metadata_first(geometry, populated.len() as u64, packing.end())?;
         placement.codec = codec.filter(|_| index.compressed_clusters() > 0);
+        placement.check_compressed()?;
         Ok(Self { placement, populated })
     }
 

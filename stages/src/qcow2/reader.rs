@@ -208,6 +208,21 @@ impl<R: ReadAt> Qcow2<R> {
         Ok(Some((GuestRange::new(guest_offset, end_byte - guest_offset), mapping)))
     }
 
+    /// Where the bytes of the first guest cluster lie that has any; `None` for a disk of zeros.
+    ///
+    /// # Errors
+    /// As [`Qcow2::mapping_at`].
+    pub fn first_data(&self) -> Result<Option<HostOffset>, Qcow2Error> {
+        let mut guest_offset = 0;
+        while let Some((range, mapping)) = self.mapping_at(guest_offset)? {
+            match mapping {
+                Mapping::Data(host) | Mapping::Compressed { host, .. } => return Ok(Some(host)),
+                Mapping::Zero => guest_offset = range.end.0,
+            }
+        }
+        Ok(None)
+    }
+
     /// Fills `buf` with the guest bytes from `guest_offset` on.
     ///
     /// # Errors

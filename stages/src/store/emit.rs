@@ -7,6 +7,8 @@ use engine::{BlockingStage, ErrorKind, Inlet, Item, Outlet, StageContext, StageE
 
 use super::{KeptIn, Survey, collect::KeptExtent, reread::Rebuilt};
 use crate::{
+    compress::{Decoder, encode::digest},
+    extent::Record,
     hash::Hasher,
     qcow2::{Layout, StreamWriter, packing::InFileOrder},
     read_at::ReadAt,
@@ -42,6 +44,18 @@ pub struct Emit {
     pub scratch: Option<File>,
     /// Digest to compute on the way.
     pub hasher: Hasher,
+    /// Made when it is needed.
+    pub decoder: Option<Decoder>,
+}
+
+/// The scratch file does not give back what was written to it.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the scratch file lost what was written to it (guest bytes {guest}): its disk is not to be trusted, use another folder for --scratch, or none"
+)]
+pub struct ScratchDamaged {
+    /// Whose clusters.
+    pub guest: GuestRange,
 }
 
 impl BlockingStage for Emit {
@@ -63,13 +77,14 @@ impl BlockingStage for Emit {
             send(&mut self.hasher, piece.into())?;
         }
         let mut order = writer.data();
-        let mut lengths = survey.index.records().map(|record| record.stored_bytes);
+        let mut records = survey.index.records();
         let mut early = HashMap::new();
         for extent in &survey.extents {
-            let lengths: Vec<u32> = lengths.by_ref().take(to_usize(u64::from(extent.data_clusters))).collect();
+            let records: Vec<Record> = records.by_ref().take(to_usize(u64::from(extent.data_clusters))).collect();
+            let lengths: Vec<u32> = records.iter().map(|record| record.stored_bytes).collect();
             let (packed, credit) = match &extent.kept {
                 KeptIn::Memory(packed) => (packed.clone(), None),
-                KeptIn::Scratch(at) => (self.read_scratch(*at, &lengths)?, None),
+                KeptIn::Scratch(at) => (self.read_scratch(*at, extent.guest, &records)?, None),
                 KeptIn::Source => {
                     let rebuilt = next_rebuilt(&inlet, &mut early, extent.guest)?;
                     (rebuilt.packed.clone(), Some(rebuilt))
@@ -110,10 +125,28 @@ fn next_rebuilt(inlet: &Inlet<Rebuilt>, early: &mut HashMap<u64, Rebuilt>, guest
 }
 
 impl Emit {
-    fn read_scratch(&self, at: u64, lengths: &[u32]) -> Result<Bytes, StageError> {
+    /// An extent's packed clusters out of the scratch file, each compared with its digest: a disk that takes writes and loses them later
+    /// (a full thin volume, a quota on the network) says nothing to whoever reads.
+    fn read_scratch(&mut self, at: u64, guest: GuestRange, records: &[Record]) -> Result<Bytes, StageError> {
         let scratch = self.scratch.as_ref().ok_or_else(|| StageError::bug("bytes in a scratch file, but no file"))?;
-        let mut packed = vec![0; to_usize(lengths.iter().map(|&bytes| u64::from(bytes)).sum())];
+        let mut packed = vec![0; to_usize(records.iter().map(|record| u64::from(record.stored_bytes)).sum())];
         scratch.read_exact_at(at, &mut packed).map_err(|error| StageError::new(ErrorKind::Io, error))?;
+        let mut cluster = vec![0; to_usize(self.survey.cluster_bits.cluster_bytes())];
+        let mut rest = packed.as_slice();
+        for record in records {
+            let (stored, after) = rest.split_at(to_usize(u64::from(record.stored_bytes)));
+            rest = after;
+            let good = if stored.len() == cluster.len() {
+                digest(stored) == record.digest
+            } else {
+                let codec = self.layout.placement().codec.ok_or_else(|| StageError::bug("compressed bytes, but no codec"))?;
+                let decoder = self.decoder.get_or_insert_with(|| Decoder::new(codec));
+                decoder.decode(stored, &mut cluster).is_ok() && digest(&cluster) == record.digest
+            };
+            if !good {
+                return Err(StageError::new(ErrorKind::InvalidData, ScratchDamaged { guest }));
+            }
+        }
         Ok(packed.into())
     }
 

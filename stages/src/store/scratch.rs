@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use engine::{Cancelled, Inlet, LocalStage, Outlet, StageContext, StageError};
+use engine::{Cancelled, ErrorKind, Inlet, LocalStage, Outlet, StageContext, StageError};
 
 use crate::{
     disk::queue::{Completion, WriteBytes, WriteOp, WriteQueue},
@@ -64,13 +64,29 @@ impl ScratchFile {
     }
 }
 
-/// Writes what memory did not take, until its limit or the disk's; from then on extents pass as they come. Nothing that goes wrong
-/// here fails a run.
+/// Neither memory nor the scratch file holds the data of a source that cannot be read again.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "what comes through a pipe cannot be read again, and neither memory (--memory {}) nor the scratch file holds it: full at guest offset \
+     {guest_offset:#x}. Raise --memory or --scratch-limit, or choose a folder with more room for --scratch",
+    crate::text::size(*.memory_bytes)
+)]
+pub struct ScratchFull {
+    /// The whole budget of memory, bytes.
+    pub memory_bytes: u64,
+    /// Where the survey was.
+    pub guest_offset: u64,
+}
+
+/// Writes what memory did not take, until its limit or the disk's; from then on extents pass as they come, to be read again. A write that
+/// fails fails no run.
 pub struct ScratchWrite<Q> {
     /// The scratch file.
     pub queue: Q,
     /// Bytes it may take.
     pub limit_bytes: u64,
+    /// What it does not take would be lost: then the run ends, naming the whole budget of memory.
+    pub refuse: Option<u64>,
     /// Told of bytes written.
     pub progress: Progress,
     /// Told when it is full.
@@ -80,6 +96,7 @@ pub struct ScratchWrite<Q> {
 struct Writer<Q> {
     queue: Q,
     limit_bytes: u64,
+    refuse: Option<u64>,
     used: u64,
     /// No more is written: it is full, or failed.
     closed: bool,
@@ -95,9 +112,18 @@ impl<Q: WriteQueue> LocalStage for ScratchWrite<Q> {
     type Report = ();
 
     async fn run(self, inlet: Inlet<Placed>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
-        let Self { queue, limit_bytes, progress, retries } = self;
-        let mut writer =
-            Writer { queue, limit_bytes, used: 0, closed: false, pending: HashMap::new(), next_tag: 0, progress, retries };
+        let Self { queue, limit_bytes, refuse, progress, retries } = self;
+        let mut writer = Writer {
+            queue,
+            limit_bytes,
+            refuse,
+            used: 0,
+            closed: false,
+            pending: HashMap::new(),
+            next_tag: 0,
+            progress,
+            retries,
+        };
         let result = writer.pass_all(&inlet, &outlet).await;
         // whatever happened, nothing is in flight when this stage returns (engine I4)
         let mut drained = Ok(());
@@ -136,13 +162,13 @@ impl<Q: WriteQueue> Writer<Q> {
     async fn pass(&mut self, placed: Placed, outlet: &Outlet<Placed>) -> Result<(), StageError> {
         let bytes = match &placed.home {
             Home::Passing(bytes) if !self.closed => bytes.clone(),
-            _ => return Ok(outlet.send(placed).await?),
+            _ => return self.let_go(placed, outlet).await,
         };
         let len = to_u64(bytes.len());
         if self.used + len > self.limit_bytes {
             self.closed = true;
             self.retries.say(format!("the scratch file has reached its limit of {}", crate::text::size(self.limit_bytes)));
-            return Ok(outlet.send(placed).await?);
+            return self.let_go(placed, outlet).await;
         }
         let tag = self.next_tag;
         self.next_tag += 1;
@@ -157,6 +183,17 @@ impl<Q: WriteQueue> Writer<Q> {
             }
         }
         Ok(())
+    }
+
+    /// Passes an extent on that nothing keeps.
+    async fn let_go(&self, placed: Placed, outlet: &Outlet<Placed>) -> Result<(), StageError> {
+        match (self.refuse, &placed.home) {
+            (Some(memory_bytes), Home::Passing(_)) => {
+                let full = ScratchFull { memory_bytes, guest_offset: placed.guest.start.0 };
+                Err(StageError::new(ErrorKind::Limit, full))
+            }
+            _ => Ok(outlet.send(placed).await?),
+        }
     }
 
     async fn completed(&mut self, completion: Completion, outlet: &Outlet<Placed>) -> Result<(), StageError> {
@@ -177,6 +214,6 @@ impl<Q: WriteQueue> Writer<Q> {
             }
             Err(_) => {}
         }
-        Ok(outlet.send(placed).await?)
+        self.let_go(placed, outlet).await
     }
 }
