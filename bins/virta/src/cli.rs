@@ -53,6 +53,9 @@ pub struct ConvertArgs {
     /// The new image goes into this cloud from clouds.yaml, with its own sign-in (for clouds and regions that share no images)
     #[arg(long, value_name = "NAME")]
     pub to_os_cloud: Option<String>,
+    /// Bytes that stdin has to give, SIZE: a pipe that breaks looks like one that ends
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub source_size: Option<u64>,
     /// Compress clusters: zlib boots everywhere, zstd is faster and needs QEMU 5.1 or later wherever the image is used
     #[arg(long, value_name = "HOW", default_value = "none")]
     pub compress: CompressChoice,
@@ -62,7 +65,8 @@ pub struct ConvertArgs {
     /// Delete the source image once the new one is verified (by readback, unless --verify hash says otherwise). Asks first
     #[arg(long, conflicts_with = "replace")]
     pub delete_source: bool,
-    /// The new image takes the source's name and visibility, and the source is deleted. Its id does change: pinned ids break
+    /// The new image takes the source's name and visibility, and the source is deleted; DEST is what it is called until then. Its id does
+    /// change: pinned ids break
     #[arg(long)]
     pub replace: bool,
     /// Share the new image with the projects that the source is shared with; each has to accept it again
@@ -114,7 +118,7 @@ pub struct Tuning {
     /// Threads for zero test and copying [default: one a core, at most 8]
     #[arg(long, value_name = "N", value_parser = count)]
     pub workers: Option<NonZeroUsize>,
-    /// Memory to use, SIZE. To Glance or a pipe, data that does not fit goes to --scratch, or is read twice; into a file 64M will do
+    /// Memory for data, SIZE; the program itself takes up to 100M beside. To Glance or a pipe, data that does not fit goes to --scratch, or is read twice; into a file 64M will do
     /// [default: a quarter of what is free, at most 2G]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
@@ -175,10 +179,10 @@ pub struct VerifyArgs {
 pub struct StatusArgs {
     /// A run's id, or its beginning
     pub id: Option<String>,
-    /// Show what it shows, until it is over, and exit as it does. Without an id: the latest one that runs
+    /// Show what it shows, until it is over, and exit as it does. Without an id: the latest one that runs, else the latest
     #[arg(long)]
     pub follow: bool,
-    /// What is printed on stdout
+    /// What is printed on stdout; value is the runs' ids alone
     #[arg(short = 'f', long = "format", value_name = "FORMAT", default_value = "table")]
     pub format: FormatChoice,
 }

@@ -211,7 +211,7 @@ async fn convert(
             Err(error) if !Path::new(path).exists() => return Err(did_you_mean(error, path, source_cloud.as_ref()).await),
             other => other?,
         },
-        End::Stdio => Source::stdin()?,
+        End::Stdio => Source::stdin(arguments.source_size)?,
     };
     let job = Job::new(source, options, progress, &notices, cancel);
     interruptible(cancel, retire::check(&job, arguments.force)).await?;
@@ -244,6 +244,9 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
     let usage = |text: &str| Err(JobError::Usage(text.to_owned()));
     if matches!(to, End::Stdio) && std::io::stdout().is_terminal() {
         return usage("`-` writes the image to stdout, and stdout is a terminal: send it into a file or a pipe");
+    }
+    if arguments.source_size.is_some() && !matches!(from, End::Stdio) {
+        return usage("--source-size is about what comes through a pipe: the source has to be -");
     }
     if arguments.to_os_cloud.is_some() && !matches!(to, End::Glance(_)) {
         return usage("--to-os-cloud chooses the cloud of a new image: the destination has to be glance:NAME");
@@ -318,6 +321,19 @@ fn stdout() -> Result<std::fs::File, JobError> {
 async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str) -> Result<Option<Outcome>, JobError> {
     match check_name(session, taken, name, &job.source, job.options.force, job.options.after)? {
         NameCheck::AlreadyDone(image) => {
+            if job.options.verify == Verify::Readback && job.options.after == After::Keep {
+                job.notices.note("the image is there already: it is read and compared with the source");
+                if !convert::readback::prove(job, session, &image).await? {
+                    return Err(JobError::Verification(format!(
+                        "image {} does not show what the source shows",
+                        image.shown_id()
+                    )));
+                }
+            }
+            job.notices.note(&format!(
+                "made earlier, with the options of then ({}): for another one take another name, or --force",
+                image.line()
+            ));
             // an earlier run may have been stopped between its verification and the rest
             retire::after_conversion(job, session, &image.id, true).await?;
             return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
@@ -398,7 +414,7 @@ fn write_report(path: &Path, json: &str) -> std::io::Result<()> {
 }
 
 /// A path that is not there may be an image's name.
-async fn did_you_mean(error: JobError, path: &str, session: Option<&Session>) -> JobError {
+pub async fn did_you_mean(error: JobError, path: &str, session: Option<&Session>) -> JobError {
     let is_image = match session {
         Some(session) => session.find_image(path).await.is_ok(),
         None => uuid::Uuid::parse_str(path).is_ok(),
@@ -492,6 +508,10 @@ pub fn proven(report: &Report) -> Vec<String> {
     if report.source_hash.checked {
         let algorithm = report.source_hash.algorithm.as_deref().unwrap_or_default();
         lines.push(format!("proven: what was read has the source's {algorithm} in Glance"));
+    } else if report.source_read_twice {
+        lines.push("proven: read a second time, the source gave the same bytes (Glance has no hash of it)".to_owned());
+    } else if from_glance && report.verify == "none" {
+        lines.push("not proven: what was read was not compared with the source's hash (--verify none)".to_owned());
     } else if from_glance {
         lines.push("not proven: Glance has no hash of the source, so what was read could not be checked against one".to_owned());
     }
@@ -499,6 +519,10 @@ pub fn proven(report: &Report) -> Vec<String> {
     if report.read_back {
         let what = if to_glance { "what Glance serves of the new image" } else { "the file, read back," };
         lines.push(format!("proven: {what} decodes to the {} bytes that were read of the source", report.virtual_bytes));
+    } else if !to_glance && report.destination != "-" && report.source == "-" {
+        lines.push(
+            "not proven: the file, read back; what came through a pipe is gone, so only --verify readback could do it".to_owned(),
+        );
     } else if !to_glance && report.destination != "-" {
         lines.push(format!(
             "not proven: the file, read back; to prove it: virta verify {} {}",

@@ -228,6 +228,9 @@ fn plain_line(progress: &Progress, phase: Phase, elapsed: Duration) -> Option<St
     let read = || {
         let surveyed = progress.surveyed_bytes();
         let rate = rate(surveyed, elapsed);
+        if total == 0 {
+            return format!("read {}, {rate}, {}% zeros", size(surveyed), percent(progress.zero_bytes(), surveyed));
+        }
         format!(
             "{}% read: {} of {}, {rate}, {}% zeros",
             percent(surveyed, total),

@@ -25,6 +25,8 @@ use crate::{
 
 /// Lines of a run's log that are shown when it is looked at.
 const TAIL_LINES: usize = 20;
+/// Runs that are listed.
+const LISTED_MAX: usize = 20;
 /// How often a followed run is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
 
@@ -72,12 +74,17 @@ pub async fn status(arguments: StatusArgs) -> ExitCode {
         FormatChoice::Table if found.is_empty() => exit::say("no run yet on this machine"),
         FormatChoice::Table => {
             _ = exit::print(&format!("{:<9} {:<8} {:<21} what", "run", "state", "started (UTC)"));
-            for found in &found {
+            // the latest first: that is the one that somebody looks for
+            for found in found.iter().rev().take(LISTED_MAX) {
                 let record = &found.record;
                 let what = format!("{} -> {}", printable(&record.source), printable(&record.destination));
                 _ = exit::print(&format!("{:<9} {:<8} {:<21} {what}", short(&record.run), word(record.state), record.started_at));
             }
         }
+    }
+    let older = found.len().saturating_sub(LISTED_MAX);
+    if older > 0 && arguments.format == FormatChoice::Table {
+        exit::say(&format!("and {older} older ones: virta status -f json"));
     }
     ExitCode::SUCCESS
 }

@@ -11,12 +11,12 @@ use stages::{
     glance::{Patience, Remote, Retries},
     openstack::{Session, config::Surroundings},
     progress::Progress,
-    text::size,
+    text::{printable, size},
 };
 
 use crate::{
     cli::VerifyArgs,
-    convert::{End, watch_signals},
+    convert::{End, did_you_mean, watch_signals},
     display::Display,
     exit,
     runs::Run,
@@ -53,6 +53,10 @@ async fn verify(arguments: &VerifyArgs, progress: &Progress, display: &Display, 
     let mut targets = Vec::new();
     for end in &ends {
         targets.push(match end {
+            End::Path(path) if !std::path::Path::new(path).exists() => {
+                let missing = JobError::Refused(format!("there is no file {}", printable(path)));
+                return Err(did_you_mean(missing, path, session.as_ref()).await);
+            }
             End::Path(path) => Target::Path(PathBuf::from(path)),
             End::Stdio => return Err(JobError::Usage("what comes through a pipe cannot be compared: give a file".to_owned())),
             End::Glance(name) => {

@@ -51,6 +51,13 @@ pub enum JobError {
         #[source]
         source: BoxError,
     },
+    /// Two images could not be compared.
+    #[error("the images could not be compared")]
+    Compare {
+        /// Which one, and why.
+        #[source]
+        source: BoxError,
+    },
     /// The image could not be written.
     #[error("writing {path}{advice}")]
     Write {

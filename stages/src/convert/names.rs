@@ -83,8 +83,10 @@ pub fn check_name(
         return Ok(NameCheck::Free { unfinished });
     }
     let lines: Vec<String> = taken.iter().map(|image| format!("\n    {}", image.line())).collect();
+    let itself = matches!(source, Source::Glance { image, .. } if taken.iter().any(|taken| taken.id == image.id));
+    let replace = if itself { ", or put it in the source's place with --replace" } else { "" };
     Err(JobError::Usage(format!(
-        "an image called {} is there already; choose another name, or make a second one with --force:{}",
+        "an image called {} is there already; choose another name{replace}, or make a second one with --force:{}",
         printable(name),
         lines.concat()
     )))

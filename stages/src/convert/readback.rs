@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Guest bytes that a worker takes at once.
-const STEP_BYTES: u64 = 8 << 20;
+const STEP_BYTES: u64 = 2 << 20;
 /// Most workers that read at once: each has its own connection.
 const WORKERS_MAX: usize = 8;
 
@@ -51,7 +51,7 @@ pub enum Target {
 
 /// An image that cannot be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("reading {what}")]
+#[error("{what} cannot be read: it is damaged, cut short, or out of reach")]
 pub struct CannotRead {
     /// Which.
     pub what: String,
@@ -112,6 +112,23 @@ impl Target {
     }
 }
 
+/// An image whose errors name it.
+struct Named {
+    what: String,
+    image: Box<dyn GuestBytes>,
+}
+
+impl GuestBytes for Named {
+    fn virtual_bytes(&self) -> u64 {
+        self.image.virtual_bytes()
+    }
+
+    fn read(&self, guest_offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        let read = self.image.read(guest_offset, buf);
+        read.map_err(|source| io::Error::other(CannotRead { what: self.what.clone(), source }))
+    }
+}
+
 /// Do two images show a guest the same bytes? Workers read in parallel where both can be read at any offset.
 ///
 /// # Errors
@@ -134,6 +151,9 @@ pub async fn compare(a: &Target, b: &Target, workers: usize, progress: &Progress
         Ok(_) => {}
         Err(engine::RunError::Failed { error, .. }) if difference(&error).is_some() => {
             return Err(JobError::Verification(difference(&error).map(ToString::to_string).unwrap_or_default()));
+        }
+        Err(engine::RunError::Failed { error, .. }) => {
+            return Err(JobError::Compare { source: error.source.unwrap_or_else(|| "it gave no reason".into()) });
         }
         Err(error) => return Err(error.into()),
     }
@@ -212,6 +232,8 @@ impl BlockingStage for OpenAndCompare {
             target.open(&self.runtime).map_err(failed)
         };
         let (a, b) = (open(&self.a)?, open(&self.b)?);
+        let named = |target: &Target, image| Box::new(Named { what: target.shown(), image });
+        let (a, b) = (named(&self.a, a), named(&self.b, b));
         let bytes = a.virtual_bytes().max(b.virtual_bytes());
         self.progress.set_virtual_bytes(bytes);
         Compare { a, b, cursor: self.cursor, first: self.first, progress: self.progress }.run(inlet, outlet, cx)?;

@@ -125,6 +125,10 @@ pub struct Report {
     pub image_hash: HashReport,
     /// The new image was read back and shows a guest the bytes that were read of the source.
     pub read_back: bool,
+    /// The source has no hash, and was read a second time and compared with what was read at first.
+    pub source_read_twice: bool,
+    /// What was asked for: `none`, `hash` or `readback`.
+    pub verify: &'static str,
     /// `none`, `zlib` or `zstd`.
     pub compression: &'static str,
     /// Bytes of stored clusters in memory at the largest.
@@ -162,6 +166,8 @@ pub(super) struct ReportParts<'a> {
     pub(super) started: Instant,
     pub(super) access: Access,
     pub(super) read_back: bool,
+    pub(super) read_twice: bool,
+    pub(super) verify: &'static str,
     pub(super) compression: &'static str,
     pub(super) tiers: Tiers,
     pub(super) source_hash: HashReport,
@@ -192,6 +198,8 @@ impl Report {
             source_hash: parts.source_hash,
             image_hash: parts.image_hash,
             read_back: parts.read_back,
+            source_read_twice: parts.read_twice,
+            verify: parts.verify,
             compression: parts.compression,
             memory_tier_bytes: parts.tiers.memory_bytes,
             source_tier_bytes: parts.tiers.source_bytes,

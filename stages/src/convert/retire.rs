@@ -220,10 +220,12 @@ async fn compare_again(job: &Job, session: &Session, new_id: &str) -> Result<(),
 
 /// Reads a source without a hash once more: what it serves now has to be what was read at first. Any other has been checked.
 ///
+/// Returns whether it was read.
+///
 /// # Errors
 /// [`JobError::Verification`]; the new image is then not to be trusted.
-pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<(), JobError> {
-    let (Some(remote), None) = (job.source.remote(job), job.source.expected_hash()) else { return Ok(()) };
+pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<bool, JobError> {
+    let (Some(remote), None) = (job.source.remote(job), job.source.expected_hash()) else { return Ok(false) };
     job.notices.note("reading the source a second time, since it has no hash");
     let target = Target::glance(Remote { again: true, ..remote }).await?;
     against_survey(&target, survey, job.options.connections.get(), &job.progress, &job.cancel).await.map_err(|error| match error {
@@ -233,7 +235,8 @@ pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<()
                 .to_owned(),
         ),
         error => error,
-    })
+    })?;
+    Ok(true)
 }
 
 /// The last steps of a replacement.

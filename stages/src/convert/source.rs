@@ -116,11 +116,11 @@ impl Source {
         Ok(Self::Glance { session: session.clone(), image: Box::new(image), bytes })
     }
 
-    /// What stdin is: a file is read at any offset, anything else once.
+    /// What stdin is: a file is read at any offset, anything else once, and has to have `expected_bytes`, where they are given.
     ///
     /// # Errors
     /// If it is a terminal, or a file that is not raw.
-    pub fn stdin() -> Result<Self, JobError> {
+    pub fn stdin(expected_bytes: Option<u64>) -> Result<Self, JobError> {
         use std::os::fd::AsFd;
         let stdin = std::io::stdin();
         if std::io::IsTerminal::is_terminal(&stdin) {
@@ -135,7 +135,7 @@ impl Source {
         if at_start && (kind.is_file() || std::os::unix::fs::FileTypeExt::is_block_device(&kind)) {
             return Ok(Self::Local(Arc::new(RawFile::from_file(file, Path::new("stdin"))?)));
         }
-        Ok(Self::Pipe(PipeSource::new(file, "stdin")))
+        Ok(Self::Pipe(PipeSource::new(file, "stdin", expected_bytes)))
     }
 
     /// Its size, bytes; `None` for a pipe.
@@ -164,7 +164,13 @@ impl Source {
         match self {
             Self::Local(raw) => format!("source: {}, {} raw", raw.path().display(), size(raw.bytes())),
             Self::Glance { image, bytes, .. } => format!("source: image {} ({}), {} raw", image.shown(), image.id, size(*bytes)),
-            Self::Pipe(_) => "source: stdin, a pipe: raw, and as long as it comes".to_owned(),
+            Self::Pipe(pipe) => match pipe.expected_bytes() {
+                Some(bytes) => format!("source: stdin, a pipe of {} raw", size(bytes)),
+                None => {
+                    "source: stdin, a pipe: a connection that breaks looks like its end; --source-size BYTES tells them apart"
+                        .to_owned()
+                }
+            },
         }
     }
 

@@ -117,6 +117,7 @@ pub async fn to_file(job: &Job, destination: &Path) -> Result<Report, JobError> 
         image_bytes: written.image_bytes,
         access: access_of(source_handle).await,
         read_back: survey,
+        read_twice: false,
         tiers: Tiers::default(),
         expected,
         image_hash: HashReport::none(),

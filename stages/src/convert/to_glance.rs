@@ -113,6 +113,7 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
         image_bytes,
         access: surveyed.access,
         read_back: made.read_back,
+        read_twice: made.read_twice,
         tiers: surveyed.tiers,
         expected: surveyed.expected.clone(),
         image_hash: made.image_hash,
@@ -145,6 +146,7 @@ struct Proven {
     id: String,
     image_hash: HashReport,
     read_back: bool,
+    read_twice: bool,
     stages: Stages,
 }
 
@@ -365,11 +367,12 @@ impl Emission<'_> {
             self.read_back(&image).await?;
         }
         // before the mark: an image that is made of something else than the source has none
-        if goes {
-            retire::second_reading(self.job, &self.surveyed.survey).await?;
-        }
+        let read_twice = goes && retire::second_reading(self.job, &self.surveyed.survey).await?;
+        let hashed = self.job.options.verify > Verify::None || self.job.source.expected_hash().is_none() || read_back;
         let verified = match (&image_hash.algorithm, &image_hash.value) {
-            (Some(algorithm), Some(value)) if image_hash.checked => verified_mark(&format!("{algorithm}:{value}")),
+            (Some(algorithm), Some(value)) if image_hash.checked && hashed => verified_mark(&format!("{algorithm}:{value}")),
+            // what was read was compared with nothing: a later run does not take it for finished
+            (Some(algorithm), _) if image_hash.checked => format!("{algorithm} of what was sent"),
             _ => format!("size:{}", emitted.bytes),
         };
         self.guard(self.session.set_property(&image.id, VERIFIED, &json!(verified))).await??;
@@ -380,7 +383,7 @@ impl Emission<'_> {
             self.job.notices.warn(&format!("the source is protected, the new image could not be: {error}"));
         }
         let stages = surveyed_stages.into_iter().chain(stages).collect();
-        Ok(Proven { id: image.id, image_hash, read_back, stages })
+        Ok(Proven { id: image.id, image_hash, read_back, read_twice, stages })
     }
 
     /// Glance's size and hash of the new image against our own.

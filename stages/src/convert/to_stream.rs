@@ -72,6 +72,7 @@ pub async fn to_stream(job: &Job, output: File, name: &str) -> Result<Report, Jo
         image_bytes: emitted.bytes,
         access: surveyed.access,
         read_back: false,
+        read_twice: false,
         tiers: surveyed.tiers,
         expected: surveyed.expected,
         image_hash: HashReport { algorithm: Some("sha512".to_owned()), value: Some(emitted.digest), checked: false },

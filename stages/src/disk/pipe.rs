@@ -24,13 +24,21 @@ const LOOK_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 pub struct PipeSource {
     file: Arc<Mutex<Option<File>>>,
     name: Arc<str>,
+    expected_bytes: Option<u64>,
 }
 
 impl PipeSource {
-    /// Over an open pipe, socket or terminal; `name` is what it is called in messages.
+    /// Over an open pipe, socket or terminal; `name` is what it is called in messages. A pipe that breaks looks like one that ends: only
+    /// who knows how many bytes there have to be can tell.
     #[must_use]
-    pub fn new(file: File, name: &str) -> Self {
-        Self { file: Arc::new(Mutex::new(Some(file))), name: name.into() }
+    pub fn new(file: File, name: &str, expected_bytes: Option<u64>) -> Self {
+        Self { file: Arc::new(Mutex::new(Some(file))), name: name.into(), expected_bytes }
+    }
+
+    /// Bytes that it has to have, if that is known.
+    #[must_use]
+    pub const fn expected_bytes(&self) -> Option<u64> {
+        self.expected_bytes
     }
 }
 
@@ -77,6 +85,9 @@ impl BlockingStage for ReadPipe {
         }
         if at == 0 {
             return Err(source_error(SourceError::Empty { path: name }));
+        }
+        if let Some(expected) = self.source.expected_bytes.filter(|expected| *expected != at) {
+            return Err(source_error(SourceError::Length { path: name, bytes: at, expected }));
         }
         outlet.finish();
         Ok(())

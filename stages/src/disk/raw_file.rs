@@ -54,6 +54,16 @@ pub enum SourceError {
         /// The path.
         path: String,
     },
+    /// A pipe that gave fewer bytes, or more, than it has to.
+    #[error("{path} gave {bytes} bytes, but --source-size says {expected}: the pipe broke, or that is another disk")]
+    Length {
+        /// The pipe.
+        path: String,
+        /// What came.
+        bytes: u64,
+        /// What had to come.
+        expected: u64,
+    },
     /// It changed while it was read, so what was read may be half old, half new.
     #[error("{path} changed while it was read ({what}): stop whatever writes to it and start again")]
     Changed {
