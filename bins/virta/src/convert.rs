@@ -85,6 +85,8 @@ pub fn watch_signals(cancel: &CancelToken) {
     else {
         return;
     };
+    // a file that reaches the limit for its size is an error to whoever writes it, not a death
+    let _ = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()));
     let cancel = cancel.clone();
     tokio::spawn(async move {
         let mut asked: Option<std::time::Instant> = None;
@@ -139,6 +141,11 @@ pub async fn run(arguments: ConvertArgs) -> ExitCode {
     let display = Display::start(arguments.output.progress, &progress, run.clone());
     let cancel = CancelToken::new();
     watch_signals(&cancel);
+    if run.id().is_none() {
+        display.warn(
+            "the state folder cannot be written: no record of this run, and nothing that cleans up after it if it is killed",
+        );
+    }
     let result = convert(&arguments, options, &progress, &display, &run, &cancel).await;
     display.finish().await;
     match &result {
@@ -219,8 +226,7 @@ async fn convert(
     let report = match &to {
         End::Stdio => convert::to_stream::to_stream(&job, stdout()?, "-").await?,
         End::Path(path) if is_forward_only(path) => {
-            let file = std::fs::File::options().write(true).open(path);
-            let file = file.map_err(|error| JobError::Refused(format!("opening {path}: {error}")))?;
+            let file = open_forward(path, display, cancel).await?;
             convert::to_stream::to_stream(&job, file, path).await?
         }
         End::Path(path) => convert::to_file::to_file(&job, Path::new(path)).await?,
@@ -244,6 +250,9 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
     let usage = |text: &str| Err(JobError::Usage(text.to_owned()));
     if matches!(to, End::Stdio) && std::io::stdout().is_terminal() {
         return usage("`-` writes the image to stdout, and stdout is a terminal: send it into a file or a pipe");
+    }
+    if !arguments.property.is_empty() && !matches!(to, End::Glance(_)) {
+        return usage("--property is about a new image in Glance: the destination has to be glance:NAME");
     }
     if arguments.source_size.is_some() && !matches!(from, End::Stdio) {
         return usage("--source-size is about what comes through a pipe: the source has to be -");
@@ -311,10 +320,44 @@ fn is_forward_only(path: &str) -> bool {
     path == "/dev/stdout" || std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
+/// Opens a FIFO when its reader is there; until then it can be interrupted.
+async fn open_forward(path: &str, display: &Display, cancel: &CancelToken) -> Result<std::fs::File, JobError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let mut told = false;
+    loop {
+        match std::fs::File::options().write(true).custom_flags(flags).open(path) {
+            Ok(file) => return Ok(file),
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NXIO.raw_os_error()) => {
+                if !std::mem::replace(&mut told, true) {
+                    display.note(&format!("waiting until somebody reads {}", printable(path)));
+                }
+                let pause = tokio::time::sleep(std::time::Duration::from_millis(200));
+                cancel.guard(pause).await.map_err(|_| JobError::interrupted())?;
+            }
+            Err(error) => return Err(JobError::Refused(format!("opening {}: {error}", printable(path)))),
+        }
+    }
+}
+
 fn stdout() -> Result<std::fs::File, JobError> {
     use std::os::fd::AsFd;
     let handle = std::io::stdout().as_fd().try_clone_to_owned();
-    handle.map(std::fs::File::from).map_err(|error| JobError::Refused(format!("stdout cannot be written: {error}")))
+    let file =
+        handle.map(std::fs::File::from).map_err(|error| JobError::Refused(format!("stdout cannot be written: {error}")))?;
+    let kind = file.metadata().map_err(|error| JobError::Refused(format!("stdout cannot be written: {error}")))?.file_type();
+    // a closed stdout is opened as /dev/null before a program begins
+    if std::os::unix::fs::FileTypeExt::is_char_device(&kind) {
+        return Err(JobError::Usage(
+            "`-` writes the image to stdout, which is closed or /dev/null: nobody would have it".to_owned(),
+        ));
+    }
+    if kind.is_file() && !matches!(rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)), Ok(0)) {
+        return Err(JobError::Usage(
+            "`-` writes the image to stdout, which is a file that is not empty: give the file's name as destination".to_owned(),
+        ));
+    }
+    Ok(file)
 }
 
 /// May the new image have this name? What an earlier run left half done is proven or removed first.
@@ -487,7 +530,12 @@ pub fn conclude(
                 return ExitCode::from(1);
             }
         }
-        FormatChoice::Value => _ = print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination))),
+        FormatChoice::Value => {
+            if !print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination))) {
+                exit::say(&format!("virta: made {}, but that could not be written to stdout", printable(&report.destination)));
+                return ExitCode::from(1);
+            }
+        }
     }
     if let Err(error) = receipt {
         exit::say(&format!("virta: the conversion is done, but its receipt could not be written: {error}"));

@@ -313,7 +313,16 @@ async fn pipes_in_and_out_carry_the_image_and_nothing_else() {
     drop(child.stdout.take());
     Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO).ends(1, &["writing to -", "Broken pipe"]);
     let run = cloud.run(&["convert", "-", "empty.qcow2"]).await;
-    run.ends(1, &["stdin is"]);
+    run.ends(1, &["stdin is empty"]);
+    // a connection that broke, where somebody knows how much there has to be
+    let output = feed(&["convert", "-", "short.qcow2", "--source-size", "1G"]).await;
+    let run = Run::new(output, Duration::ZERO);
+    run.ends(1, &["but --source-size says 1073741824"]);
+    assert!(!cloud.folder.path().join("short.qcow2").exists());
+    // nobody would have what goes to a stdout that is closed
+    let mut command = cloud.command(&["convert", "disk.raw", "-"]);
+    let output = command.stdout(Stdio::null()).output().await.unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
     let big = Cloud::start_with(200, Config::default(), |_| {}).await;
     let mut child = big.command(&["convert", "-", "glance:big", "--memory", "32M"]).stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
@@ -323,6 +332,36 @@ async fn pipes_in_and_out_carry_the_image_and_nothing_else() {
     run.ends(1, &["cannot be read again", "Raise --memory (now 32.0 MiB)", "--scratch DIR", "ends the run"]);
     let _ = feeding.await.unwrap();
     big.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_image_without_a_hash_is_read_back_before_the_source_goes() {
+    // a source with a hash, a service that computes none for what is uploaded
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.service.faults(|faults| faults.null_hashes = true);
+    let run = cloud.convert(&["--delete-source", "--yes", "--verify", "hash"]).await;
+    // what cannot be marked as verified is not enough to delete a source for
+    run.ends(1, &["reading", "back and comparing it", "the source is not deleted"]);
+    assert!(!cloud.is_gone(&cloud.snapshot));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fifo_that_nobody_reads_can_be_interrupted() {
+    let cloud = Cloud::start(|_| {}).await;
+    std::fs::write(cloud.folder.path().join("disk.raw"), &cloud.raw).unwrap();
+    let fifo = cloud.folder.path().join("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).unwrap();
+    let child = cloud.command(&["convert", "disk.raw", "fifo"]).spawn().unwrap();
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    signal(&child, Signal::TERM);
+    Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO).ends(130, &["waiting until somebody reads fifo"]);
+    cloud.run(&["verify", "fifo", "disk.raw"]).await.ends(1, &["a FIFO"]);
+    let child = cloud.command(&["convert", "disk.raw", "fifo"]).spawn().unwrap();
+    let (from, to) = (fifo, cloud.folder.path().join("through.qcow2"));
+    let copying = tokio::spawn(async move { tokio::fs::write(to, tokio::fs::read(from).await?).await });
+    Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO).ends(0, &[]);
+    copying.await.unwrap().unwrap();
+    cloud.assert_is_the_disk(&cloud.folder.path().join("through.qcow2"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -86,6 +86,10 @@ impl Target {
     fn open(&self, runtime: &Handle) -> io::Result<Box<dyn GuestBytes>> {
         match self {
             Self::Path(path) => {
+                // looked at before it is opened: opening a FIFO would wait for its other end
+                if let Some(what) = crate::disk::no_file(std::fs::metadata(path)?.file_type()) {
+                    return Err(io::Error::other(format!("it is {what}")));
+                }
                 let file = std::fs::File::open(path)?;
                 let mut head = [0; 8];
                 let bytes = std::os::unix::fs::FileExt::read_at(&file, &mut head, 0)?;

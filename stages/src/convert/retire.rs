@@ -194,7 +194,12 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
             members.len()
         )));
     }
-    job.check_unchanged().await?;
+    job.check_unchanged().await.map_err(|error| match error {
+        JobError::Api(error) => {
+            failed(new_id, "the source could not be looked at again (another run may have deleted it)", &error)
+        }
+        error => error,
+    })?;
     let new = session.image(new_id).await?;
     if new.status != "active" || !may_be_finished(&new) {
         return Err(JobError::Refused(format!(

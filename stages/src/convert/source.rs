@@ -133,7 +133,7 @@ impl Source {
         let kind = file.metadata().map_err(|error| JobError::Refused(format!("stdin cannot be read: {error}")))?.file_type();
         let at_start = rustix::fs::seek(&file, rustix::fs::SeekFrom::Current(0)) == Ok(0);
         if at_start && (kind.is_file() || std::os::unix::fs::FileTypeExt::is_block_device(&kind)) {
-            return Ok(Self::Local(Arc::new(RawFile::from_file(file, Path::new("stdin"))?)));
+            return Ok(Self::Local(Arc::new(RawFile::from_file(file, Path::new("-"))?)));
         }
         Ok(Self::Pipe(PipeSource::new(file, "stdin", expected_bytes)))
     }

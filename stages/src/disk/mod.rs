@@ -83,7 +83,7 @@ pub fn choose_backend(mode: IoMode, folder: &Path) -> Result<Backend, UringDenie
 }
 
 /// What a path leads to, if it is neither a file nor a block device.
-fn no_file(kind: std::fs::FileType) -> Option<&'static str> {
+pub(crate) fn no_file(kind: std::fs::FileType) -> Option<&'static str> {
     use std::os::unix::fs::FileTypeExt;
     let kinds = [
         (kind.is_dir(), "a folder"),
