@@ -4,17 +4,23 @@
 //!
 //! | stage | in | out | placement | limits |
 //! |---|---|---|---|---|
-//! | [`disk::read::PlanReads`] | – | parts of a raw file | one thread | – |
+//! | [`disk::read::PlanReads`] | – | parts of a raw file | one thread | the watermark's window |
 //! | [`disk::read::ReadExtents`] | parts | [`extent::Classified`] | threads | a lease each |
+//! | [`disk::pipe::ReadPipe`] | – | [`extent::Extent`] | one thread | a lease before each read |
 //! | [`glance::Fetch`] | – | [`extent::Extent`] | network | a lease before each read, a window of ranges |
 //! | [`zero::classify::Classify`] | [`extent::Extent`] | [`extent::Classified`] | cpu | none |
+//! | [`compress::EncodeClusters`] | [`extent::Classified`] | the same, with records, packed | cpu | a cluster of scratch, the codec's context |
 //! | [`store::Keep`] | [`extent::Classified`] | [`extent::Placed`] | cpu | the store's memory |
+//! | [`store::ScratchWrite`] | [`extent::Placed`] | the same, in the scratch file | ring | its limit, writes in flight |
 //! | [`disk::write::WriteImage`] | [`extent::Classified`] | [`extent::Placed`] | ring | writes in flight, index |
 //! | [`store::Collect`] | [`extent::Placed`] | the same, in guest order | one thread | index, extents held |
 //! | [`hash::HashLane`] | [`extent::Placed`], in order | – | one thread | lags by its port |
-//! | [`store::Emit`] | – | [`store::Chunk`] | one thread | – |
-//! | [`compare::Compare`] | – | – | threads | two buffers a worker |
+//! | [`store::ReadAgain`] | – | [`extent::Extent`] | threads | a lease before each read |
+//! | [`store::Recheck`] | [`extent::Extent`] | [`store::Rebuilt`] | cpu | the leases it keeps |
+//! | [`store::Emit`] | [`store::Rebuilt`] | [`store::Chunk`] | one thread | the layout's look-ahead |
+//! | [`glance::Trickle`] | [`store::Chunk`] | the same, never silent | network | its reserve |
 //! | [`glance::Upload`] | [`store::Chunk`] | – | network | – |
+//! | [`compare::Compare`] | – | – | threads | two buffers a worker |
 //!
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 

@@ -38,7 +38,7 @@ pub struct Rebuilt {
     pub guest: GuestRange,
     /// Its data clusters, packed.
     pub packed: Bytes,
-    /// The lease is the credit under which the packed copy exists; it returns when the copy has left.
+    /// The lease is the credit under which the packed copy waits for its turn; it returns when its clusters are in file order.
     _credit: Lease,
 }
 
