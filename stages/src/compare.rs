@@ -97,7 +97,40 @@ impl<R: ReadAt + Send> GuestBytes for Qcow2<R> {
     }
 }
 
-/// Source and sink at once: several workers compare two images, each with its own readers. What they find is in `first`.
+/// A disk looked through by several workers, each taking the next step. Clones are the same sweep.
+#[derive(Clone)]
+pub struct Sweep {
+    cursor: Arc<AtomicU64>,
+    first: Arc<AtomicU64>,
+}
+
+impl Default for Sweep {
+    fn default() -> Self {
+        Self { cursor: Arc::default(), first: Arc::new(AtomicU64::new(u64::MAX)) }
+    }
+}
+
+impl Sweep {
+    /// The start of the next step; `None` at the end, or past a difference: what comes before one that was found is still looked at.
+    #[must_use]
+    pub fn claim(&self, step_bytes: u64, total_bytes: u64) -> Option<u64> {
+        let start = self.cursor.fetch_add(step_bytes, Relaxed);
+        (start < total_bytes && start <= self.first.load(Relaxed)).then_some(start)
+    }
+
+    /// A difference was found.
+    pub fn differs_at(&self, guest_offset: u64) {
+        self.first.fetch_min(guest_offset, Relaxed);
+    }
+
+    /// The first guest offset that differs, once all workers are over.
+    #[must_use]
+    pub fn first_difference(&self) -> Option<u64> {
+        Some(self.first.load(Relaxed)).filter(|first| *first != u64::MAX)
+    }
+}
+
+/// Source and sink at once: several workers compare two images, each with its own readers. What they find is in the sweep.
 ///
 /// Sizes may differ by what a qcow2 rounds up to 512 bytes; those bytes have to be zero.
 pub struct Compare {
@@ -105,10 +138,8 @@ pub struct Compare {
     pub a: Box<dyn GuestBytes>,
     /// The other.
     pub b: Box<dyn GuestBytes>,
-    /// How far the workers are, together.
-    pub cursor: Arc<AtomicU64>,
-    /// The first guest offset that differs, of all workers; `u64::MAX` while there is none.
-    pub first: Arc<AtomicU64>,
+    /// How far the workers are, together, and what they found.
+    pub sweep: Sweep,
     /// Told how far they are.
     pub progress: Progress,
 }
@@ -125,13 +156,8 @@ impl BlockingStage for Compare {
         }
         let total = a_bytes.max(b_bytes);
         let (mut a, mut b) = (vec![0; to_usize(STEP_BYTES)], vec![0; to_usize(STEP_BYTES)]);
-        loop {
+        while let Some(start) = self.sweep.claim(STEP_BYTES, total) {
             cx.cancel.check()?;
-            let start = self.cursor.fetch_add(STEP_BYTES, Relaxed);
-            // what comes before a difference that was found is still looked at
-            if start >= total || start > self.first.load(Relaxed) {
-                break;
-            }
             let bytes = to_usize(STEP_BYTES.min(total - start));
             let (a, b) = (&mut a[..bytes], &mut b[..bytes]);
             let has_a = read_padded(&*self.a, start, a).map_err(|error| StageError::new(ErrorKind::Io, error))?;
@@ -145,7 +171,7 @@ impl BlockingStage for Compare {
             if !same {
                 let byte = |has: bool, bytes: &[u8], at: usize| if has { bytes[at] } else { 0 };
                 let at = (0..bytes).find(|&at| byte(has_a, a, at) != byte(has_b, b, at)).unwrap_or(0);
-                self.first.fetch_min(start + to_u64(at), Relaxed);
+                self.sweep.differs_at(start + to_u64(at));
                 break;
             }
             self.progress.add_verified(to_u64(bytes));

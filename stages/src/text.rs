@@ -36,22 +36,18 @@ pub fn shell_word(word: &str) -> String {
     if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
 
+/// An error and what caused it, the outermost first; a cause that says the same as what it caused is left out.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> Vec<String> {
+    let mut lines: Vec<String> = std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect();
+    lines.dedup();
+    lines
+}
+
 /// An error with what caused it, on one line.
 #[must_use]
 pub fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut last = text.clone();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let line = error.to_string();
-        if line != last {
-            text.push_str(": ");
-            text.push_str(&line);
-        }
-        last = line;
-        cause = error.source();
-    }
-    text
+    chain(error).join(": ")
 }
 
 #[cfg(test)]

@@ -2,22 +2,12 @@
 
 use std::{error::Error, io::Write, process::ExitCode};
 
-use stages::text::printable;
+use stages::text::{chain, printable};
 
 /// Prints an error and what caused it, a line each, and gives the exit code.
 pub fn failure(error: &dyn Error, code: u8) -> ExitCode {
-    let mut text = format!("virta: {}", printable_lines(&error.to_string()));
-    let mut cause = error.source();
-    let mut last = error.to_string();
-    while let Some(error) = cause {
-        let line = error.to_string();
-        if line != last {
-            text.push_str("\n  because: ");
-            text.push_str(&printable_lines(&line));
-        }
-        last = line;
-        cause = error.source();
-    }
+    let lines: Vec<String> = chain(error).iter().map(|line| printable_lines(line)).collect();
+    let text = format!("virta: {}", lines.join("\n  because: "));
     say(&text);
     ExitCode::from(code)
 }

@@ -167,13 +167,12 @@ impl Job {
             }
             None => "no scratch file".to_owned(),
         };
-        let last = match (&self.source, &self.options.scratch) {
-            (Source::Pipe(_), _) => {
+        let last = match &self.source {
+            Source::Pipe(_) => {
                 "a pipe cannot be read again: data beyond that ends the run, and raising --memory or giving --scratch DIR helps"
-                    .to_owned()
             }
-            (Source::Glance { .. }, _) => "data beyond that is fetched twice".to_owned(),
-            (Source::Local(_), _) => "data beyond that is read twice".to_owned(),
+            Source::Glance { .. } => "data beyond that is fetched twice",
+            Source::Local(_) => "data beyond that is read twice",
         };
         self.notices.note(&format!("stored data: up to {} in memory, {scratch}; {last}", size(budget.store_bytes)));
     }
@@ -220,10 +219,9 @@ impl Job {
             survey: true,
             watermark: Some(watermark.clone()),
         };
-        let file = scratch.as_ref().map(ScratchFile::handle).transpose();
         let lane = HashLane {
             expected: expected.clone(),
-            file: file.map_err(|error| JobError::Refused(format!("opening the scratch file again: {error}")))?,
+            file: scratch.as_ref().map(open_again).transpose()?,
             cluster_bits,
             codec: self.codec(),
             progress: self.progress.clone(),
@@ -271,7 +269,7 @@ impl Job {
         memory_bytes: u64,
     ) -> Result<Pipeline<Placed>, JobError> {
         let folder = self.options.scratch.as_deref().ok_or_else(|| JobError::bug("a scratch file without a folder"))?;
-        let file = scratch.handle().map_err(|error| JobError::Refused(format!("opening the scratch file again: {error}")))?;
+        let file = open_again(scratch)?;
         // what a pipe gave and nothing keeps is lost
         let refuse = matches!(self.source, Source::Pipe(_)).then_some(memory_bytes);
         let (limit_bytes, progress, retries) = (self.options.scratch_limit_bytes, self.progress.clone(), self.retries.clone());
@@ -309,7 +307,7 @@ impl Job {
         }
     }
 
-    pub(super) fn report(&self, surveyed: ReportOf<'_>) -> Report {
+    pub(super) fn report(&self, surveyed: ReportOf) -> Report {
         Report::assemble(ReportParts {
             source: self.source.shown(),
             destination: surveyed.destination,
@@ -331,13 +329,13 @@ impl Job {
             image_hash: surveyed.image_hash,
             stages: surveyed.stages,
             retries: self.retries.lines(),
-            progress: surveyed.progress,
+            progress: &self.progress,
         })
     }
 }
 
 /// What a report needs beside the job.
-pub(super) struct ReportOf<'a> {
+pub(super) struct ReportOf {
     pub(super) destination: String,
     pub(super) virtual_bytes: u64,
     pub(super) stored_bytes: u64,
@@ -349,7 +347,6 @@ pub(super) struct ReportOf<'a> {
     pub(super) expected: Option<ExpectedHash>,
     pub(super) image_hash: HashReport,
     pub(super) stages: Vec<engine::MetricsSnapshot>,
-    pub(super) progress: &'a Progress,
 }
 
 impl Surveyed {
@@ -411,11 +408,10 @@ impl Surveyed {
         } else {
             Pipeline::new(cancel).threads("again", 1, || Nothing)
         };
-        let scratch = self.scratch.as_ref().map(ScratchFile::handle).transpose();
         let mut emit = Some(Emit {
             survey: Arc::clone(&self.survey),
             layout: Arc::clone(&self.layout),
-            scratch: scratch.map_err(|error| JobError::Refused(format!("opening the scratch file again: {error}")))?,
+            scratch: self.scratch.as_ref().map(open_again).transpose()?,
             hasher,
             decoder: None,
         });
@@ -433,6 +429,10 @@ impl SourceHandle {
             Self::Glance(handle) => handle.one().await.unwrap_or(Access::Sequential),
         }
     }
+}
+
+fn open_again(scratch: &ScratchFile) -> Result<std::fs::File, JobError> {
+    scratch.handle().map_err(|error| JobError::Refused(format!("opening the scratch file again: {error}")))
 }
 
 /// What interrupted a wait may be a stage of this run: its error says more.

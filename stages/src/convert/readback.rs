@@ -1,13 +1,6 @@
 //! What was made is read, decoded and compared: with what the survey saw, or with another image.
 
-use std::{
-    io,
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-};
+use std::{io, path::PathBuf, sync::Arc};
 
 use engine::{BlockingStage, CancelToken, ErrorKind, Inlet, NoInput, NoOutput, Outlet, Pipeline, StageContext, StageError};
 use serde_json::json;
@@ -15,7 +8,7 @@ use tokio::runtime::Handle;
 
 use super::{Job, JobError, names::verified_mark, report::Access};
 use crate::{
-    compare::{Compare, Difference, GuestBytes, RawGuest, read_padded},
+    compare::{Compare, Difference, GuestBytes, RawGuest, Sweep, read_padded},
     compress::encode::digest,
     disk::RawFile,
     glance::{ImageFile, Remote},
@@ -141,13 +134,12 @@ pub async fn compare(a: &Target, b: &Target, workers: usize, progress: &Progress
     progress.restart_verify();
     progress.set_phase(Phase::Verifying);
     let workers = if a.is_random() && b.is_random() { workers.clamp(1, WORKERS_MAX) } else { 1 };
-    let (cursor, first) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));
+    let sweep = Sweep::default();
     let make = || OpenAndCompare {
         a: a.clone(),
         b: b.clone(),
         runtime: Handle::current(),
-        cursor: Arc::clone(&cursor),
-        first: Arc::clone(&first),
+        sweep: sweep.clone(),
         progress: progress.clone(),
     };
     let (pipeline, sizes) = Pipeline::new(cancel).threads_reporting("verify", workers, make);
@@ -161,9 +153,9 @@ pub async fn compare(a: &Target, b: &Target, workers: usize, progress: &Progress
         }
         Err(error) => return Err(error.into()),
     }
-    match first.load(Relaxed) {
-        u64::MAX => sizes.all().await.and_then(|sizes| sizes.first().copied()).ok_or_else(|| JobError::bug("nobody compared")),
-        guest_offset => Err(JobError::Verification(Difference::Byte { guest_offset }.to_string())),
+    match sweep.first_difference() {
+        None => sizes.all().await.and_then(|sizes| sizes.first().copied()).ok_or_else(|| JobError::bug("nobody compared")),
+        Some(guest_offset) => Err(JobError::Verification(Difference::Byte { guest_offset }.to_string())),
     }
 }
 
@@ -220,8 +212,7 @@ struct OpenAndCompare {
     a: Target,
     b: Target,
     runtime: Handle,
-    cursor: Arc<AtomicU64>,
-    first: Arc<AtomicU64>,
+    sweep: Sweep,
     progress: Progress,
 }
 
@@ -240,7 +231,7 @@ impl BlockingStage for OpenAndCompare {
         let (a, b) = (named(&self.a, a), named(&self.b, b));
         let bytes = a.virtual_bytes().max(b.virtual_bytes());
         self.progress.set_virtual_bytes(bytes);
-        Compare { a, b, cursor: self.cursor, first: self.first, progress: self.progress }.run(inlet, outlet, cx)?;
+        Compare { a, b, sweep: self.sweep, progress: self.progress }.run(inlet, outlet, cx)?;
         Ok(bytes)
     }
 }
@@ -260,19 +251,18 @@ pub(super) async fn against_survey(
     progress.restart_verify();
     progress.set_phase(Phase::Verifying);
     let workers = if target.is_random() { workers.clamp(1, WORKERS_MAX) } else { 1 };
-    let (cursor, first) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));
+    let sweep = Sweep::default();
     let make = || AgainstSurvey {
         target: target.clone(),
         survey: Arc::clone(survey),
         runtime: Handle::current(),
-        cursor: Arc::clone(&cursor),
-        first: Arc::clone(&first),
+        sweep: sweep.clone(),
         progress: progress.clone(),
     };
     Pipeline::new(cancel).threads("verify", workers, make).start(&Handle::current()).join().await?;
-    match first.load(Relaxed) {
-        u64::MAX => Ok(()),
-        guest_offset => Err(JobError::Verification(format!(
+    match sweep.first_difference() {
+        None => Ok(()),
+        Some(guest_offset) => Err(JobError::Verification(format!(
             "read back, the image does not show the source's bytes: first at guest offset {guest_offset:#x}"
         ))),
     }
@@ -282,8 +272,7 @@ struct AgainstSurvey {
     target: Target,
     survey: Arc<Survey>,
     runtime: Handle,
-    cursor: Arc<AtomicU64>,
-    first: Arc<AtomicU64>,
+    sweep: Sweep,
     progress: Progress,
 }
 
@@ -298,15 +287,11 @@ impl BlockingStage for AgainstSurvey {
         let cluster_bytes = self.survey.cluster_bits.cluster_bytes();
         let total = self.survey.source_bytes;
         if image.virtual_bytes().next_multiple_of(512) != total.next_multiple_of(512) {
-            self.first.fetch_min(image.virtual_bytes().min(total), Relaxed);
+            self.sweep.differs_at(image.virtual_bytes().min(total));
         }
         let mut buffer = vec![0; to_usize(STEP_BYTES)];
-        loop {
+        while let Some(start) = self.sweep.claim(STEP_BYTES, total) {
             cx.cancel.check()?;
-            let start = self.cursor.fetch_add(STEP_BYTES, Relaxed);
-            if start >= total || start > self.first.load(Relaxed) {
-                break;
-            }
             let bytes = STEP_BYTES.min(total - start);
             let padded = to_usize(bytes.next_multiple_of(cluster_bytes));
             let buffer = &mut buffer[..padded];
@@ -317,7 +302,7 @@ impl BlockingStage for AgainstSurvey {
                     None => !has_bytes || is_zero(cluster),
                 };
                 if !same {
-                    self.first.fetch_min(number * cluster_bytes, Relaxed);
+                    self.sweep.differs_at(number * cluster_bytes);
                     break;
                 }
             }

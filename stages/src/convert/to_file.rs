@@ -122,7 +122,6 @@ pub async fn to_file(job: &Job, destination: &Path) -> Result<Report, JobError> 
         expected,
         image_hash: HashReport::none(),
         stages,
-        progress,
     }))
 }
 

@@ -118,7 +118,6 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
         expected: surveyed.expected.clone(),
         image_hash: made.image_hash,
         stages: made.stages,
-        progress: &job.progress,
     }))
 }
 

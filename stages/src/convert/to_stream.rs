@@ -77,7 +77,6 @@ pub async fn to_stream(job: &Job, output: File, name: &str) -> Result<Report, Jo
         expected: surveyed.expected,
         image_hash: HashReport { algorithm: Some("sha512".to_owned()), value: Some(emitted.digest), checked: false },
         stages: surveyed_stages.into_iter().chain(emitted_stages).collect(),
-        progress,
     }))
 }
 
