@@ -26,12 +26,39 @@ pub enum Probe {
     Sequential(String),
 }
 
+/// Tries where the answer says nothing about ranges: no answer, a server's own error, a body that breaks off.
+const TRIES: u32 = 3;
+
+/// Why one try proved nothing.
+enum Doubt {
+    /// The store does not serve ranges, and will not the next time.
+    Settled(String),
+    /// The way there was disturbed; another try may tell.
+    Disturbed(String),
+}
+
 /// Asks for the range that `sample` was read from, and compares.
 pub async fn probe(remote: &Remote, at: u64, sample: &[u8]) -> Probe {
-    let sequential = |why: &str| Probe::Sequential(why.to_owned());
+    let mut tries = 1;
+    loop {
+        match once(remote, at, sample).await {
+            Ok(()) => return Probe::Random,
+            Err(Doubt::Disturbed(_)) if tries < TRIES && !remote.cancel.is_cancelled() => {
+                // a pause cut short by a cancel ends in the next try
+                let _ = remote.cancel.guard(tokio::time::sleep(remote.patience.pause_after(tries, None))).await;
+                tries += 1;
+            }
+            Err(Doubt::Settled(why) | Doubt::Disturbed(why)) => return Probe::Sequential(why),
+        }
+    }
+}
+
+async fn once(remote: &Remote, at: u64, sample: &[u8]) -> Result<(), Doubt> {
+    let settled = |why: &str| Doubt::Settled(why.to_owned());
+    let disturbed = |why: &str| Doubt::Disturbed(why.to_owned());
     let url = remote.session.image_url(&["images", &remote.image_id, "file"]);
     let range: Range<u64> = at..at + to_u64(sample.len());
-    let Ok(token) = remote.session.token().await else { return sequential("the token could not be renewed") };
+    let token = remote.session.token().await.map_err(|_| disturbed("the token could not be renewed"))?;
     let request = remote
         .session
         .request(Method::GET, &url, &token)
@@ -39,15 +66,17 @@ pub async fn probe(remote: &Remote, at: u64, sample: &[u8]) -> Probe {
         .send();
     let response = match remote.cancel.guard(tokio::time::timeout(remote.patience.silence, request)).await {
         Ok(Ok(Ok(response))) => response,
-        _ => return sequential("the range got no answer"),
+        _ => return Err(disturbed("the range got no answer")),
     };
     let status = response.status();
     if status != StatusCode::PARTIAL_CONTENT {
-        return Probe::Sequential(format!("the image store answered {} to a range", status.as_u16()));
+        let why = format!("the image store answered {} to a range", status.as_u16());
+        let passing = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+        return Err(if passing { Doubt::Disturbed(why) } else { Doubt::Settled(why) });
     }
     let content_range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).and_then(ContentRange::parse);
     if !content_range.is_some_and(|found| found.answers(&range, remote.image_bytes)) {
-        return sequential("the answer to a range had the wrong Content-Range");
+        return Err(settled("the answer to a range had the wrong Content-Range"));
     }
     let mut body = Body::new(response, url, remote.patience.silence);
     // one byte more than asked for, to see whether the body ends where it should
@@ -56,16 +85,16 @@ pub async fn probe(remote: &Remote, at: u64, sample: &[u8]) -> Probe {
         match body.next(sample.len() + 1 - bytes.len(), &remote.cancel).await {
             Ok(Some(chunk)) => bytes.extend_from_slice(&chunk),
             Ok(None) => break,
-            Err(_) => return sequential("the answer to a range broke off"),
+            Err(_) => return Err(disturbed("the answer to a range broke off")),
         }
     }
     if bytes.len() != sample.len() {
-        return sequential("the answer to a range had the wrong length");
+        return Err(settled("the answer to a range had the wrong length"));
     }
     if bytes != sample {
-        return sequential("the answer to a range had other bytes than the image");
+        return Err(settled("the answer to a range had other bytes than the image"));
     }
-    Probe::Random
+    Ok(())
 }
 
 /// Looks for a place to probe in what a sequential read delivers.
