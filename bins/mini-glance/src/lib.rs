@@ -1,5 +1,5 @@
-//! A small Identity and Image service for demos and tests: Keystone's sign-in and Glance v2 as far as `virta` and
-//! `openstack image` need them, over a folder of files.
+//! A small Identity, Image and Compute service for demos and tests: Keystone's sign-in, Glance v2 and Nova v2.1 as far as
+//! `virta` and `openstack image` need them, over a folder of files.
 //!
 //! It answers as a real Glance 33 and Keystone 30 were seen to answer (statuses, texts, HTML bodies, one response a
 //! connection), and it can be told to answer as other clouds do: see [`Faults`]. It listens on loopback only.
@@ -8,15 +8,17 @@
 //! |---|---|
 //! | [`server`] | the service: start, address, stop; routes |
 //! | [`identity`] | tokens and the catalog |
+//! | [`compute`] | servers: stop, start, snapshot |
 //! | [`images`] | records: create, list, change, delete |
 //! | [`data`] | their bytes: PUT, GET, ranges |
 //! | [`faults`] | what real clouds do, switched on by a test |
 //! | [`answer`] | responses as Glance words them |
 //!
 //! Not a production service: file reads and writes block its runtime for the length of a page-cache access, and
-//! there is one user and one project.
+//! there are two users with a project each.
 
 pub mod answer;
+pub mod compute;
 pub mod data;
 pub mod faults;
 pub mod identity;

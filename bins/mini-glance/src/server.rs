@@ -23,9 +23,10 @@ use tokio::{net::TcpListener, task::JoinHandle};
 
 use crate::{
     answer::{Answer, Body, empty, html, json as json_response},
+    compute::{Behaviour, Compute, Server},
     data::{Asked, BodyFault, Storing, body, inspect, parse_range},
     faults::{Faults, Ranges},
-    identity::Tokens,
+    identity::{PROJECT_ID, Tokens, projects},
     images::Images,
 };
 
@@ -74,11 +75,10 @@ struct State {
     images: Images,
     faults: Faults,
     requests: Vec<String>,
-    /// Id, name, image of each server.
-    servers: Vec<(String, String, String)>,
+    compute: Compute,
 }
 
-struct Shared {
+pub(crate) struct Shared {
     state: Mutex<State>,
     base: String,
     store: PathBuf,
@@ -88,6 +88,27 @@ struct Shared {
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets `act` have servers and images at once, as one who reads and writes both databases.
+    pub(crate) fn compute<T>(&self, act: impl FnOnce(&mut Compute, &mut Images) -> T) -> T {
+        let state = &mut *self.state();
+        act(&mut state.compute, &mut state.images)
+    }
+
+    /// Gives an image that Nova makes its bytes: `queued`, `saving`, `active`, unless somebody deletes it meanwhile.
+    pub(crate) fn store_image(&self, id: &str, bytes: &[u8]) -> io::Result<bool> {
+        let path = self.store.join(id);
+        let mut storing = Storing::create(&path)?;
+        storing.write(bytes)?;
+        let stored = storing.finish()?;
+        let mut state = self.state();
+        if state.images.get(id).is_err() {
+            let _ = std::fs::remove_file(path);
+            return Ok(false);
+        }
+        activate(&mut state, id, &path, &stored);
+        Ok(true)
     }
 }
 
@@ -127,7 +148,7 @@ impl MiniGlance {
             images: Images::default(),
             faults: Faults::default(),
             requests: Vec::new(),
-            servers: Vec::new(),
+            compute: Compute::default(),
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -149,8 +170,19 @@ impl MiniGlance {
     #[must_use]
     pub fn clouds_yaml(&self) -> String {
         use crate::identity::{PASSWORD, PROJECT_ID, USER};
+        format!("clouds:\n{}", self.cloud_yaml("mini", USER, PASSWORD, PROJECT_ID))
+    }
+
+    /// The same with a second one, `other`, which signs in to another project.
+    #[must_use]
+    pub fn two_clouds_yaml(&self) -> String {
+        use crate::identity::{OTHER_PROJECT_ID, OTHER_USER};
+        format!("{}{}", self.clouds_yaml(), self.cloud_yaml("other", OTHER_USER, OTHER_USER, OTHER_PROJECT_ID))
+    }
+
+    fn cloud_yaml(&self, name: &str, user: &str, password: &str, project: &str) -> String {
         format!(
-            "clouds:\n  mini:\n    auth:\n      auth_url: {}/v3\n      username: {USER}\n      password: {PASSWORD}\n      project_id: {PROJECT_ID}\n      \
+            "  {name}:\n    auth:\n      auth_url: {}/v3\n      username: {user}\n      password: {password}\n      project_id: {project}\n      \
              user_domain_name: Default\n    region_name: RegionOne\n    interface: public\n    identity_api_version: 3\n",
             self.base()
         )
@@ -180,10 +212,32 @@ impl MiniGlance {
         }
     }
 
-    /// Adds a server that was built from an image.
-    pub fn add_server(&self, name: &str, image: &str) {
-        let id = uuid::Uuid::new_v4().hyphenated().to_string();
-        self.shared.state().servers.push((id, name.to_owned(), image.to_owned()));
+    /// Adds a running server that was built from an image.
+    pub fn add_server(&self, name: &str, image: &str) -> String {
+        self.shared.state().compute.add(name, image)
+    }
+
+    /// Changes a server behind the service's back.
+    pub fn server(&self, id: &str, change: impl FnOnce(&mut Server)) {
+        if let Some(server) = self.shared.state().compute.servers.get_mut(id) {
+            change(server);
+        }
+    }
+
+    /// Status and task state of a server.
+    #[must_use]
+    pub fn server_state(&self, id: &str) -> (String, Option<String>) {
+        let state = self.shared.state();
+        state
+            .compute
+            .servers
+            .get(id)
+            .map_or_else(Default::default, |server| (server.status().to_owned(), server.task_state.map(str::to_owned)))
+    }
+
+    /// Changes how the compute service behaves.
+    pub fn nova(&self, change: impl FnOnce(&mut Behaviour)) {
+        change(&mut self.shared.state().compute.behaviour);
     }
 
     /// Makes an image one that others use: it cannot be deleted.
@@ -196,14 +250,16 @@ impl MiniGlance {
     /// Shares an image with a project.
     pub fn add_member(&self, id: &str, project: &str) {
         if let Some(record) = self.shared.state().images.0.get_mut(id) {
-            record.members.push(project.to_owned());
+            record.members.push((project.to_owned(), "pending".to_owned()));
         }
     }
 
     /// Who an image is shared with.
     #[must_use]
     pub fn members(&self, id: &str) -> Vec<String> {
-        self.shared.state().images.0.get(id).map(|record| record.members.clone()).unwrap_or_default()
+        let state = self.shared.state();
+        let members = state.images.0.get(id).map(|record| record.members.iter().map(|(member, _)| member.clone()).collect());
+        members.unwrap_or_default()
     }
 
     /// Where an image's bytes are.
@@ -217,7 +273,8 @@ impl MiniGlance {
     /// # Errors
     /// If the store is full; nothing is added then.
     pub fn add_image(&self, record: &Value, fill: impl FnOnce(&mut Storing) -> io::Result<()>) -> io::Result<String> {
-        let made = self.shared.state().images.create(record).map_err(|_| io::Error::other("the record is not accepted"))?;
+        let made =
+            self.shared.state().images.create(record, PROJECT_ID).map_err(|_| io::Error::other("the record is not accepted"))?;
         let id = made["id"].as_str().unwrap_or_default().to_owned();
         let path = self.shared.store.join(&id);
         let stored = (|| {
@@ -286,7 +343,7 @@ fn activate(state: &mut State, id: &str, path: &Path, stored: &crate::data::Stor
 }
 
 /// `a=b&c=d`, decoded.
-fn query(request: &Request<Incoming>) -> Vec<(String, String)> {
+pub(crate) fn query(request: &Request<Incoming>) -> Vec<(String, String)> {
     let decode = |text: &str| {
         let mut bytes = Vec::with_capacity(text.len());
         let mut rest = text.as_bytes();
@@ -314,7 +371,7 @@ fn query(request: &Request<Incoming>) -> Vec<(String, String)> {
     pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).map(|(key, value)| (decode(key), decode(value))).collect()
 }
 
-async fn read_json(request: Request<Incoming>) -> io::Result<Value> {
+pub(crate) async fn read_json(request: Request<Incoming>) -> io::Result<Value> {
     let bytes = Limited::new(request.into_body(), JSON_BYTES_MAX).collect().await.map_err(io::Error::other)?.to_bytes();
     Ok(serde_json::from_slice(&bytes).unwrap_or(Value::Null))
 }
@@ -356,11 +413,12 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
         }
         _ => {}
     }
-    {
+    let project = {
         let mut state = shared.state();
         let token = request.headers().get("x-auth-token").and_then(|token| token.to_str().ok()).unwrap_or_default();
         let expired = state.tokens.is_good(token) && Faults::take(&mut state.faults.expired_tokens);
-        if expired || !state.tokens.is_good(token) {
+        let project = state.tokens.project(token).filter(|_| !expired);
+        let Some(project) = project else {
             let mut response = html(
                 StatusCode::UNAUTHORIZED,
                 "This server could not verify that you are authorized to access the document you requested.",
@@ -368,24 +426,30 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
             let value = HeaderValue::from_str(&format!("Keystone uri=\"{base}/v3\"")).map_err(io::Error::other)?;
             response.headers_mut().insert("www-authenticate", value);
             return Ok(response);
-        }
-    }
+        };
+        project
+    };
     let unbox = |result: Result<Response<Body>, Box<Response<Body>>>| result.unwrap_or_else(|refusal| *refusal);
     let method = request.method().clone();
     match (method, segments.as_slice()) {
-        (Method::GET, ["v2", "images"]) => Ok(json_response(StatusCode::OK, &shared.state().images.list(&query(&request)))),
+        (Method::GET, ["v2", "images"]) => {
+            Ok(json_response(StatusCode::OK, &shared.state().images.list(&query(&request), project)))
+        }
         (Method::POST, ["v2", "images"]) => {
             let body = read_json(request).await?;
             let mut state = shared.state();
             if let Some(key) = state.faults.refused_properties.iter().find(|key| body.get(key.as_str()).is_some()) {
                 return Ok(html(StatusCode::FORBIDDEN, &format!("Attribute '{key}' is reserved.")));
             }
-            let created = state.images.create(&body);
+            let created = state.images.create(&body, project);
             Ok(unbox(created.map(|image| json_response(StatusCode::CREATED, &image))))
         }
         (Method::GET, ["v2", "images", id]) => {
             let state = shared.state();
-            let found = state.images.get(id).map(|record| json_response(StatusCode::OK, &Value::Object(record.shown.clone())));
+            let found = state
+                .images
+                .get_for(id, project)
+                .map(|record| json_response(StatusCode::OK, &Value::Object(record.shown.clone())));
             Ok(unbox(found))
         }
         (Method::PATCH, ["v2", "images", id]) => {
@@ -398,22 +462,22 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
             if Faults::take(&mut shared.state().faults.failing_patches) {
                 return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
             }
-            let patched = shared.state().images.patch(&id, &body);
+            let patched = shared.state().images.patch(&id, &body, project);
             Ok(unbox(patched.map(|image| json_response(StatusCode::OK, &image))))
         }
         (Method::DELETE, ["v2", "images", id]) => {
-            let deleted = shared.state().images.delete(id);
+            let deleted = shared.state().images.delete(id, project);
             Ok(unbox(deleted.map(|()| empty(StatusCode::NO_CONTENT))))
         }
-        (Method::GET, ["v2", "images", id, "file"]) => download(shared, id, range),
+        (Method::GET, ["v2", "images", id, "file"]) => download(shared, id, range, project),
         (Method::PUT, ["v2", "images", id, "file"]) => {
             let id = (*id).to_owned();
-            upload(shared, &id, request).await
+            upload(shared, &id, request, project).await
         }
         (Method::PUT | Method::DELETE, ["v2", "images", id, "tags", tag]) => {
             let mut state = shared.state();
             let adds = request.method() == Method::PUT;
-            let tagged = state.images.get_mut(id).map(|record| {
+            let tagged = state.images.get_mut_for(id, project).map(|record| {
                 if let Some(tags) = record.shown.get_mut("tags").and_then(Value::as_array_mut) {
                     tags.retain(|old| old != tag);
                     if adds {
@@ -426,21 +490,41 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
         }
         (Method::GET, ["v2", "images", id, "members"]) => {
             let state = shared.state();
-            Ok(unbox(state.images.get(id).map(|record| json_response(StatusCode::OK, &record.members_shown(id)))))
+            let found = state.images.get_for(id, project);
+            Ok(unbox(found.map(|record| json_response(StatusCode::OK, &record.members_shown(project)))))
         }
         (Method::POST, ["v2", "images", id, "members"]) => {
             let id = (*id).to_owned();
             let body = read_json(request).await?;
             let member = body["member"].as_str().unwrap_or_default().to_owned();
-            let added = shared.state().images.add_member(&id, &member);
+            let added = shared.state().images.add_member(&id, &member, project);
             Ok(unbox(added.map(|member| json_response(StatusCode::OK, &member))))
         }
-        (Method::GET, ["compute", "v2.1", "servers"]) => {
-            let wanted = query(&request).into_iter().find(|(key, _)| key == "image").map(|(_, image)| image);
+        (Method::GET, ["v2", "images", id, "members", member]) => {
             let state = shared.state();
-            let of_image = state.servers.iter().filter(|(_, _, image)| wanted.as_ref().is_none_or(|wanted| wanted == image));
-            let servers: Vec<Value> = of_image.map(|(id, name, _)| json!({ "id": id, "name": name })).collect();
-            Ok(json_response(StatusCode::OK, &json!({ "servers": servers })))
+            let found = state.images.get_for(id, project).map(|record| record.members_shown(project)["members"].clone());
+            let found =
+                found.map(|shown| shown.as_array().into_iter().flatten().find(|shown| shown["member_id"] == *member).cloned());
+            Ok(unbox(found.map(|shown| match shown {
+                Some(shown) => json_response(StatusCode::OK, &shown),
+                None => html(StatusCode::NOT_FOUND, &format!("{member} not found in the member list of the image {id}.")),
+            })))
+        }
+        (Method::PUT, ["v2", "images", id, "members", member]) => {
+            let (id, member) = ((*id).to_owned(), (*member).to_owned());
+            let body = read_json(request).await?;
+            let status = body["status"].as_str().unwrap_or_default();
+            let answered = shared.state().images.answer_sharing(&id, &member, status, project);
+            Ok(unbox(answered.map(|member| json_response(StatusCode::OK, &member))))
+        }
+        (Method::DELETE, ["v2", "images", id, "members", member]) => {
+            let removed = shared.state().images.remove_member(id, member, project);
+            Ok(unbox(removed.map(|()| empty(StatusCode::NO_CONTENT))))
+        }
+        (Method::GET, ["v3", "auth", "projects"]) => Ok(json_response(StatusCode::OK, &projects(project))),
+        (_, ["compute", rest @ ..]) => {
+            let rest: Vec<String> = rest.iter().map(|segment| (*segment).to_owned()).collect();
+            crate::compute::route(shared, request, &rest, project).await
         }
         (Method::GET, ["v2", "info", "usage"]) => {
             let left = shared.state().faults.quota_left_bytes;
@@ -462,10 +546,10 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
     }
 }
 
-fn download(shared: &Arc<Shared>, id: &str, range: &str) -> Answer {
+fn download(shared: &Arc<Shared>, id: &str, range: &str, project: &str) -> Answer {
     let (path, size, checksum, fault, ranges, fails) = {
         let mut state = shared.state();
-        let record = match state.images.get(id) {
+        let record = match state.images.get_for(id, project) {
             Ok(record) => record,
             Err(refusal) => return Ok(*refusal),
         };
@@ -557,7 +641,7 @@ fn header_number(headers: &HeaderMap, name: &str) -> Option<u64> {
     headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
-async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> Answer {
+async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>, project: &str) -> Answer {
     let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if kind != "application/octet-stream" {
         return Ok(html(StatusCode::UNSUPPORTED_MEDIA_TYPE, "Unsupported Content-Type"));
@@ -573,7 +657,7 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
     }
     let (faults, fate, disk_format) = {
         let mut state = shared.state();
-        let record = match state.images.get_mut(id) {
+        let record = match state.images.get_mut_for(id, project) {
             Ok(record) => record,
             Err(refusal) => return Ok(*refusal),
         };
@@ -643,7 +727,7 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>) -> A
             return Err(io::Error::other("told to die")); // the image stays as it is
         }
         if fate.vanishes && half {
-            let _ = shared.state().images.delete(id);
+            let _ = shared.state().images.delete(id, project);
         }
         if std::mem::take(&mut fate.stalls) {
             tokio::time::sleep(faults.stall).await;

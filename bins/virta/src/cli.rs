@@ -2,6 +2,10 @@
 
 use std::{num::NonZeroUsize, path::PathBuf};
 
+use crate::{
+    image::ImageCommand,
+    share::{AnswerArgs, MembersArgs, ShareArgs, UnshareArgs},
+};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use stages::{
     compress::{Codec, Compression},
@@ -25,6 +29,19 @@ pub enum Command {
     Convert(Box<ConvertArgs>),
     /// Do two images show a guest the same bytes? Files or images in Glance, raw or qcow2
     Verify(VerifyArgs),
+    /// Look after images: list, show, set, delete
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Share an image with other projects, by their ids
+    Share(ShareArgs),
+    /// Take the sharing back
+    Unshare(UnshareArgs),
+    /// Projects that an image is shared with, and what they answered
+    Members(MembersArgs),
+    /// Accept an image that another project shares with this one
+    Accept(AnswerArgs),
+    /// Turn down an image that another project shares with this one
+    Reject(AnswerArgs),
     /// Runs of this user on this machine, running and past; --follow finds one again whose terminal went away
     Status(StatusArgs),
     /// Remove half-made images that killed runs of this machine left in Glance
@@ -107,6 +124,9 @@ pub struct CloudArgs {
     /// PEM file of certificate authorities, beside the system's [env: OS_CACERT]
     #[arg(long, value_name = "FILE")]
     pub os_cacert: Option<String>,
+    /// Do not check the services' certificates: whoever is in between reads the password
+    #[arg(long)]
+    pub insecure: bool,
 }
 
 /// Flags that decide how much of the machine is used.
@@ -338,7 +358,7 @@ fn parse_cluster_size(text: &str) -> Result<ClusterBits, String> {
     ClusterBits::from_cluster_bytes(parse_size(text)?).map_err(|error| error.to_string())
 }
 
-fn key_value(text: &str) -> Result<(String, String), String> {
+pub fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err(format!("{text:?} is not KEY=VALUE")),

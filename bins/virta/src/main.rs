@@ -1,15 +1,19 @@
 //! The command line of Virta.
 
+mod care;
 mod cli;
 mod convert;
 mod demo;
 mod display;
 mod exit;
 mod habits;
+mod image;
 mod receipt;
 mod runs;
+mod share;
 mod sign_in;
 mod status;
+mod table;
 mod verify;
 
 use std::process::ExitCode;
@@ -29,6 +33,12 @@ fn main() -> ExitCode {
         match cli.command {
             cli::Command::Convert(arguments) => convert::run(*arguments).await,
             cli::Command::Verify(arguments) => verify::run(arguments).await,
+            cli::Command::Image(command) => image::run(command).await,
+            cli::Command::Share(arguments) => share::share(arguments).await,
+            cli::Command::Unshare(arguments) => share::unshare(arguments).await,
+            cli::Command::Members(arguments) => share::members(arguments).await,
+            cli::Command::Accept(arguments) => share::answer(arguments, "accepted").await,
+            cli::Command::Reject(arguments) => share::answer(arguments, "rejected").await,
             cli::Command::Status(arguments) => status::status(arguments).await,
             cli::Command::Clean(arguments) => status::clean(arguments).await,
             cli::Command::Demo(arguments) => demo::run(arguments).await,

@@ -24,6 +24,7 @@ pub async fn sign_in(
         region_name: arguments.os_region_name.clone(),
         interface: arguments.os_interface.clone(),
         cacert: arguments.os_cacert.clone(),
+        insecure: arguments.insecure,
     };
     let mut cloud = CloudConfig::resolve(&flags, surroundings)?;
     for notice in &cloud.notices {

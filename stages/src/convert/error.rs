@@ -10,7 +10,7 @@ use crate::{
     disk::{OutputError, SourceError, UringDenied},
     glance::connection::{FetchError, ReadError},
     hash::HashMismatch,
-    openstack::{ApiError, ConfigError, image::ImageError, session::SignInError},
+    openstack::{ApiError, ConfigError, image::ImageError, server::ServerError, session::SignInError},
     qcow2::Qcow2Error,
     store::{reread::SourceChanged, scratch::ScratchError},
 };
@@ -81,6 +81,9 @@ pub enum JobError {
     /// Finding an image.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Finding a server, or doing something with it.
+    #[error(transparent)]
+    Server(#[from] ServerError),
     /// A call to Glance.
     #[error(transparent)]
     Api(#[from] ApiError),
@@ -184,6 +187,7 @@ impl JobError {
             Self::Verification(_) => 3,
             Self::LeftBehind { error, .. } => error.exit_code(),
             Self::SignIn(SignInError::Config(_)) | Self::Image(ImageError::NotFound { .. } | ImageError::Ambiguous { .. }) => 2,
+            Self::Server(ServerError::NotFound { .. } | ServerError::Ambiguous { .. } | ServerError::NoCompute) => 2,
             Self::Stage { kind: ErrorKind::InvalidData, source, .. }
                 if source.is::<HashMismatch>() || source.is::<SourceChanged>() || source.is::<Difference>() =>
             {

@@ -123,6 +123,8 @@ pub struct CloudFlags {
     pub interface: Option<String>,
     /// `--os-cacert`
     pub cacert: Option<String>,
+    /// `--insecure`
+    pub insecure: bool,
 }
 
 /// Whom to sign in as.
@@ -273,6 +275,9 @@ impl CloudConfig {
             if let Some(value) = flag.as_deref().or_else(|| surroundings.var(variable)) {
                 cloud.section.insert(key.to_owned(), Value::String(value.to_owned()));
             }
+        }
+        if flags.insecure {
+            cloud.section.insert("insecure".to_owned(), Value::Bool(true));
         }
         if from_file
             && cloud.auth("password").is_none()

@@ -87,6 +87,27 @@ pub struct Image {
     pub properties: BTreeMap<String, Value>,
 }
 
+/// A change of an image's record.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// Sets an attribute or a property, whether it is there or not.
+    Set(String, Value),
+    /// Takes a property off.
+    Remove(String),
+}
+
+impl Change {
+    /// The operation of a JSON patch.
+    fn operation(&self) -> Value {
+        let path = |key: &str| format!("/{}", key.replace('~', "~0").replace('/', "~1"));
+        match self {
+            // add overwrites what is there
+            Self::Set(key, value) => json!({ "op": "add", "path": path(key), "value": value }),
+            Self::Remove(key) => json!({ "op": "remove", "path": path(key) }),
+        }
+    }
+}
+
 /// Why no single image was found, or none that will do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -206,8 +227,16 @@ impl Session {
     /// # Errors
     /// [`ApiError`].
     pub async fn images_where(&self, key: &str, value: &str) -> Result<Vec<Image>, ApiError> {
+        self.images_matching(&[(key, value)]).await
+    }
+
+    /// All images that the project may see and that match every filter, as Glance has them.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn images_matching(&self, filters: &[(&str, &str)]) -> Result<Vec<Image>, ApiError> {
         let mut url = self.image_url(&["images"]);
-        url.query_pairs_mut().append_pair(key, value);
+        url.query_pairs_mut().extend_pairs(filters);
         let mut images = Vec::new();
         // a page has up to 1000; a loop of `next` links must end
         for _ in 0..1000 {
@@ -261,12 +290,18 @@ impl Session {
     /// # Errors
     /// [`ApiError`].
     pub async fn set_property(&self, id: &str, key: &str, value: &Value) -> Result<(), ApiError> {
+        self.change_image(id, &[Change::Set(key.to_owned(), value.clone())]).await.map(|_| ())
+    }
+
+    /// Changes several properties and attributes at once: all of them, or none.
+    ///
+    /// # Errors
+    /// [`ApiError`]: 403 for what is not the caller's to change, 409 for a property to remove that is not there.
+    pub async fn change_image(&self, id: &str, changes: &[Change]) -> Result<Image, ApiError> {
         let url = self.image_url(&["images", id]);
-        let path = format!("/{}", key.replace('~', "~0").replace('/', "~1"));
-        // add overwrites what is there
-        let patch = json!([{ "op": "add", "path": path, "value": value }]);
-        self.call(Method::PATCH, &url, Some(("application/openstack-images-v2.1-json-patch", &patch))).await?;
-        Ok(())
+        let patch: Vec<Value> = changes.iter().map(Change::operation).collect();
+        let kind = "application/openstack-images-v2.1-json-patch";
+        parse(self.call(Method::PATCH, &url, Some((kind, &Value::Array(patch)))).await?, Method::PATCH, url.path())
     }
 
     /// Takes a property off an image; one that is not there is off already.
@@ -274,56 +309,10 @@ impl Session {
     /// # Errors
     /// [`ApiError`].
     pub async fn remove_property(&self, id: &str, key: &str) -> Result<(), ApiError> {
-        let url = self.image_url(&["images", id]);
-        let patch = json!([{ "op": "remove", "path": format!("/{key}") }]);
-        match self.call(Method::PATCH, &url, Some(("application/openstack-images-v2.1-json-patch", &patch))).await {
+        match self.change_image(id, &[Change::Remove(key.to_owned())]).await {
             Err(error) if error.status() == Some(StatusCode::CONFLICT) => Ok(()),
             other => other.map(|_| ()),
         }
-    }
-
-    /// Projects that an image is shared with.
-    ///
-    /// # Errors
-    /// [`ApiError`].
-    pub async fn members(&self, id: &str) -> Result<Vec<String>, ApiError> {
-        let answer = self.call(Method::GET, &self.image_url(&["images", id, "members"]), None).await?;
-        let members = answer["members"].as_array().cloned().unwrap_or_default();
-        Ok(members.iter().filter_map(|member| member["member_id"].as_str().map(str::to_owned)).collect())
-    }
-
-    /// Shares an image with a project, which then has to accept it. A project that is a member already stays one.
-    ///
-    /// # Errors
-    /// [`ApiError`]: 403 for an image that is not `shared`.
-    pub async fn add_member(&self, id: &str, project: &str) -> Result<(), ApiError> {
-        let url = self.image_url(&["images", id, "members"]);
-        match self.call(Method::POST, &url, Some(("application/json", &json!({ "member": project })))).await {
-            Err(error) if error.status() == Some(StatusCode::CONFLICT) => Ok(()),
-            // the answer may have been lost: adding twice is adding
-            Err(error) if error.is_retryable() => {
-                match self.call(Method::POST, &url, Some(("application/json", &json!({ "member": project })))).await {
-                    Err(error) if error.status() == Some(StatusCode::CONFLICT) => Ok(()),
-                    other => other.map(|_| ()),
-                }
-            }
-            other => other.map(|_| ()),
-        }
-    }
-
-    /// Servers of this project that were built from an image, as `name (id)`; `None` where the cloud has no compute service.
-    ///
-    /// # Errors
-    /// [`ApiError`].
-    pub async fn servers_of_image(&self, id: &str) -> Result<Option<Vec<String>>, ApiError> {
-        let Some(mut url) = self.compute_url(&["servers"]) else { return Ok(None) };
-        url.query_pairs_mut().append_pair("image", id);
-        let answer = self.call(Method::GET, &url, None).await?;
-        let servers = answer["servers"].as_array().cloned().unwrap_or_default();
-        let line = |server: &Value| {
-            printable(&format!("{} ({})", server["name"].as_str().unwrap_or_default(), server["id"].as_str().unwrap_or_default()))
-        };
-        Ok(Some(servers.iter().map(line).collect()))
     }
 
     /// Deletes an image. One that is gone already counts as deleted.

@@ -7,6 +7,8 @@
 //! | [`http`] | clients: trust store, `OS_CACERT`, proxies, no total time-out |
 //! | [`session`] | a token that renews itself, the catalog, requests with it |
 //! | [`image`] | images: find, create, change, delete; what carries over to a converted one |
+//! | [`member`] | sharing: an image's members, and their side of it |
+//! | [`server`] | Nova: servers, and images of them |
 //! | [`error`] | what a service answered, ready to paste into a support ticket |
 //!
 //! # Decisions
@@ -23,10 +25,13 @@ pub mod config;
 pub mod error;
 pub mod http;
 pub mod image;
+pub mod member;
+pub mod server;
 pub mod session;
 pub mod surroundings;
 
 pub use config::{CloudConfig, CloudFlags, ConfigError};
 pub use error::ApiError;
-pub use image::Image;
+pub use image::{Change, Image};
+pub use server::{Compute, Server};
 pub use session::Session;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use jiff::Timestamp;
-use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url, header::HeaderMap};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -219,6 +219,20 @@ impl Session {
     /// # Cancel safety
     /// Dropped in the middle, the service may or may not have acted.
     pub async fn call(&self, method: Method, url: &Url, content: Option<(&'static str, &Value)>) -> Result<Value, ApiError> {
+        Ok(self.call_with(method, url, content, &[]).await?.body)
+    }
+
+    /// [`Self::call`] with more headers, and with those of the answer.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn call_with(
+        &self,
+        method: Method,
+        url: &Url,
+        content: Option<(&'static str, &Value)>,
+        headers: &[(&'static str, String)],
+    ) -> Result<Answer, ApiError> {
         // What a second POST would do after a lost answer is for the caller to know.
         let repeatable = method != Method::POST;
         let mut renewed = false;
@@ -227,11 +241,14 @@ impl Session {
             tries += 1;
             let token = self.token().await.map_err(|error| sign_in_failed(&method, url, &error))?;
             let mut request = self.request(method.clone(), url, &token);
+            for (name, value) in headers {
+                request = request.header(*name, value);
+            }
             if let Some((kind, body)) = content {
                 request = request.header("content-type", kind).body(body.to_string());
             }
             let error = match answer(&method, url, request).await {
-                Ok(value) => return Ok(value),
+                Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
             if error.status() == Some(StatusCode::UNAUTHORIZED) && !renewed {
@@ -245,6 +262,36 @@ impl Session {
             tokio::time::sleep(crate::glance::Patience::default().pause_after(tries, error.retry_after_s())).await;
         }
     }
+
+    /// Projects that the signed-in user may work in, as id and name; none where Keystone does not tell.
+    pub async fn own_projects(&self) -> Vec<(String, String)> {
+        let Ok(url) = identity_url(&self.0.cloud, "auth/projects") else { return Vec::new() };
+        let Ok(answer) = self.call(Method::GET, &url, None).await else { return Vec::new() };
+        let projects = answer["projects"].as_array().cloned().unwrap_or_default();
+        let text = |project: &Value, key: &str| project[key].as_str().map(str::to_owned);
+        projects.iter().filter_map(|project| Some((text(project, "id")?, text(project, "name")?))).collect()
+    }
+
+    /// When the token ends; it is renewed before that. With an application credential or a password that is no end of anything.
+    #[must_use]
+    pub fn token_expires_at(&self) -> Option<Timestamp> {
+        self.token_now().expires_at
+    }
+
+    /// Addresses of the services in use, for whoever looks into a configuration.
+    #[must_use]
+    pub fn endpoints(&self) -> (Url, Option<Url>) {
+        (self.0.image_url.clone(), self.0.compute_url.clone())
+    }
+}
+
+/// A small answer.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Its headers.
+    pub headers: HeaderMap,
+    /// Its JSON; `Null` for none.
+    pub body: Value,
 }
 
 fn sign_in_failed(method: &Method, url: &Url, error: &SignInError) -> ApiError {
@@ -258,21 +305,23 @@ fn sign_in_failed(method: &Method, url: &Url, error: &SignInError) -> ApiError {
 }
 
 /// Sends a small request and reads its JSON.
-async fn answer(method: &Method, url: &Url, request: RequestBuilder) -> Result<Value, ApiError> {
+async fn answer(method: &Method, url: &Url, request: RequestBuilder) -> Result<Answer, ApiError> {
     let whole = async {
         let mut response = request.send().await.map_err(|error| ApiError::connection(method.clone(), url, error))?;
         if !response.status().is_success() {
             return Err(ApiError::from_response(method.clone(), url, response).await);
         }
+        let headers = response.headers().clone();
         let bytes = bounded_body(method, url, &mut response).await?;
         if bytes.is_empty() {
-            return Ok(Value::Null);
+            return Ok(Answer { headers, body: Value::Null });
         }
-        serde_json::from_slice(&bytes).map_err(|error| ApiError::Answer {
+        let body = serde_json::from_slice(&bytes).map_err(|error| ApiError::Answer {
             method: method.clone(),
             path: url.path().to_owned(),
             what: format!("the answer is no JSON: {error}"),
-        })
+        })?;
+        Ok(Answer { headers, body })
     };
     match tokio::time::timeout(CALL_TIMEOUT, whole).await {
         Ok(result) => result,
@@ -299,14 +348,19 @@ impl Token {
     }
 }
 
-/// POST /v3/auth/tokens.
-async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, SignInError> {
+/// An address below `/v3` of the identity service.
+fn identity_url(cloud: &CloudConfig, path: &str) -> Result<Url, ConfigError> {
     let base = cloud.auth_url.trim_end_matches('/');
     let base = if base.ends_with("/v3") { base.to_owned() } else { format!("{}/v3", base.trim_end_matches("/v2.0")) };
-    let url = Url::parse(&format!("{base}/auth/tokens")).map_err(|error| ConfigError::File {
+    Url::parse(&format!("{base}/{path}")).map_err(|error| ConfigError::File {
         file: format!("cloud {}", cloud.name),
         what: format!("auth_url {} is no address: {error}", cloud.auth_url),
-    })?;
+    })
+}
+
+/// POST /v3/auth/tokens.
+async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, SignInError> {
+    let url = identity_url(cloud, "auth/tokens")?;
     let user = user_text(&cloud.identity);
     if let Some(user) = cloud.wants_password_of() {
         return Err(ConfigError::NoPassword { cloud: cloud.name.clone(), user }.into());

@@ -1,0 +1,61 @@
+//! What all commands share that talk to a cloud and move no image data: signing in, asking, ending.
+
+use std::{io::IsTerminal, process::ExitCode};
+
+use engine::CancelToken;
+use stages::{
+    convert::JobError,
+    openstack::{Session, config::Surroundings},
+    progress::Progress,
+};
+
+use crate::{
+    cli::{CloudArgs, ProgressChoice},
+    convert::watch_signals,
+    display::Display,
+    exit,
+    runs::Run,
+    sign_in::sign_in,
+};
+
+/// Signs in and does the work; an interrupt ends it between two requests.
+pub async fn in_cloud(
+    cloud: &CloudArgs,
+    work: impl AsyncFnOnce(&Session, &Display, &CancelToken) -> Result<(), JobError>,
+) -> ExitCode {
+    let display = Display::start(ProgressChoice::Auto, &Progress::default(), Run::default());
+    let cancel = CancelToken::new();
+    watch_signals(&cancel);
+    let working = async {
+        let session = sign_in("cloud", cloud, &Surroundings::current(), &display, &cancel).await?;
+        work(&session, &display, &cancel).await
+    };
+    let result = cancel.guard(working).await.unwrap_or_else(|_| Err(JobError::interrupted()));
+    display.finish().await;
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => exit::failure(&error, error.exit_code()),
+    }
+}
+
+/// Asks on a terminal; elsewhere `--yes` has to be there. `what` is a whole sentence without its question mark.
+///
+/// # Errors
+/// A usage error where nobody can be asked, [`JobError::Interrupted`] for any answer but yes.
+pub async fn confirm(what: &str, yes: bool, cancel: &CancelToken) -> Result<(), JobError> {
+    if yes {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+        return Err(JobError::Usage(format!("{what}: nobody can be asked here, so add --yes")));
+    }
+    exit::ask(&format!("{what}? [y/N] "));
+    let mut answer = String::new();
+    let mut stdin = tokio::io::BufReader::new(tokio::io::stdin());
+    let reading = tokio::io::AsyncBufReadExt::read_line(&mut stdin, &mut answer);
+    let _ = cancel.guard(reading).await.map_err(|_| JobError::interrupted())?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        return Ok(());
+    }
+    Err(JobError::Interrupted("nothing was done: the answer was not yes".to_owned()))
+}
