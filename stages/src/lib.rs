@@ -22,6 +22,8 @@
 //! | [`glance::Upload`] | [`store::Chunk`] | – | network | – |
 //! | [`compare::Compare`] | – | – | threads | two buffers a worker |
 //!
+//! Beside them: [`convert`], which joins the stages into the main job, and [`snapshot`], which makes an image of a server.
+//!
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
 pub mod compare;
@@ -36,6 +38,7 @@ pub mod openstack;
 pub mod progress;
 pub mod qcow2;
 pub mod read_at;
+pub mod snapshot;
 pub mod store;
 pub mod text;
 pub mod units;

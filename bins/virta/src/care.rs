@@ -25,7 +25,7 @@ pub async fn in_cloud(
 ) -> ExitCode {
     let display = Display::start(ProgressChoice::Auto, &Progress::default(), Run::default());
     let cancel = CancelToken::new();
-    watch_signals(&cancel);
+    watch_signals(&cancel, display.held());
     let working = async {
         let session = sign_in("cloud", cloud, &Surroundings::current(), &display, &cancel).await?;
         work(&session, &display, &cancel).await

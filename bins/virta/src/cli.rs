@@ -5,6 +5,7 @@ use std::{num::NonZeroUsize, path::PathBuf};
 use crate::{
     image::ImageCommand,
     share::{AnswerArgs, MembersArgs, ShareArgs, UnshareArgs},
+    snapshot::SnapshotArgs,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use stages::{
@@ -27,6 +28,8 @@ pub struct Cli {
 pub enum Command {
     /// Convert a raw image to qcow2: from Glance, a file or a pipe, to Glance, a file or a pipe
     Convert(Box<ConvertArgs>),
+    /// Make an image of a server: stop it, take the snapshot, start it again; --convert goes on to qcow2
+    Snapshot(Box<SnapshotArgs>),
     /// Do two images show a guest the same bytes? Files or images in Glance, raw or qcow2
     Verify(VerifyArgs),
     /// Look after images: list, show, set, delete
@@ -44,7 +47,7 @@ pub enum Command {
     Reject(AnswerArgs),
     /// Runs of this user on this machine, running and past; --follow finds one again whose terminal went away
     Status(StatusArgs),
-    /// Remove half-made images that killed runs of this machine left in Glance
+    /// Take back what killed runs of this machine left: half-made images, stopped servers
     Clean(CleanArgs),
     /// See it work: the main job against an image service inside this process; no cloud, nothing left behind
     Demo(DemoArgs),
@@ -73,12 +76,6 @@ pub struct ConvertArgs {
     /// Bytes that stdin has to give, SIZE: a pipe that breaks looks like one that ends
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub source_size: Option<u64>,
-    /// Compress clusters: zlib boots everywhere, zstd is faster and needs QEMU 5.1 or later wherever the image is used
-    #[arg(long, value_name = "HOW", default_value = "none")]
-    pub compress: CompressChoice,
-    /// Level: zlib 1 to 12, zstd 1 to 19 [default: 2 for zlib, 3 for zstd: smaller than qemu-img's at a fraction of its time]
-    #[arg(long, value_name = "N")]
-    pub compress_level: Option<u8>,
     /// Delete the source image once the new one is verified (by readback, unless --verify hash says otherwise). Asks first
     #[arg(long, conflicts_with = "replace")]
     pub delete_source: bool,
@@ -92,6 +89,25 @@ pub struct ConvertArgs {
     /// Do not ask before deleting
     #[arg(long)]
     pub yes: bool,
+    #[command(flatten)]
+    pub conversion: ConversionArgs,
+    /// Replace a local file; make a second image of a name that is taken; delete a source that servers were built from. Never
+    /// overwrites an image
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Flags about the image that a conversion makes, and how.
+#[derive(Args, Clone)]
+pub struct ConversionArgs {
+    /// Compress clusters: zlib boots everywhere, zstd is faster and needs QEMU 5.1 or later wherever the image is used
+    #[arg(long, value_name = "HOW", default_value = "none")]
+    pub compress: CompressChoice,
+    /// Level: zlib 1 to 12, zstd 1 to 19 [default: 2 for zlib, 3 for zstd: smaller than qemu-img's at a fraction of its time]
+    #[arg(long, value_name = "N")]
+    pub compress_level: Option<u8>,
     /// How sure to be [default: hash; readback where the source is to be deleted]: hash compares the source's and the new image's hashes in Glance; readback fetches the new image again, decodes
     /// it and compares every cluster with what was read; none hashes no source
     #[arg(long, value_name = "HOW")]
@@ -101,12 +117,6 @@ pub struct ConvertArgs {
     /// Property of the new image, over the source's (may be repeated)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     pub property: Vec<(String, String)>,
-    /// Replace a local file; make a second image of a name that is taken; delete a source that servers were built from. Never
-    /// overwrites an image
-    #[arg(long)]
-    pub force: bool,
-    #[command(flatten)]
-    pub output: OutputArgs,
 }
 
 /// Flags that choose the cloud, as `openstack` has them.
@@ -210,7 +220,7 @@ pub struct StatusArgs {
 #[derive(Args)]
 #[command(after_help = "\
 Only images that are queued or saving, and that carry the name of a run of this machine that is dead, are removed: never one of a run \
-that lives, and never one that is active.")]
+that lives, and never one that is active. A server that a killed `virta snapshot` had stopped is started again.")]
 pub struct CleanArgs {
     #[command(flatten)]
     pub cloud: CloudArgs,

@@ -17,8 +17,8 @@ use stages::{
 };
 
 use crate::{
-    cli::{CloudArgs, ConvertArgs, FormatChoice, OutputArgs, Tuning, VerifyChoice},
-    display::Display,
+    cli::{CloudArgs, ConversionArgs, ConvertArgs, FormatChoice, OutputArgs, Tuning, VerifyChoice},
+    display::{Display, Held},
     exit, receipt,
     runs::{self, Run},
     sign_in::sign_in,
@@ -76,9 +76,19 @@ pub fn options(tuning: &Tuning) -> Options {
     options
 }
 
+/// The options that the flags of a conversion say.
+///
+/// # Errors
+/// The text of a usage error.
+pub fn job_options(conversion: &ConversionArgs) -> Result<Options, String> {
+    let compression = conversion.compress.with_level(conversion.compress_level)?;
+    let verify = conversion.verify.map_or(Verify::Hash, Into::into);
+    Ok(Options { properties: conversion.property.clone(), compression, verify, ..options(&conversion.tuning) })
+}
+
 /// Cancels on SIGINT and SIGTERM; a second one ends the process at once. A terminal that goes away (SIGHUP) stops
 /// nothing.
-pub fn watch_signals(cancel: &CancelToken) {
+pub fn watch_signals(cancel: &CancelToken, held: Held) {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()), signal(SignalKind::hangup()))
@@ -100,12 +110,28 @@ pub fn watch_signals(cancel: &CancelToken) {
                 // `timeout` and a terminal may signal process and group: that is one wish, not two
                 Some(first) if first.elapsed() < std::time::Duration::from_secs(1) => continue,
                 Some(_) => {
-                    exit::say(
-                        "virta: stopped at once. A half-made image may be left: the same command, or virta clean, removes it",
-                    );
+                    let held = held.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+                    match held {
+                        Some(server) => exit::say(&format!(
+                            "virta: stopped at once. Server {} was {} and may not be so now; {}",
+                            printable(&server.name),
+                            server.status,
+                            stages::snapshot::by_hand(&server)
+                        )),
+                        None => exit::say(
+                            "virta: stopped at once. A half-made image may be left: the same command, or virta clean, removes it",
+                        ),
+                    }
                     std::process::exit(130);
                 }
                 None => asked = Some(std::time::Instant::now()),
+            }
+            if let Some(server) = held.lock().unwrap_or_else(std::sync::PoisonError::into_inner).as_ref() {
+                exit::say(&format!(
+                    "virta: interrupted; server {} is brought back to {} (a second interrupt leaves it as it is)",
+                    printable(&server.name),
+                    server.status
+                ));
             }
             cancel.cancel(Cause::Requested("interrupted".to_owned()));
         }
@@ -114,8 +140,8 @@ pub fn watch_signals(cancel: &CancelToken) {
 
 /// Runs the command.
 pub async fn run(arguments: ConvertArgs) -> ExitCode {
-    let compression = match arguments.compress.with_level(arguments.compress_level) {
-        Ok(compression) => compression,
+    let usual = match job_options(&arguments.conversion) {
+        Ok(options) => options,
         Err(text) => return exit::usage(&text),
     };
     let after = match (arguments.delete_source, arguments.replace) {
@@ -124,23 +150,22 @@ pub async fn run(arguments: ConvertArgs) -> ExitCode {
         (false, false) => After::Keep,
     };
     // what is the only copy of somebody's machine goes only after the new one was read back
-    let verify = arguments.verify.map_or(if after == After::Keep { Verify::Hash } else { Verify::Readback }, Into::into);
+    let verify =
+        arguments.conversion.verify.map_or(if after == After::Keep { Verify::Hash } else { Verify::Readback }, Into::into);
     let run = Run::begin(&arguments.source, &arguments.destination);
     let options = Options {
         force: arguments.force,
-        properties: arguments.property.clone(),
-        compression,
         verify,
         after,
         copy_members: arguments.copy_members,
         elsewhere: arguments.to_os_cloud.is_some(),
         run: run.id(),
-        ..options(&arguments.tuning)
+        ..usual
     };
     let progress = Progress::default();
     let display = Display::start(arguments.output.progress, &progress, run.clone());
     let cancel = CancelToken::new();
-    watch_signals(&cancel);
+    watch_signals(&cancel, display.held());
     if run.id().is_none() {
         display.warn(
             "the state folder cannot be written: no record of this run, and nothing that cleans up after it if it is killed",
@@ -231,17 +256,22 @@ async fn convert(
         }
         End::Path(path) => convert::to_file::to_file(&job, Path::new(path)).await?,
         End::Glance(name) => {
-            let session = signed_in(&destination_cloud)?;
-            let taken = match taken {
-                Some(taken) => taken,
-                None => interruptible(cancel, images_of_name(&session, name)).await?,
-            };
-            if let Some(outcome) = claim_name(&job, &session, taken, name).await? {
-                return Ok(outcome);
-            }
-            convert::to_glance::to_glance(&job, &session, name).await?
+            return into_glance(&job, &signed_in(&destination_cloud)?, taken, name).await;
         }
     };
+    Ok(Outcome::Made(Box::new(report)))
+}
+
+/// A job's source becomes image `name`, unless it is that already; `taken`: the images of that name, where they are known.
+pub async fn into_glance(job: &Job, session: &Session, taken: Option<Vec<Image>>, name: &str) -> Result<Outcome, JobError> {
+    let taken = match taken {
+        Some(taken) => taken,
+        None => interruptible(&job.cancel, images_of_name(session, name)).await?,
+    };
+    if let Some(outcome) = claim_name(job, session, taken, name).await? {
+        return Ok(outcome);
+    }
+    let report = convert::to_glance::to_glance(job, session, name).await?;
     Ok(Outcome::Made(Box::new(report)))
 }
 
@@ -251,7 +281,7 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
     if matches!(to, End::Stdio) && std::io::stdout().is_terminal() {
         return usage("`-` writes the image to stdout, and stdout is a terminal: send it into a file or a pipe");
     }
-    if !arguments.property.is_empty() && !matches!(to, End::Glance(_)) {
+    if !arguments.conversion.property.is_empty() && !matches!(to, End::Glance(_)) {
         return usage("--property is about a new image in Glance: the destination has to be glance:NAME");
     }
     if arguments.source_size.is_some() && !matches!(from, End::Stdio) {
@@ -271,7 +301,7 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
             "--replace puts the new image in the place of the old one, in the same cloud: use --delete-source with --to-os-cloud",
         );
     }
-    if arguments.verify == Some(VerifyChoice::Readback)
+    if arguments.conversion.verify == Some(VerifyChoice::Readback)
         && (matches!(to, End::Stdio) || matches!(to, End::Path(path) if is_forward_only(path)))
     {
         return usage("--verify readback reads back what was made, and a pipe cannot be read back: use --verify hash");
@@ -406,7 +436,7 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
                 }
                 job.notices.warn(&format!(
                     "image {id} of that name is an unfinished conversion of this source: a run on another machine makes it, or left it. If \
-                     none runs: openstack image delete {id}"
+                     none runs: virta image delete {id}"
                 ));
             }
         }
@@ -631,9 +661,7 @@ fn what_next(report: &Report, receipt: Option<&Path>, source_is_gone: bool) -> S
             "\nthe raw image ({id}) is still in Glance; keep it until this file is where it shall be, and boots"
         ));
     } else if let Some(id) = report.source.strip_prefix("glance:") {
-        text.push_str(&format!(
-            "\nthe raw image is still there; when you have booted from the new one: openstack image delete {id}"
-        ));
+        text.push_str(&format!("\nthe raw image is still there; when you have booted from the new one: virta image delete {id}"));
     }
     if let Some(path) = receipt {
         text.push_str(&format!("\nreceipt: {}", path.display()));

@@ -33,7 +33,7 @@ pub async fn run(arguments: DemoArgs) -> ExitCode {
     let progress = Progress::default();
     let display = Display::start(arguments.progress, &progress, Run::default());
     let cancel = CancelToken::new();
-    watch_signals(&cancel);
+    watch_signals(&cancel, display.held());
     let result = demo(&progress, &display, &cancel).await;
     display.finish().await;
     match result {

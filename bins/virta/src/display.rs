@@ -11,7 +11,7 @@ use std::{
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use stages::{
-    convert::Notices,
+    convert::{FoundServer, Notices},
     progress::{Phase, Progress},
     text::{printable, size},
 };
@@ -33,12 +33,16 @@ enum Kind {
     None,
 }
 
+/// A server that was changed and is not brought back yet.
+pub type Held = Arc<Mutex<Option<FoundServer>>>;
+
 /// Shows a conversion. Dropping it clears the bars.
 #[derive(Clone)]
 pub struct Display {
     kind: Kind,
     bars: MultiProgress,
     warnings: Arc<Mutex<Vec<String>>>,
+    held: Held,
     stop: Arc<AtomicBool>,
     run: Run,
     task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
@@ -66,7 +70,7 @@ impl Display {
                 drawing.finish();
             })
         };
-        Self { kind, bars, warnings: Arc::default(), stop, run, task: Arc::new(Mutex::new(Some(task))) }
+        Self { kind, bars, warnings: Arc::default(), held: Held::default(), stop, run, task: Arc::new(Mutex::new(Some(task))) }
     }
 
     /// Stops drawing and clears the bars.
@@ -76,6 +80,11 @@ impl Display {
         if let Some(task) = task {
             let _ = task.await;
         }
+    }
+
+    /// The server that is not in the state that it was found in, for whoever stops the process.
+    pub fn held(&self) -> Held {
+        Arc::clone(&self.held)
     }
 
     /// Warnings so far.
@@ -110,6 +119,11 @@ impl Notices for Display {
 
     fn making(&self, image_id: &str) {
         self.run.making(image_id);
+    }
+
+    fn holding(&self, server: Option<&FoundServer>) {
+        self.run.holding(server.cloned());
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = server.cloned();
     }
 }
 

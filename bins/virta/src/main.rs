@@ -12,6 +12,7 @@ mod receipt;
 mod runs;
 mod share;
 mod sign_in;
+mod snapshot;
 mod status;
 mod table;
 mod verify;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         match cli.command {
             cli::Command::Convert(arguments) => convert::run(*arguments).await,
             cli::Command::Verify(arguments) => verify::run(arguments).await,
+            cli::Command::Snapshot(arguments) => snapshot::run(*arguments).await,
             cli::Command::Image(command) => image::run(command).await,
             cli::Command::Share(arguments) => share::share(arguments).await,
             cli::Command::Unshare(arguments) => share::unshare(arguments).await,

@@ -12,7 +12,10 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use stages::openstack::{Session, error::now_utc};
+use stages::{
+    convert::FoundServer,
+    openstack::{Session, error::now_utc},
+};
 
 /// Records of finished runs that are kept.
 const KEPT_MAX: usize = 200;
@@ -54,12 +57,22 @@ pub struct Record {
     pub project: Option<String>,
     /// Ids of images that it made or was about to make.
     pub images: Vec<String>,
+    /// A server that it has not brought back yet into the state that it was found in.
+    #[serde(default)]
+    pub server: Option<FoundServer>,
     /// How it stands.
     pub state: State,
     /// Its exit code.
     pub exit_code: Option<u8>,
     /// What it said at the end.
     pub message: Option<String>,
+}
+
+impl Record {
+    /// Is there anything of it to be removed or taken back?
+    pub fn left_anything(&self) -> bool {
+        !self.images.is_empty() || self.server.is_some()
+    }
 }
 
 struct Inner {
@@ -121,6 +134,7 @@ impl Run {
             cloud: None,
             project: None,
             images: Vec::new(),
+            server: None,
             state: State::Running,
             exit_code: None,
             message: None,
@@ -159,6 +173,11 @@ impl Run {
     /// It is about to make this image.
     pub fn making(&self, image_id: &str) {
         self.change(|record| record.images.push(image_id.to_owned()));
+    }
+
+    /// It is about to change this server, or has brought it back.
+    pub fn holding(&self, server: Option<FoundServer>) {
+        self.change(|record| record.server = server);
     }
 
     /// A line that it shows.
@@ -203,10 +222,16 @@ impl Found {
         self.folder.join(format!("{}.log", self.record.run))
     }
 
-    /// What a dead run left is removed: it holds no images any more.
+    /// What a dead run left is removed, and taken back: it holds nothing any more.
     pub fn cleaned(&self) -> io::Result<()> {
-        let record = Record { images: Vec::new(), state: State::Killed, ..self.record.clone() };
+        let record = Record { images: Vec::new(), server: None, state: State::Killed, ..self.record.clone() };
         write(&self.folder, &record)
+    }
+
+    /// The server that a dead run held is as it was found.
+    pub fn restored(&self) -> io::Result<()> {
+        let now = read(&self.folder, &self.record.run).map_or_else(|| self.record.clone(), |found| found.record);
+        write(&self.folder, &Record { server: None, ..now })
     }
 
     /// Reads the record again.
@@ -252,10 +277,10 @@ pub fn all() -> Vec<Found> {
     found
 }
 
-/// Runs of this machine that are over and may have left images.
+/// Runs of this machine that are over and may have left images, or a server in another state.
 pub fn dead() -> Vec<Found> {
     let over = |found: &Found| matches!(found.record.state, State::Killed | State::Failed) && found.record.host == host();
-    all().into_iter().filter(|found| over(found) && !found.record.images.is_empty()).collect()
+    all().into_iter().filter(|found| over(found) && found.record.left_anything()).collect()
 }
 
 fn host() -> String {
@@ -272,7 +297,7 @@ fn forget_old(folder: &Path) {
     };
     for found in over {
         let record = &found.record;
-        if record.state == State::Running || (record.state != State::Done && !record.images.is_empty()) {
+        if record.state == State::Running || (record.state != State::Done && record.left_anything()) {
             continue;
         }
         for kind in ["json", "log", "lock"] {

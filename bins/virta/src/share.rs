@@ -93,9 +93,9 @@ pub async fn share(arguments: ShareArgs) -> ExitCode {
         }
         let id = image.shown_id();
         display.note(&format!(
-            "in the other project, to have it in lists: virta accept {id}\n  (or: openstack image set --accept {id}); to take it back here: virta unshare {id} {}",
-            shell_word(&projects[0])
+            "in the other project, to have it in lists: virta accept {id} (or: openstack image set --accept {id})"
         ));
+        display.note(&format!("to take it back here: virta unshare {id} {}", shell_word(&projects[0])));
         Ok(())
     })
     .await

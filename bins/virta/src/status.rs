@@ -10,7 +10,7 @@ use engine::CancelToken;
 use reqwest::StatusCode;
 use stages::{
     convert::{JobError, Notices},
-    openstack::{ApiError, Session, config::Surroundings, image::RUN},
+    openstack::{ApiError, Compute, Session, config::Surroundings, image::RUN},
     text::{causes, printable},
 };
 
@@ -21,6 +21,7 @@ use crate::{
     exit,
     runs::{self, Found, State},
     sign_in::sign_in,
+    snapshot::restore_server,
 };
 
 /// Lines of a run's log that are shown when it is looked at.
@@ -101,6 +102,9 @@ async fn show(found: &Found, follow: bool) -> ExitCode {
         printable(&record.source),
         printable(&record.destination)
     ));
+    if let Some(held) = &record.server {
+        _ = exit::print(&format!("holds server {} ({}), which it found {}", printable(&held.name), held.id, held.status));
+    }
     if !record.images.is_empty() {
         _ = exit::print(&format!("images made: {}", record.images.join(" ")));
     }
@@ -149,10 +153,10 @@ async fn show(found: &Found, follow: bool) -> ExitCode {
 pub async fn clean(arguments: CleanArgs) -> ExitCode {
     let display = Display::start(ProgressChoice::Plain, &stages::progress::Progress::default(), runs::Run::default());
     let cancel = CancelToken::new();
-    watch_signals(&cancel);
+    watch_signals(&cancel, display.held());
     let mut dead = runs::dead();
     if dead.is_empty() {
-        _ = exit::print("nothing to clean: no killed run of this machine has made an image");
+        _ = exit::print("nothing to clean: no killed run of this machine has left an image or a server");
         return ExitCode::SUCCESS;
     }
     let mut code = ExitCode::SUCCESS;
@@ -171,6 +175,13 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
                     project.unwrap_or_default()
                 )));
             }
+            // what is held is brought back first: a server that stands still costs somebody more than an image does
+            for found in &here {
+                if let Some(held) = &found.record.server {
+                    let compute = Compute::connect(&session).await?;
+                    restore_server(&session, &compute, held, found, &display).await?;
+                }
+            }
             remove_leftovers(&session, &here, &display).await
         };
         if let Err(error) = result.await {
@@ -184,6 +195,15 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
 pub async fn clean_up_before(session: &Session, display: &Display) -> Result<(), JobError> {
     let mut dead = runs::dead();
     dead.retain(|found| found.record.project.is_some() && found.record.project == session.whoami().project_id);
+    // a server is brought back only by whoever asks for that
+    for held in dead.iter().filter_map(|found| found.record.server.as_ref()) {
+        display.warn(&format!(
+            "a killed run had found server {} {}, and nobody has looked since: virta clean brings it back",
+            printable(&held.name),
+            printable(&held.status)
+        ));
+    }
+    dead.retain(|found| found.record.server.is_none());
     // it is no reason not to begin
     match remove_leftovers(session, &dead, display).await {
         Err(error @ JobError::Interrupted(_)) => Err(error),

@@ -28,7 +28,7 @@ pub async fn run(arguments: VerifyArgs) -> ExitCode {
     let progress = Progress::default();
     let display = Display::start(arguments.progress, &progress, Run::default());
     let cancel = CancelToken::new();
-    watch_signals(&cancel);
+    watch_signals(&cancel, display.held());
     let started = Instant::now();
     let result = verify(&arguments, &progress, &display, &cancel).await;
     display.finish().await;

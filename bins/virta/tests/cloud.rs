@@ -451,7 +451,7 @@ async fn an_image_that_was_never_verified_is_not_taken_as_done() {
     cloud
         .convert(&[])
         .await
-        .ends(2, &["the images differ: first at guest offset 0x", "may have died", &format!("openstack image delete {id}")]);
+        .ends(2, &["the images differ: first at guest offset 0x", "may have died", &format!("virta image delete {id}")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

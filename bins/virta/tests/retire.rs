@@ -51,7 +51,7 @@ async fn a_source_is_deleted_only_after_it_was_read_back_and_only_when_asked() {
 async fn what_stands_in_the_way_of_a_deletion_is_seen_before_a_byte_is_read() {
     let cloud = Cloud::start(|_| {}).await;
     cloud.service.set(&cloud.snapshot, "protected", json!(true));
-    cloud.convert(&["--delete-source", "--yes"]).await.ends(1, &["is protected", "openstack image set --unprotected"]);
+    cloud.convert(&["--delete-source", "--yes"]).await.ends(1, &["is protected", "virta image set --unprotected"]);
     cloud.service.set(&cloud.snapshot, "protected", json!(false));
     cloud.service.add_server("web-1", &cloud.snapshot);
     cloud.convert(&["--delete-source", "--yes"]).await.ends(1, &["1 servers were built from", "web-1", "--force"]);

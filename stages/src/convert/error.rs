@@ -101,7 +101,7 @@ pub enum JobError {
         seconds: u64,
     },
     /// It failed, and what was half made could not be removed either.
-    #[error("image {id} may be left behind half made; look with `openstack image show {id}` and remove it with: openstack image delete {id}{}", .left.as_ref().map(|left| format!(" (deleting it failed: {left})")).unwrap_or_default())]
+    #[error("image {id} may be left behind half made; look with `virta image show {id}` and remove it with: virta image delete {id}{}", .left.as_ref().map(|left| format!(" (deleting it failed: {left})")).unwrap_or_default())]
     LeftBehind {
         /// The image's id.
         id: String,

@@ -42,6 +42,6 @@ pub mod to_stream;
 pub use budget::Budget;
 pub use error::JobError;
 pub use job::Job;
-pub use options::{After, Notices, Options, Verify};
+pub use options::{After, FoundServer, Notices, Options, Verify};
 pub use report::Report;
 pub use source::Source;

@@ -98,7 +98,7 @@ pub fn unproven(image: &Image) -> JobError {
     JobError::Usage(format!(
         "image {name} ({id}) says that it was made from this source, but it is not its verified conversion: the run that made it \
          may have died, or it is a snapshot that inherited the mark. Take another name; or, if nobody needs it, remove it and \
-         start again: openstack image delete {id}",
+         start again: virta image delete {id}",
         name = image.shown(),
         id = image.shown_id()
     ))

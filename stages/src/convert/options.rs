@@ -107,6 +107,23 @@ pub trait Notices: Send + Sync {
     fn making(&self, image_id: &str) {
         let _ = image_id;
     }
+
+    /// A server is about to be changed; `None`: it is as it was found again. Whoever keeps a record of runs writes it down before the request
+    /// leaves, and can bring the server back when the run was killed.
+    fn holding(&self, server: Option<&FoundServer>) {
+        let _ = server;
+    }
+}
+
+/// A server as a run found it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct FoundServer {
+    /// Its id.
+    pub id: String,
+    /// Its name, for people.
+    pub name: String,
+    /// Its status then: `ACTIVE`, `SHUTOFF`, …
+    pub status: String,
 }
 
 /// Tells nobody.

@@ -59,7 +59,7 @@ pub async fn check(job: &Job, force: bool) -> Result<(), JobError> {
     let shown = format!("image {} ({})", image.shown(), image.shown_id());
     if image.protected == Some(true) {
         return Err(JobError::Refused(format!(
-            "{shown} is protected and will not be deleted; if it may be: openstack image set --unprotected {}",
+            "{shown} is protected and will not be deleted; if it may be: virta image set --unprotected {}",
             image.shown_id()
         )));
     }
@@ -254,7 +254,7 @@ async fn rename(session: &Session, new_id: &str, name: &str) -> Result<(), JobEr
     named.await.map_err(|error| {
         JobError::Refused(format!(
             "the source is deleted and the new image {new_id} verified, but giving it the source's name failed ({}): start the same command \
-             again, or: openstack image set --name {} {new_id}",
+             again, or: virta image set --name {} {new_id}",
             causes(&error),
             shell_word(&printable(name))
         ))

@@ -77,7 +77,7 @@ impl Source {
                 let id = &image.id;
                 let status = &image.status;
                 return Err(JobError::Refused(format!(
-                    "{shown} is still {status}: wait until it is active (openstack image show {id} -c status)"
+                    "{shown} is still {status}: wait until it is active (virta image show {id} -c status)"
                 )));
             }
             "deactivated" => {

@@ -433,7 +433,7 @@ impl Emission<'_> {
             if let Err(error) = self.session.delete_image(other).await {
                 let cause = causes(&error);
                 self.job.notices.warn(&format!(
-                    "an earlier try left image {other} half made, and deleting it failed ({cause}); remove it: openstack image delete {other}"
+                    "an earlier try left image {other} half made, and deleting it failed ({cause}); remove it: virta image delete {other}"
                 ));
             }
         }

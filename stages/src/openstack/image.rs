@@ -116,7 +116,7 @@ pub enum ImageError {
     #[error(transparent)]
     Api(#[from] ApiError),
     /// None of that name or id.
-    #[error("there is no image {what} in this project: `openstack image list` shows what there is")]
+    #[error("there is no image {what} in this project: `virta image list` shows what there is")]
     NotFound {
         /// What was looked for.
         what: String,
@@ -408,7 +408,7 @@ pub fn check_properties(properties: &[(String, String)]) -> Result<(), String> {
         );
         if attribute {
             return Err(format!(
-                "--property {key}: that is an attribute which the conversion sets; change it afterwards with `openstack image set`"
+                "--property {key}: that is an attribute which the conversion sets; change it afterwards with `virta image set`"
             ));
         }
         if stays_behind(key) {

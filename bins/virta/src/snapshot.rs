@@ -1,0 +1,295 @@
+//! `virta snapshot`.
+
+use std::{process::ExitCode, sync::Arc, time::Duration};
+
+use clap::Args;
+use engine::CancelToken;
+use serde_json::json;
+use stages::{
+    convert::{After, FoundServer, Job, JobError, Notices, Options, Source, Verify, names::images_of_name},
+    openstack::{Compute, Image, Session, config::Surroundings},
+    progress::Progress,
+    snapshot::{Plan, Snapshot, Waiting, restore},
+    text::{causes, printable, shell_word, size},
+};
+
+use crate::{
+    care::confirm,
+    cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs},
+    convert::{Outcome, conclude, into_glance, job_options, watch_signals},
+    display::Display,
+    exit, receipt,
+    runs::{self, Run, State},
+    sign_in::sign_in,
+};
+
+#[derive(Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct SnapshotArgs {
+    /// The server: a name or an id
+    pub server: String,
+    /// What the image will be called
+    #[arg(value_name = "NAME", required_unless_present = "name_flag")]
+    pub name: Option<String>,
+    /// The same, as `openstack server image create` has it
+    #[arg(long = "name", value_name = "NAME", conflicts_with = "name", id = "name_flag")]
+    pub name_flag: Option<String>,
+    /// Leave a running server running. The image then looks as after a power cut: file systems are not clean
+    #[arg(long)]
+    pub live: bool,
+    /// Go on to a compact qcow2 called NAME. The raw image is called NAME-virta-raw, and is deleted when the qcow2 was read back
+    #[arg(long)]
+    pub convert: bool,
+    /// Do not ask before the server is stopped
+    #[arg(long)]
+    pub yes: bool,
+    /// Minutes that Nova may take for the image
+    #[arg(long, value_name = "MINUTES", default_value = "240")]
+    pub timeout: u64,
+    /// Make a second image of a name that is taken
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub cloud: CloudArgs,
+    #[command(flatten)]
+    pub conversion: ConversionArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+const EXAMPLES: &str = "\
+The server goes back to the state that it was found in as soon as Nova is done with it, after an error or Ctrl-C, too. After a kill -9,
+`virta clean` does that. Only the root disk is in the image: ephemeral disks and attached volumes are not.
+Flags about compression, memory and the like are for --convert.
+Examples:
+  virta snapshot web web-2026-11-24
+      a raw image, as Pouta makes them
+  virta snapshot --convert web web-2026-11-24
+      the same, and a compact qcow2 of it in its place
+  virta snapshot --live web web-now
+      without stopping the server
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 interrupted.";
+
+/// Runs the command.
+pub async fn run(arguments: SnapshotArgs) -> ExitCode {
+    let name = arguments.name.clone().or_else(|| arguments.name_flag.clone()).unwrap_or_default();
+    let run = Run::begin(&format!("server:{}", arguments.server), &format!("glance:{name}"));
+    let progress = Progress::default();
+    let display = Display::start(arguments.output.progress, &progress, run.clone());
+    let cancel = CancelToken::new();
+    watch_signals(&cancel, display.held());
+    let options = match job_options(&arguments.conversion) {
+        Ok(options) => options,
+        Err(text) => return exit::usage(&text),
+    };
+    let result = snapshot(&arguments, &name, &run, &display, &cancel).await;
+    let (session, image) = match result {
+        Ok(made) => made,
+        Err(error) => {
+            display.finish().await;
+            let held = display.held().lock().is_ok_and(|held| held.is_some());
+            run.end_with(error.exit_code(), &printable(&causes(&error)), held);
+            let code = exit::failure(&error, error.exit_code());
+            if matches!(error, JobError::Interrupted(_)) && !held {
+                exit::say("no unfinished image is left behind, and the server is as it was found");
+            }
+            return code;
+        }
+    };
+    if arguments.convert {
+        let raw = image.shown_id();
+        let result = convert(&arguments, &name, &session, image, options, &progress, &display, &run, &cancel).await;
+        display.finish().await;
+        match &result {
+            Ok(_) => run.end(0, &format!("made {}", printable(&name))),
+            Err(error) => {
+                run.end_with(error.exit_code(), &printable(&causes(error)), matches!(error, JobError::LeftBehind { .. }))
+            }
+        }
+        let failed = result.is_err();
+        let code = conclude(result, &display, &arguments.output, true, true);
+        if failed {
+            exit::say(&format!(
+                "the snapshot is there as raw image {raw}; to go on: virta convert --delete-source {}glance:{raw} {}",
+                chosen_cloud(&arguments.cloud),
+                shell_word(&format!("glance:{name}"))
+            ));
+        }
+        return code;
+    }
+    display.finish().await;
+    run.end(0, &format!("made image {}", printable(&image.id)));
+    tell(&arguments, &image, &display)
+}
+
+/// `--os-cloud NAME ` where it was given, for a command to paste.
+fn chosen_cloud(cloud: &CloudArgs) -> String {
+    cloud.os_cloud.as_ref().map(|name| format!("--os-cloud {} ", shell_word(name))).unwrap_or_default()
+}
+
+async fn snapshot(
+    arguments: &SnapshotArgs,
+    name: &str,
+    run: &Run,
+    display: &Display,
+    cancel: &CancelToken,
+) -> Result<(Session, Image), JobError> {
+    if name.is_empty() || name.len() > 255 {
+        return Err(JobError::Usage("the image needs a name of at most 255 bytes".to_owned()));
+    }
+    let looking = async {
+        let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+        run.in_cloud(&session);
+        let compute = Compute::connect(&session).await?;
+        let mut server = compute.find(&arguments.server).await?;
+        if put_right(&session, &compute, &server.id, display).await? {
+            server = compute.server(&server.id).await?;
+        }
+        let raw_name = if arguments.convert { format!("{name}-virta-raw") } else { name.to_owned() };
+        for name in [name, raw_name.as_str()] {
+            check_free(&session, name, arguments.force).await?;
+        }
+        let plan = Plan::new(&compute, server, &raw_name, arguments.live).await?;
+        Ok::<_, JobError>((session, compute, plan))
+    };
+    let (session, compute, plan) = cancel.guard(looking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+    plan.lines.iter().for_each(|line| display.note(line));
+    plan.warnings.iter().for_each(|line| display.warn(line));
+    if arguments.convert {
+        display.note(&format!(
+            "then image {} is converted to qcow2 image {}, and deleted when that was verified",
+            printable(&plan.name),
+            printable(name)
+        ));
+    }
+    if plan.stops {
+        let who = session.whoami();
+        let what = format!(
+            "Stop server {} ({}) in cloud {}, project {}",
+            plan.server.shown(),
+            printable(&plan.server.id),
+            who.cloud,
+            who.project
+        );
+        confirm(&what, arguments.yes, cancel).await?;
+    }
+    let id = run.id().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
+    let waiting = Waiting { image: Duration::from_secs(arguments.timeout.saturating_mul(60)), ..Waiting::default() };
+    let snapshot = Snapshot { session: &session, compute: &compute, plan: &plan, run: &id, waiting, notices: display, cancel };
+    let image = snapshot.run().await?;
+    display.note(&format!("image {} ({}) is active, {}", image.shown(), image.shown_id(), size(image.size.unwrap_or(0))));
+    Ok((session, image))
+}
+
+/// Is there an image of this name in the project already? Two of one name are not made by accident.
+async fn check_free(session: &Session, name: &str, force: bool) -> Result<(), JobError> {
+    let taken = images_of_name(session, name).await?;
+    if force || taken.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = taken.iter().map(|image| format!("  {}", image.line())).collect();
+    Err(JobError::Usage(format!(
+        "there is an image called {} already; choose another name, or make a second one with --force:\n{}",
+        printable(name),
+        lines.join("\n")
+    )))
+}
+
+/// A server that another run of this machine holds: one that lives is not disturbed, what a dead one did is taken back first. Says whether
+/// there was anything.
+async fn put_right(session: &Session, compute: &Compute, server: &str, display: &Display) -> Result<bool, JobError> {
+    let holds = |found: &runs::Found| found.record.server.as_ref().is_some_and(|held| held.id == server);
+    if let Some(live) = runs::all().into_iter().find(|found| holds(found) && found.record.state == State::Running) {
+        // this very run holds nothing yet
+        return Err(JobError::Usage(format!(
+            "run {} (process {} on {}) makes a snapshot of this server just now",
+            live.record.run,
+            live.record.pid,
+            printable(&live.record.host)
+        )));
+    }
+    let mut any = false;
+    for dead in runs::dead().into_iter().filter(holds) {
+        if let Some(held) = dead.record.server.clone() {
+            restore_server(session, compute, &held, &dead, display).await?;
+            any = true;
+        }
+    }
+    Ok(any)
+}
+
+/// Brings a server back that a killed run had stopped.
+pub async fn restore_server(
+    session: &Session,
+    compute: &Compute,
+    held: &FoundServer,
+    dead: &runs::Found,
+    notices: &dyn Notices,
+) -> Result<(), JobError> {
+    notices.note(&format!(
+        "run {} was killed while it made a snapshot of server {}, which it had found {}",
+        printable(&dead.record.run),
+        printable(&held.name),
+        printable(&held.status)
+    ));
+    restore(session, compute, held, &dead.record.run, &Waiting::default(), notices).await?;
+    dead.restored().map_err(|error| JobError::Refused(format!("the record of a run could not be written: {error}")))
+}
+
+/// The raw image becomes a qcow2 one, and goes.
+#[allow(clippy::too_many_arguments)] // all of one run
+async fn convert(
+    arguments: &SnapshotArgs,
+    name: &str,
+    session: &Session,
+    image: Image,
+    options: Options,
+    progress: &Progress,
+    display: &Display,
+    run: &Run,
+    cancel: &CancelToken,
+) -> Result<Outcome, JobError> {
+    let notices: Arc<dyn Notices> = Arc::new(display.clone());
+    let verify = arguments.conversion.verify.map_or(Verify::Readback, Into::into);
+    let options = Options { after: After::Delete, verify, force: arguments.force, run: run.id(), ..options };
+    let source = cancel.guard(Source::glance(session, &image.id)).await.map_err(|_| JobError::interrupted())??;
+    let job = Job::new(source, options, progress, &notices, cancel);
+    let checking = stages::convert::retire::check(&job, arguments.force);
+    cancel.guard(checking).await.map_err(|_| JobError::interrupted())??;
+    into_glance(&job, session, None, name).await
+}
+
+/// What was made, and what to do with it.
+fn tell(arguments: &SnapshotArgs, image: &Image, display: &Display) -> ExitCode {
+    let told = json!({
+        "snapshot": {
+            "server": arguments.server, "image": image.id, "name": image.name, "bytes": image.size, "disk_format": image.disk_format,
+            "warnings": display.warnings(),
+        },
+    });
+    let receipt = receipt::write_told(&told);
+    let printed = match arguments.output.format {
+        FormatChoice::Table => exit::print(&format!(
+            "made glance:{}: {} {}\nto make a compact qcow2 of it, and delete it when that is verified: virta convert --delete-source {}glance:{} {}",
+            image.shown_id(),
+            image.disk_format.as_deref().unwrap_or("image"),
+            size(image.size.unwrap_or(0)),
+            chosen_cloud(&arguments.cloud),
+            image.shown_id(),
+            shell_word(&format!("glance:{}-qcow2", image.name.as_deref().unwrap_or("NAME")))
+        )),
+        FormatChoice::Json => exit::print(&serde_json::to_string_pretty(&told["snapshot"]).unwrap_or_default()),
+        FormatChoice::Value => exit::print(&printable(&image.id)),
+    };
+    if let Err(error) = receipt {
+        exit::say(&format!("virta: the snapshot is made, but its receipt could not be written: {error}"));
+    }
+    match printed {
+        true => ExitCode::SUCCESS,
+        false => {
+            exit::say(&format!("virta: made image {}, but that could not be written to stdout", image.shown_id()));
+            ExitCode::from(1)
+        }
+    }
+}
