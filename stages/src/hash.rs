@@ -47,6 +47,12 @@ impl Hasher {
         })
     }
 
+    /// What Glance computes unless its operator chose otherwise.
+    #[must_use]
+    pub fn sha512() -> Self {
+        Self::Sha512(aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA512))
+    }
+
     /// The algorithm as Glance names it.
     #[must_use]
     pub const fn algorithm(&self) -> &'static str {

@@ -22,7 +22,7 @@
 //! | [`glance::Upload`] | [`store::Chunk`] | – | network | – |
 //! | [`compare::Compare`] | – | – | threads | two buffers a worker |
 //!
-//! Beside them: [`convert`], which joins the stages into the main job, and [`snapshot`], which makes an image of a server.
+//! Beside them: [`inspect`], which looks into images, [`convert`], which joins the stages into the main job, and [`snapshot`], which makes an image of a server.
 //!
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
@@ -33,6 +33,7 @@ pub mod disk;
 pub mod extent;
 pub mod glance;
 pub mod hash;
+pub mod inspect;
 pub mod magic;
 pub mod openstack;
 pub mod progress;

@@ -28,18 +28,29 @@ pub enum DiskFormat {
     Zstd,
     Lz4,
     Zip,
+    SevenZip,
+    Tar,
+    Luks,
 }
 
 impl DiskFormat {
-    /// Tells by the first [`HEAD_BYTES`] and the last 512 bytes. A disk with a boot sector is raw even where it carries
-    /// a CD file system too (a hybrid image written to a disk), unless that is all it is.
+    /// Tells by the first [`HEAD_BYTES`] and the last 512 bytes. What carries a CD file system is an installation medium, even where it can be
+    /// booted from a disk, too: so Glance sees it. Where several signatures are there, the first of [`DiskFormat::claims`].
     #[must_use]
     pub fn detect(head: &[u8], tail: &[u8]) -> Self {
+        Self::claims(head, tail).first().copied().unwrap_or(Self::Raw)
+    }
+
+    /// All formats whose signatures are there; none for raw. More than one is no image that anybody should trust: whoever reads it as the
+    /// other one sees other bytes.
+    #[must_use]
+    pub fn claims(head: &[u8], tail: &[u8]) -> Vec<Self> {
         let at = |offset: usize, magic: &[u8]| head.get(offset..offset + magic.len()) == Some(magic);
+        let mut claims = Vec::new();
         if at(0, b"QFI\xfb") {
-            return if at(4, &[0, 0, 0, 1]) { Self::Qcow1 } else { Self::Qcow2 };
+            claims.push(if at(4, &[0, 0, 0, 1]) { Self::Qcow1 } else { Self::Qcow2 });
         }
-        let signatures: [(usize, &[u8], Self); 15] = [
+        let signatures: [(usize, &[u8], Self); 20] = [
             (0, b"QED\0", Self::Qed),
             (0, b"KDMV", Self::Vmdk),
             (0, b"COWD", Self::Vmdk),
@@ -47,20 +58,48 @@ impl DiskFormat {
             (0x40, b"\x7f\x10\xda\xbe", Self::Vdi),
             (0, b"conectix", Self::Vhd),
             (0, b"vhdxfile", Self::Vhdx),
+            (0, b"LUKS\xba\xbe", Self::Luks),
             (0, b"\x1f\x8b\x08", Self::Gzip),
             (0, b"\xfd7zXZ\0", Self::Xz),
             (0, b"BZh", Self::Bzip2),
             (0, b"\x28\xb5\x2f\xfd", Self::Zstd),
             (0, b"\x04\x22\x4d\x18", Self::Lz4),
             (0, b"PK\x03\x04", Self::Zip),
+            (0, b"7z\xbc\xaf\x27\x1c", Self::SevenZip),
+            (257, b"ustar", Self::Tar), // an OVA is one
             (0x8001, b"CD001", Self::Iso),
             (0x8001, b"BEA01", Self::Iso), // UDF
+            (0x8001, b"NSR02", Self::Iso),
+            (0x8001, b"NSR03", Self::Iso),
         ];
-        if let Some((_, _, format)) = signatures.iter().find(|(offset, magic, _)| at(*offset, magic)) {
-            return *format;
+        claims.extend(signatures.iter().filter(|(offset, magic, _)| at(*offset, magic)).map(|(_, _, format)| *format));
+        claims.dedup();
+        // a fixed VHD is a raw disk with a footer, a dynamic one has a copy of it in front
+        if tail.starts_with(b"conectix") && !claims.contains(&Self::Vhd) {
+            claims.push(Self::Vhd);
         }
-        // a fixed VHD is a raw disk with a footer
-        if tail.starts_with(b"conectix") { Self::Vhd } else { Self::Raw }
+        claims
+    }
+
+    /// The word that Glance's `disk_format` has for it; `None` for what Glance does not know.
+    #[must_use]
+    pub const fn glance_name(self) -> Option<&'static str> {
+        match self {
+            Self::Raw | Self::Luks => Some("raw"),
+            Self::Qcow2 => Some("qcow2"),
+            Self::Vmdk => Some("vmdk"),
+            Self::Vdi => Some("vdi"),
+            Self::Vhd => Some("vhd"),
+            Self::Vhdx => Some("vhdx"),
+            Self::Iso => Some("iso"),
+            _ => None,
+        }
+    }
+
+    /// Is it a compressed file or an archive?
+    #[must_use]
+    pub const fn is_packed(self) -> bool {
+        matches!(self, Self::Gzip | Self::Xz | Self::Bzip2 | Self::Zstd | Self::Lz4 | Self::Zip | Self::SevenZip | Self::Tar)
     }
 
     /// The word that `qemu-img` and Glance use.
@@ -82,6 +121,9 @@ impl DiskFormat {
             Self::Zstd => "zstd",
             Self::Lz4 => "lz4",
             Self::Zip => "zip",
+            Self::SevenZip => "7z",
+            Self::Tar => "tar",
+            Self::Luks => "luks",
         }
     }
 
@@ -91,9 +133,9 @@ impl DiskFormat {
         let file = crate::text::shell_word(file);
         match self {
             Self::Raw => "it can be converted as it is".to_owned(),
-            Self::Qcow2 => format!("it needs no conversion; to compact it: qemu-img convert -O qcow2 {file} compact.qcow2"),
+            Self::Qcow2 => format!("it needs no conversion; to put it into Glance: virta upload {file} NAME; to compact it: qemu-img convert -O qcow2 {file} compact.qcow2"),
             Self::Iso => {
-                "an installation medium stays as it is: openstack image create --disk-format iso --file FILE NAME".to_owned()
+                format!("an installation medium stays as it is: virta upload {file} NAME")
             }
             Self::Gzip => format!("unpack it first: gunzip -k {file}"),
             Self::Xz => format!("unpack it first: xz -dk {file}"),
@@ -101,6 +143,11 @@ impl DiskFormat {
             Self::Zstd => format!("unpack it first: zstd -dk {file}"),
             Self::Lz4 => format!("unpack it first: lz4 -dk {file}"),
             Self::Zip => format!("unpack it first: unzip {file}"),
+            Self::SevenZip => format!("unpack it first: 7z x {file}"),
+            Self::Tar => format!("unpack it first (an OVA has a VMDK in it): tar -xf {file}"),
+            Self::Luks => {
+                "it is an encrypted disk as a whole, which compresses to nothing: openstack image create --disk-format raw --file FILE NAME".to_owned()
+            }
             other => format!("convert it with: qemu-img convert -f {} -O qcow2 {file} disk.qcow2", other.name()),
         }
     }

@@ -4,9 +4,10 @@ use std::{io::IsTerminal, process::ExitCode};
 
 use engine::CancelToken;
 use stages::{
-    convert::JobError,
+    convert::{JobError, names::images_of_name},
     openstack::{Session, config::Surroundings},
     progress::Progress,
+    text::printable,
 };
 
 use crate::{
@@ -58,4 +59,18 @@ pub async fn confirm(what: &str, yes: bool, cancel: &CancelToken) -> Result<(), 
         return Ok(());
     }
     Err(JobError::Interrupted("nothing was done: the answer was not yes".to_owned()))
+}
+
+/// Is there an image of this name in the project already? Two of one name are not made by accident.
+pub async fn check_free(session: &Session, name: &str, force: bool) -> Result<(), JobError> {
+    let taken = images_of_name(session, name).await?;
+    if force || taken.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = taken.iter().map(|image| format!("  {}", image.line())).collect();
+    Err(JobError::Usage(format!(
+        "there is an image called {} already; choose another name, or make a second one with --force:\n{}",
+        printable(name),
+        lines.join("\n")
+    )))
 }

@@ -6,6 +6,7 @@ use crate::{
     image::ImageCommand,
     share::{AnswerArgs, MembersArgs, ShareArgs, UnshareArgs},
     snapshot::SnapshotArgs,
+    upload::UploadArgs,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use stages::{
@@ -30,6 +31,8 @@ pub enum Command {
     Convert(Box<ConvertArgs>),
     /// Make an image of a server: stop it, take the snapshot, start it again; --convert goes on to qcow2
     Snapshot(Box<SnapshotArgs>),
+    /// Put a disk image or an ISO into Glance: checked first, a raw one becomes qcow2 on the way
+    Upload(Box<UploadArgs>),
     /// Do two images show a guest the same bytes? Files or images in Glance, raw or qcow2
     Verify(VerifyArgs),
     /// Look after images: list, show, set, delete

@@ -478,7 +478,7 @@ fn open_private(path: &Path) -> std::io::Result<std::fs::File> {
     std::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
-fn write_report(path: &Path, json: &str) -> std::io::Result<()> {
+pub fn write_report(path: &Path, json: &str) -> std::io::Result<()> {
     use std::io::Write;
     let mut file = open_private(path)?;
     file.set_len(0)?;

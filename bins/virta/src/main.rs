@@ -15,6 +15,7 @@ mod sign_in;
 mod snapshot;
 mod status;
 mod table;
+mod upload;
 mod verify;
 
 use std::process::ExitCode;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
             cli::Command::Convert(arguments) => convert::run(*arguments).await,
             cli::Command::Verify(arguments) => verify::run(arguments).await,
             cli::Command::Snapshot(arguments) => snapshot::run(*arguments).await,
+            cli::Command::Upload(arguments) => upload::run(*arguments).await,
             cli::Command::Image(command) => image::run(command).await,
             cli::Command::Share(arguments) => share::share(arguments).await,
             cli::Command::Unshare(arguments) => share::unshare(arguments).await,

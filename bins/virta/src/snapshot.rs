@@ -6,7 +6,7 @@ use clap::Args;
 use engine::CancelToken;
 use serde_json::json;
 use stages::{
-    convert::{After, FoundServer, Job, JobError, Notices, Options, Source, Verify, names::images_of_name},
+    convert::{After, FoundServer, Job, JobError, Notices, Options, Source, Verify},
     openstack::{Compute, Image, Session, config::Surroundings},
     progress::Progress,
     snapshot::{Plan, Snapshot, Waiting, restore},
@@ -14,7 +14,7 @@ use stages::{
 };
 
 use crate::{
-    care::confirm,
+    care::{check_free, confirm},
     cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs},
     convert::{Outcome, conclude, into_glance, job_options, watch_signals},
     display::Display,
@@ -180,20 +180,6 @@ async fn snapshot(
     let image = snapshot.run().await?;
     display.note(&format!("image {} ({}) is active, {}", image.shown(), image.shown_id(), size(image.size.unwrap_or(0))));
     Ok((session, image))
-}
-
-/// Is there an image of this name in the project already? Two of one name are not made by accident.
-async fn check_free(session: &Session, name: &str, force: bool) -> Result<(), JobError> {
-    let taken = images_of_name(session, name).await?;
-    if force || taken.is_empty() {
-        return Ok(());
-    }
-    let lines: Vec<String> = taken.iter().map(|image| format!("  {}", image.line())).collect();
-    Err(JobError::Usage(format!(
-        "there is an image called {} already; choose another name, or make a second one with --force:\n{}",
-        printable(name),
-        lines.join("\n")
-    )))
 }
 
 /// A server that another run of this machine holds: one that lives is not disturbed, what a dead one did is taken back first. Says whether

@@ -51,8 +51,8 @@ async fn lists_are_filtered_complete_and_the_same_for_people_programs_and_shells
         run.stdout.lines().map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(ids("image list --snapshots -f value -c id").await.len(), 2);
-    assert_eq!(ids("image list --larger-than 19M -f value -c id").await, [big.clone()]);
-    assert_eq!(ids("image list --name BIG --disk-format RAW --mine -f value -c ID").await, [big.clone()]);
+    assert_eq!(ids("image list --larger-than 19M -f value -c id").await, std::slice::from_ref(&big));
+    assert_eq!(ids("image list --name BIG --disk-format RAW --mine -f value -c ID").await, std::slice::from_ref(&big));
     assert_eq!(ids("image list --name base-100 -f value -c name -c size").await[0], "base-1000 10");
     let json: Value = serde_json::from_str(&mini(&cloud, "image list --name big -f json").await.stdout).unwrap();
     assert_eq!((json[0]["id"].as_str(), json[0]["size"].as_u64()), (Some(big.as_str()), Some(20 << 20)));

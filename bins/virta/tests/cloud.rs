@@ -512,6 +512,7 @@ async fn a_snapshot_that_inherited_the_marks_of_a_conversion_is_not_taken_for_on
         cloud.service.set(&heir, "name", json!("elsewhere"));
     }
     cloud.service.set(&id, "owner", json!("another-project"));
+    cloud.service.set(&id, "visibility", json!("public")); // else it would not be seen at all
     cloud.convert(&[]).await.ends(2, &["may have died"]);
 }
 

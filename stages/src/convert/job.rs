@@ -358,16 +358,6 @@ impl Surveyed {
         &self,
         job: &Job,
         cancel: &CancelToken,
-    ) -> Result<(Pipeline<Chunk>, ReportHandle<EmitReport>), JobError> {
-        let hasher = Hasher::new("sha512").ok_or_else(|| JobError::bug("sha512 is known"))?;
-        self.emission_with(job, cancel, hasher).await
-    }
-
-    /// [`Surveyed::emission`] with another digest.
-    pub(super) async fn emission_with(
-        &self,
-        job: &Job,
-        cancel: &CancelToken,
         hasher: Hasher,
     ) -> Result<(Pipeline<Chunk>, ReportHandle<EmitReport>), JobError> {
         let wanted = Arc::new(self.survey.wanted());

@@ -13,6 +13,7 @@
 //!
 //! | module | noun |
 //! |---|---|
+//! | [`as_is`] | a local file becomes a new image, byte by byte |
 //! | [`budget`] | how `--memory` is split, and what the machine has |
 //! | [`options`] | what can be asked for |
 //! | [`report`] | what is told afterwards: a contract |
@@ -22,10 +23,12 @@
 //! | [`job`] | a conversion under way: survey and emission |
 //! | [`to_file`] | a source becomes a local file |
 //! | [`to_glance`] | a source becomes a new image in Glance |
+//! | `sending` | an image's way into Glance, with its retries |
 //! | [`to_stream`] | a source becomes bytes on a pipe |
 //! | [`readback`] | what was made is read, decoded and compared |
 //! | [`retire`] | the source goes, or the new image takes its place |
 
+pub mod as_is;
 pub mod budget;
 pub mod error;
 pub mod job;
@@ -34,6 +37,7 @@ pub mod options;
 pub mod readback;
 pub mod report;
 pub mod retire;
+mod sending;
 pub mod source;
 pub mod to_file;
 pub mod to_glance;

@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 
 use super::{Job, JobError, Report, job::ReportOf, report::HashReport};
 use crate::{
+    hash::Hasher,
     progress::{Phase, Progress},
     store::Chunk,
     units::to_u64,
@@ -53,7 +54,7 @@ pub async fn to_stream(job: &Job, output: File, name: &str) -> Result<Report, Jo
     let (agreed, gate) = mpsc::channel();
     let sink = WritePipe { output, name: name.to_owned(), total: layout.file_bytes(), gate, progress: progress.clone() };
     let mut sink = Some(sink);
-    let (pipeline, emitted) = surveyed.emission(job, &job.cancel).await?;
+    let (pipeline, emitted) = surveyed.emission(job, &job.cancel, Hasher::sha512()).await?;
     let emitting = pipeline.threads("pipe", 1, || sink.take().expect("one worker asks once")).start(&Handle::current());
     let surveying = async {
         let result = running.join().await;

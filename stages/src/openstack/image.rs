@@ -423,7 +423,6 @@ pub fn check_properties(properties: &[(String, String)]) -> Result<(), String> {
 #[must_use]
 pub fn converted_record(
     source: Option<&Image>,
-    id: &str,
     name: &str,
     virtual_bytes: u64,
     run: &str,
@@ -431,7 +430,6 @@ pub fn converted_record(
     elsewhere: bool,
 ) -> Map<String, Value> {
     let mut record = Map::new();
-    record.insert("id".to_owned(), json!(id));
     record.insert("name".to_owned(), json!(name));
     record.insert("disk_format".to_owned(), json!("qcow2"));
     record.insert("container_format".to_owned(), json!("bare"));
@@ -488,7 +486,6 @@ mod tests {
     fn a_converted_image_takes_over_what_describes_the_machine_and_nothing_that_describes_the_bytes() {
         let record = converted_record(
             Some(&snapshot()),
-            "n",
             "compact",
             (80 << 30) + 1,
             "r",
@@ -497,7 +494,6 @@ mod tests {
         );
         let keys: Vec<&str> = record.keys().map(String::as_str).collect();
         let mut expected = vec![
-            "id",
             "name",
             "disk_format",
             "container_format",

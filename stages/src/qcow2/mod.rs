@@ -18,6 +18,7 @@
 //! | [`arrival`] | the file in one pass, clusters in order of arrival, tables last, header at the very end |
 //! | [`reader`] | guest bytes and mappings back out |
 //! | [`verify`] | refcounts against reachability, the counterpart of `qemu-img check` |
+//! | [`whole`] | is everything there that the tables point to? |
 //!
 //! What is emitted: version 3, header length 112, 16-bit refcounts, no feature bit but the one of zstd where it is used, no
 //! backing file, no snapshot; every entry COPIED but those of compressed clusters, and every refcount 1 but theirs. OpenStack's format inspector refuses images with features
@@ -42,6 +43,7 @@ pub mod reader;
 pub mod stream_writer;
 pub mod tables;
 pub mod verify;
+pub mod whole;
 
 pub use arrival::Arrival;
 pub use cluster_map::ClusterMap;

@@ -1,0 +1,282 @@
+//! `virta upload`.
+
+use std::{fs::File, path::PathBuf, process::ExitCode, sync::Arc};
+
+use clap::Args;
+use engine::CancelToken;
+use stages::{
+    convert::{
+        Job, JobError, Notices, Options, Source,
+        as_is::{self, Upload, UploadReport, retry_as_is},
+        names::images_of_name,
+    },
+    disk::SourceError,
+    glance::Patience,
+    inspect::format::{Identified, check_qcow2, identify},
+    magic::DiskFormat,
+    openstack::{Session, config::Surroundings},
+    progress::Progress,
+    text::{causes, printable, shell_word, size},
+};
+
+use crate::{
+    care::check_free,
+    cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs},
+    convert::{Outcome, conclude, into_glance, job_options, watch_signals, write_report},
+    display::Display,
+    exit, receipt,
+    runs::Run,
+    sign_in::sign_in,
+    status,
+};
+
+#[derive(Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct UploadArgs {
+    /// The file
+    pub file: PathBuf,
+    /// What the image will be called
+    pub name: String,
+    /// What you think it is: an error if its bytes say otherwise (raw, qcow2, iso, vmdk, vdi, vhd, vhdx)
+    #[arg(long, value_name = "FORMAT")]
+    pub disk_format: Option<String>,
+    /// Send a raw disk as it is, instead of making a qcow2 of it on the way
+    #[arg(long)]
+    pub keep_format: bool,
+    /// Send even a format that most clouds cannot boot (VMDK, VDI, VHD, packed files), as it is
+    #[arg(long)]
+    pub as_is: bool,
+    /// Property `description`, which lists show
+    #[arg(long, value_name = "TEXT")]
+    pub description: Option<String>,
+    /// Ordinary users may not: see the error for what to do instead
+    #[arg(long)]
+    pub public: bool,
+    /// Make a second image of a name that is taken
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub cloud: CloudArgs,
+    #[command(flatten)]
+    pub conversion: ConversionArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+const EXAMPLES: &str = "\
+The format is found from the file's bytes, never from its name. A raw disk becomes a compact qcow2 on its way, with nothing written to disk;
+qcow2 and ISO are sent as they are, after everything was checked that Glance would refuse only after the last byte, and what it would take and
+no server could boot from: a qcow2 that was cut short. The image is private, and min_disk follows from the disk's size.
+Flags about compression, memory and the like are for raw disks.
+Examples:
+  virta upload disk.raw my-server
+      a raw disk, which becomes a qcow2 image
+  virta upload --description 'Debian 13 with our tools' debian.qcow2 debian-tools
+      a finished qcow2
+  virta upload alpine-virt.iso alpine
+      an installation medium
+What comes through a pipe: ssh host 'dd if=/dev/vda' | virta convert - glance:NAME
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 interrupted.";
+
+/// Runs the command.
+pub async fn run(arguments: UploadArgs) -> ExitCode {
+    let run = Run::begin(&arguments.file.display().to_string(), &format!("glance:{}", arguments.name));
+    let progress = Progress::default();
+    let display = Display::start(arguments.output.progress, &progress, run.clone());
+    let cancel = CancelToken::new();
+    watch_signals(&cancel, display.held());
+    let result = upload(&arguments, &progress, &display, &run, &cancel).await;
+    display.finish().await;
+    match &result {
+        Ok(_) => run.end(0, &format!("made image {}", printable(&arguments.name))),
+        Err(error) => run.end_with(error.exit_code(), &printable(&causes(error)), matches!(error, JobError::LeftBehind { .. })),
+    }
+    match result {
+        Ok(Made::AsIs(report)) => tell(*report, &arguments, &display),
+        Ok(Made::Converted(outcome)) => conclude(Ok(outcome), &display, &arguments.output, true, false),
+        Err(error) => conclude(Err(error), &display, &arguments.output, true, false),
+    }
+}
+
+enum Made {
+    AsIs(Box<UploadReport>),
+    Converted(Outcome),
+}
+
+async fn upload(
+    arguments: &UploadArgs,
+    progress: &Progress,
+    display: &Display,
+    run: &Run,
+    cancel: &CancelToken,
+) -> Result<Made, JobError> {
+    if arguments.public {
+        return Err(JobError::Usage(
+            "--public: only administrators may make images public. To let other projects use one: virta share IMAGE PROJECT; to let everybody who \
+             knows its id: openstack image set --community IMAGE"
+                .to_owned(),
+        ));
+    }
+    let options = job_options(&arguments.conversion).map_err(JobError::Usage)?;
+    if !arguments.file.exists() {
+        return Err(JobError::Usage(format!("there is no file {}", printable(&arguments.file.display().to_string()))));
+    }
+    let what = look(arguments)?;
+    let signing_in = async {
+        let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+        run.in_cloud(&session);
+        status::clean_up_before(&session, display).await?;
+        Ok::<_, JobError>(session)
+    };
+    let session = cancel.guard(signing_in).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+    match what {
+        What::Convert => {
+            let properties = properties(arguments);
+            let options = Options { properties, force: arguments.force, run: run.id(), ..options };
+            let notices: Arc<dyn Notices> = Arc::new(display.clone());
+            let job = Job::new(Source::local(&arguments.file)?, options, progress, &notices, cancel);
+            Ok(Made::Converted(into_glance(&job, &session, None, &arguments.name).await?))
+        }
+        What::AsIs { disk_format, virtual_bytes } => {
+            send(arguments, &session, disk_format, virtual_bytes, progress, display, run, cancel).await
+        }
+    }
+}
+
+/// What is to be done with a file.
+enum What {
+    /// A raw disk becomes a qcow2.
+    Convert,
+    /// It is sent as it is.
+    AsIs { disk_format: String, virtual_bytes: u64 },
+}
+
+/// Looks into the file, and refuses what Glance would refuse, or what no server would boot from.
+fn look(arguments: &UploadArgs) -> Result<What, JobError> {
+    let path = &arguments.file;
+    let shown = shell_word(&printable(&path.display().to_string()));
+    let open = || File::open(path).map_err(|source| SourceError::Io { action: "open", path: shown.clone(), source });
+    let file = open()?;
+    let kind = file.metadata().map_err(|source| SourceError::Io { action: "look at", path: shown.clone(), source })?;
+    if !kind.is_file() {
+        return Err(JobError::Usage(format!(
+            "{shown} is no regular file: what comes from a device or a pipe is sent with virta convert"
+        )));
+    }
+    let Identified { format, file_bytes, boot_fault, .. } =
+        identify(&file).map_err(|error| JobError::Refused(format!("{shown}: {}", causes(&error))))?;
+    if let Some(wanted) = &arguments.disk_format {
+        let known = format.glance_name().unwrap_or(format.name());
+        let packed_as_is = arguments.as_is && format.is_packed();
+        if !wanted.eq_ignore_ascii_case(known) && !packed_as_is {
+            return Err(JobError::Usage(format!(
+                "{shown} is {known} by its bytes, not {}: leave --disk-format out, or look whether it is the right file",
+                printable(wanted)
+            )));
+        }
+    }
+    let as_is = |virtual_bytes| What::AsIs { disk_format: format.glance_name().unwrap_or("raw").to_owned(), virtual_bytes };
+    match format {
+        DiskFormat::Raw if !arguments.keep_format && !arguments.as_is => Ok(What::Convert),
+        DiskFormat::Raw | DiskFormat::Luks => match boot_fault {
+            Some(fault) if !arguments.as_is => Err(JobError::Refused(format!(
+                "Glance refuses this disk as raw after its last byte: {fault}. Without --keep-format it becomes a qcow2, which is taken"
+            ))),
+            _ => Ok(as_is(file_bytes)),
+        },
+        DiskFormat::Qcow2 if arguments.as_is => {
+            let virtual_bytes = check_qcow2(open()?, &shown).map_or(0, |facts| facts.header.virtual_bytes);
+            Ok(as_is(virtual_bytes))
+        }
+        DiskFormat::Qcow2 => {
+            let facts =
+                check_qcow2(open()?, &shown).map_err(|error| JobError::Refused(format!("{shown}: {}", causes(&error))))?;
+            Ok(as_is(facts.header.virtual_bytes))
+        }
+        DiskFormat::Iso => Ok(as_is(file_bytes)),
+        _ if arguments.as_is => Ok(as_is(0)),
+        other => Err(JobError::Refused(format!(
+            "{shown} is {other}, of which most clouds boot nothing: {}. To send it as it is all the same: {}",
+            other.advice(&printable(&path.display().to_string())),
+            retry_as_is(path, &arguments.name)
+        ))),
+    }
+}
+
+fn properties(arguments: &UploadArgs) -> Vec<(String, String)> {
+    let mut properties = arguments.conversion.property.clone();
+    properties.extend(arguments.description.iter().map(|text| ("description".to_owned(), text.clone())));
+    properties
+}
+
+#[allow(clippy::too_many_arguments)] // all of one run
+async fn send(
+    arguments: &UploadArgs,
+    session: &Session,
+    disk_format: String,
+    virtual_bytes: u64,
+    progress: &Progress,
+    display: &Display,
+    run: &Run,
+    cancel: &CancelToken,
+) -> Result<Made, JobError> {
+    let checking = async {
+        images_of_name(session, &arguments.name).await?;
+        check_free(session, &arguments.name, arguments.force).await
+    };
+    cancel.guard(checking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+    display.note(&format!(
+        "source: {}, {} {disk_format}; destination: new image {}, as it is",
+        printable(&arguments.file.display().to_string()),
+        size(std::fs::metadata(&arguments.file).map_or(0, |metadata| metadata.len())),
+        printable(&arguments.name)
+    ));
+    let upload = Upload {
+        path: arguments.file.clone(),
+        name: arguments.name.clone(),
+        disk_format,
+        virtual_bytes,
+        properties: properties(arguments),
+        run: run.id(),
+        patience: Patience::default(),
+    };
+    let notices: Arc<dyn Notices> = Arc::new(display.clone());
+    Ok(Made::AsIs(Box::new(as_is::as_is(session, &upload, progress, &notices, cancel).await?)))
+}
+
+/// What was sent, and what is proven of it.
+fn tell(mut report: UploadReport, arguments: &UploadArgs, display: &Display) -> ExitCode {
+    report.warnings = display.warnings();
+    let proven = match (&report.image_hash.algorithm, report.image_hash.checked) {
+        (Some(algorithm), true) => format!("proven: size and {algorithm} of the new image in Glance are those of the file"),
+        _ => "proven: the new image's size in Glance; not proven: its content, for Glance computed no hash of it".to_owned(),
+    };
+    let json = serde_json::to_string_pretty(&report).unwrap_or_default();
+    let receipt = receipt::write_told(&serde_json::json!({ "proven": [proven], "report": report }));
+    let printed = match arguments.output.format {
+        FormatChoice::Table => exit::print(&format!(
+            "made {}: {} {}, as it is; {:.1} s\n{proven}",
+            printable(&report.destination),
+            size(report.image_bytes),
+            report.disk_format,
+            report.elapsed_s
+        )),
+        FormatChoice::Json => exit::print(&json),
+        FormatChoice::Value => exit::print(printable(&report.destination).trim_start_matches("glance:")),
+    };
+    if let Err(error) = receipt {
+        exit::say(&format!("virta: the image is made, but its receipt could not be written: {error}"));
+    }
+    if let Some(path) = &arguments.output.report
+        && let Err(error) = write_report(path, &json)
+    {
+        exit::say(&format!("virta: the image is made, but its report could not be written to {}: {error}", path.display()));
+        return ExitCode::from(1);
+    }
+    if !printed {
+        exit::say(&format!("virta: made {}, but that could not be written to stdout", printable(&report.destination)));
+        return ExitCode::from(1);
+    }
+    ExitCode::SUCCESS
+}

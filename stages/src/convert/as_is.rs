@@ -1,0 +1,252 @@
+//! A local file becomes a new image in Glance, byte by byte: for formats that are not converted.
+
+use std::{
+    fs::File,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use engine::{BlockingStage, CancelToken, ErrorKind, Inlet, NoInput, Outlet, Pipeline, ReportHandle, StageContext, StageError};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::{
+    JobError, Notices,
+    report::HashReport,
+    sending::{Content, Sending},
+};
+use crate::{
+    disk::SourceError,
+    glance::{Patience, Retries},
+    hash::Hasher,
+    openstack::{
+        Session,
+        image::{RUN, check_properties},
+    },
+    progress::{Phase, Progress},
+    read_at::ReadAt,
+    store::{Chunk, EmitReport},
+    text::{printable, shell_word, size},
+    units::to_usize,
+};
+
+/// Bytes read and sent at once.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+/// What is sent.
+#[derive(Clone, Debug)]
+pub struct Upload {
+    /// The file.
+    pub path: PathBuf,
+    /// What the image is called.
+    pub name: String,
+    /// As Glance names it.
+    pub disk_format: String,
+    /// Size of the disk in it, bytes: what `min_disk` follows from.
+    pub virtual_bytes: u64,
+    /// More properties.
+    pub properties: Vec<(String, String)>,
+    /// The run's name.
+    pub run: Option<String>,
+    /// When to give up.
+    pub patience: Patience,
+}
+
+/// What was sent.
+#[derive(Clone, Debug, Serialize)]
+pub struct UploadReport {
+    /// The file.
+    pub source: String,
+    /// `glance:ID`.
+    pub destination: String,
+    /// As Glance names it.
+    pub disk_format: String,
+    /// Size of the disk in it, bytes.
+    pub virtual_bytes: u64,
+    /// The image's length, bytes.
+    pub image_bytes: u64,
+    /// Bytes handed to the connection by all tries.
+    pub uploaded_bytes: u64,
+    /// Seconds.
+    pub elapsed_s: f64,
+    /// Digest of what was sent, and whether Glance has the same.
+    pub image_hash: HashReport,
+    /// Requests that were tried again.
+    pub retries: Vec<String>,
+    /// Warnings.
+    pub warnings: Vec<String>,
+}
+
+/// What tells a file from another one, or from what it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    place: (u64, u64),
+    bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    fn of(file: &File) -> std::io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self {
+            place: (metadata.dev(), metadata.ino()),
+            bytes: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        })
+    }
+}
+
+/// A file, read forward as often as it takes.
+struct FileContent {
+    file: Arc<File>,
+    shown: String,
+    identity: Identity,
+}
+
+impl Content for FileContent {
+    fn bytes(&self) -> u64 {
+        self.identity.bytes
+    }
+
+    async fn emission(
+        &self,
+        cancel: &CancelToken,
+        hasher: Hasher,
+    ) -> Result<(Pipeline<Chunk>, ReportHandle<EmitReport>), JobError> {
+        let mut read =
+            Some(ReadFile { file: Arc::clone(&self.file), shown: self.shown.clone(), identity: self.identity, hasher });
+        Ok(Pipeline::new(cancel).threads_reporting("read", 1, || read.take().expect("one worker asks once")))
+    }
+}
+
+/// Source stage: a file's bytes in order.
+struct ReadFile {
+    file: Arc<File>,
+    shown: String,
+    identity: Identity,
+    hasher: Hasher,
+}
+
+impl BlockingStage for ReadFile {
+    type In = NoInput;
+    type Out = Chunk;
+    type Report = EmitReport;
+
+    fn run(mut self, _: Inlet<NoInput>, outlet: Outlet<Chunk>, _: StageContext) -> Result<EmitReport, StageError> {
+        let io = |error| StageError::new(ErrorKind::Io, error);
+        let bytes = self.identity.bytes;
+        let mut at = 0;
+        while at < bytes {
+            let mut chunk = vec![0; to_usize(CHUNK_BYTES.min(bytes - at))];
+            ReadAt::read_exact_at(&*self.file, at, &mut chunk).map_err(io)?;
+            self.hasher.update(&chunk);
+            at += CHUNK_BYTES.min(bytes - at);
+            // the last piece leaves only when the whole is known to be one and the same file
+            if at == bytes && Identity::of(&self.file).map_err(io)? != self.identity {
+                let what = "its size or its time of change";
+                return Err(StageError::new(ErrorKind::InvalidData, SourceError::Changed { path: self.shown, what }));
+            }
+            outlet.send_blocking(Chunk(chunk.into()))?;
+        }
+        outlet.finish();
+        Ok(EmitReport { bytes, digest: self.hasher.finish() })
+    }
+}
+
+/// Sends a file as a new image.
+///
+/// # Errors
+/// [`JobError`]; no image is left behind then, or the error says which.
+///
+/// # Cancel safety
+/// Cancel with the token: the half-made image is deleted before this returns.
+pub async fn as_is(
+    session: &Session,
+    upload: &Upload,
+    progress: &Progress,
+    notices: &Arc<dyn Notices>,
+    cancel: &CancelToken,
+) -> Result<UploadReport, JobError> {
+    check_properties(&upload.properties).map_err(JobError::Usage)?;
+    let started = Instant::now();
+    let shown = printable(&upload.path.display().to_string());
+    let open = |path: &Path| -> std::io::Result<(File, Identity)> {
+        let file = File::open(path)?;
+        let identity = Identity::of(&file)?;
+        Ok((file, identity))
+    };
+    let io = |source| SourceError::Io { action: "open", path: shown.clone(), source };
+    let (file, identity) = open(&upload.path).map_err(io)?;
+    if let Ok(Some(left)) = cancel.guard(session.quota_left_bytes()).await
+        && identity.bytes > left
+    {
+        return Err(JobError::Refused(format!(
+            "the quota for images has {} left, and this one needs {}: delete what is not needed, or ask for more",
+            size(left),
+            size(identity.bytes)
+        )));
+    }
+    progress.set_virtual_bytes(identity.bytes);
+    progress.set_image_bytes(identity.bytes);
+    let told = Arc::clone(notices);
+    let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
+    let run = upload.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
+    let content = FileContent { file: Arc::new(file), shown: shown.clone(), identity };
+    let sending = Sending {
+        session,
+        content,
+        record: record(upload, &run),
+        droppable: Vec::new(),
+        patience: upload.patience,
+        progress,
+        cancel,
+        notices: &**notices,
+        retries: &retries,
+        made: Mutex::default(),
+    };
+    let sent = async {
+        let active = sending.until_active().await?;
+        let image_hash = sending.compare(&active.image, &active.emitted).await?;
+        Ok::<_, JobError>((active.image.id, image_hash))
+    };
+    let (id, image_hash) = match sent.await {
+        Ok(sent) => sent,
+        Err(error) => return Err(sending.clean_up(error).await),
+    };
+    sending.remove_all_but(&id).await;
+    progress.set_phase(Phase::Finishing);
+    Ok(UploadReport {
+        source: shown,
+        destination: format!("glance:{id}"),
+        disk_format: upload.disk_format.clone(),
+        virtual_bytes: upload.virtual_bytes,
+        image_bytes: identity.bytes,
+        uploaded_bytes: progress.sent_bytes(),
+        elapsed_s: started.elapsed().as_secs_f64(),
+        image_hash,
+        retries: retries.lines(),
+        warnings: Vec::new(),
+    })
+}
+
+fn record(upload: &Upload, run: &str) -> Map<String, Value> {
+    let mut record = Map::new();
+    record.insert("name".to_owned(), json!(upload.name));
+    record.insert("disk_format".to_owned(), json!(upload.disk_format));
+    record.insert("container_format".to_owned(), json!("bare"));
+    record.insert("visibility".to_owned(), json!("private"));
+    record.insert("min_disk".to_owned(), json!(upload.virtual_bytes.div_ceil(1 << 30)));
+    record.insert(RUN.to_owned(), json!(run));
+    for (key, value) in &upload.properties {
+        record.insert(key.clone(), json!(value));
+    }
+    record
+}
+
+/// What to type to go on after a file was refused in some format.
+#[must_use]
+pub fn retry_as_is(path: &Path, name: &str) -> String {
+    format!("virta upload --as-is {} {}", shell_word(&path.display().to_string()), shell_word(name))
+}
