@@ -22,7 +22,7 @@
 //! | [`glance::Upload`] | [`store::Chunk`] | – | network | – |
 //! | [`compare::Compare`] | – | – | threads | two buffers a worker |
 //!
-//! Beside them: [`inspect`], which looks into images, [`convert`], which joins the stages into the main job, and [`snapshot`], which makes an image of a server.
+//! Beside them: [`inspect`], which looks into images, [`convert`], which joins the stages into the main job, [`download`], and [`snapshot`], which makes an image of a server.
 //!
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
@@ -30,6 +30,7 @@ pub mod compare;
 pub mod compress;
 pub mod convert;
 pub mod disk;
+pub mod download;
 pub mod extent;
 pub mod glance;
 pub mod hash;

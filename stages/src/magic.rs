@@ -96,6 +96,13 @@ impl DiskFormat {
         }
     }
 
+    /// The format that Glance calls so.
+    #[must_use]
+    pub fn from_glance(name: &str) -> Option<Self> {
+        let all = [Self::Raw, Self::Qcow2, Self::Vmdk, Self::Vdi, Self::Vhd, Self::Vhdx, Self::Iso];
+        all.into_iter().find(|format| format.glance_name() == Some(name))
+    }
+
     /// Is it a compressed file or an archive?
     #[must_use]
     pub const fn is_packed(self) -> bool {

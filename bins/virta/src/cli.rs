@@ -3,6 +3,7 @@
 use std::{num::NonZeroUsize, path::PathBuf};
 
 use crate::{
+    download::DownloadArgs,
     image::ImageCommand,
     share::{AnswerArgs, MembersArgs, ShareArgs, UnshareArgs},
     snapshot::SnapshotArgs,
@@ -33,6 +34,8 @@ pub enum Command {
     Snapshot(Box<SnapshotArgs>),
     /// Put a disk image or an ISO into Glance: checked first, a raw one becomes qcow2 on the way
     Upload(Box<UploadArgs>),
+    /// Get an image as it is: hash checked, zeros as holes, --resume
+    Download(Box<DownloadArgs>),
     /// Do two images show a guest the same bytes? Files or images in Glance, raw or qcow2
     Verify(VerifyArgs),
     /// Look after images: list, show, set, delete
@@ -360,7 +363,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// 1 to 256: more threads or connections than that help nobody.
-fn count(text: &str) -> Result<NonZeroUsize, String> {
+pub fn count(text: &str) -> Result<NonZeroUsize, String> {
     match text.parse::<NonZeroUsize>() {
         Ok(count) if count.get() <= 256 => Ok(count),
         _ => Err("has to be a number from 1 to 256".to_owned()),

@@ -345,13 +345,13 @@ async fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
 }
 
 /// A FIFO or what stdout is can only be written forward.
-fn is_forward_only(path: &str) -> bool {
+pub fn is_forward_only(path: &str) -> bool {
     use std::os::unix::fs::FileTypeExt;
     path == "/dev/stdout" || std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
 /// Opens a FIFO when its reader is there; until then it can be interrupted.
-async fn open_forward(path: &str, display: &Display, cancel: &CancelToken) -> Result<std::fs::File, JobError> {
+pub async fn open_forward(path: &str, display: &Display, cancel: &CancelToken) -> Result<std::fs::File, JobError> {
     use std::os::unix::fs::OpenOptionsExt;
     let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
     let mut told = false;
@@ -370,7 +370,7 @@ async fn open_forward(path: &str, display: &Display, cancel: &CancelToken) -> Re
     }
 }
 
-fn stdout() -> Result<std::fs::File, JobError> {
+pub fn stdout() -> Result<std::fs::File, JobError> {
     use std::os::fd::AsFd;
     let handle = std::io::stdout().as_fd().try_clone_to_owned();
     let file =

@@ -5,6 +5,7 @@ mod cli;
 mod convert;
 mod demo;
 mod display;
+mod download;
 mod exit;
 mod habits;
 mod image;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
             cli::Command::Verify(arguments) => verify::run(arguments).await,
             cli::Command::Snapshot(arguments) => snapshot::run(*arguments).await,
             cli::Command::Upload(arguments) => upload::run(*arguments).await,
+            cli::Command::Download(arguments) => download::run(*arguments).await,
             cli::Command::Image(command) => image::run(command).await,
             cli::Command::Share(arguments) => share::share(arguments).await,
             cli::Command::Unshare(arguments) => share::unshare(arguments).await,

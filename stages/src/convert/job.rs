@@ -386,6 +386,7 @@ impl Surveyed {
                     let fetch = Fetch {
                         remote,
                         plan: fetch::Plan::Again { access: self.access, wanted },
+                        only_raw: true,
                         connections: super::source::connections_within(job.options.connections, &pool),
                         pool,
                         watermark: Watermark::new(u64::MAX),

@@ -223,6 +223,7 @@ impl Source {
                 let fetch = Fetch {
                     remote: self.remote(job).expect("it is an image"),
                     plan: Plan::All,
+                    only_raw: true,
                     connections: connections_within(options.connections, pool),
                     pool: pool.clone(),
                     watermark: watermark.clone(),

@@ -123,7 +123,7 @@ impl BlockingStage for WritePipe {
 }
 
 /// Waits until the pipe takes something, writes, until all is taken. Cancelled while it waits, it returns at once.
-fn write_whole(output: &mut File, mut bytes: &[u8], cancel: &CancelToken) -> Result<io::Result<()>, Cancelled> {
+pub(crate) fn write_whole(output: &mut File, mut bytes: &[u8], cancel: &CancelToken) -> Result<io::Result<()>, Cancelled> {
     while !bytes.is_empty() {
         cancel.check()?;
         let mut waiting = [PollFd::new(&*output, PollFlags::OUT)];

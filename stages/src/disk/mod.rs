@@ -28,7 +28,7 @@ pub mod write;
 
 use std::path::Path;
 
-pub use output::{OutputError, OutputFile};
+pub use output::{Left, OutputError, OutputFile};
 pub use pipe::PipeSource;
 pub use raw_file::{RawFile, SourceError};
 

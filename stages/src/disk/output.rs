@@ -10,6 +10,8 @@ use std::{
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
+use crate::magic::DiskFormat;
+
 /// Why an output cannot be opened or completed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -37,12 +39,14 @@ pub enum OutputError {
         folder: String,
     },
     /// Its name promises another format.
-    #[error("{path}: the extension .{extension} is not that of a qcow2 image; name it .qcow2")]
+    #[error("{path}: the extension .{extension} is not that of a {format} image; name it .{format}")]
     Extension {
         /// The file.
         path: String,
         /// What it ends in.
         extension: String,
+        /// What will be in it.
+        format: &'static str,
     },
     /// Another run holds it.
     #[error("{path} is being written by another run")]
@@ -102,9 +106,20 @@ const SUFFIX: &str = ".partial";
 /// Longest file name of the usual file systems.
 const NAME_BYTES_MAX: usize = 255;
 
-/// Extensions of other disk image formats and of compressed files.
-const OTHER_EXTENSIONS: [&str; 16] =
-    ["raw", "img", "vmdk", "vdi", "vhd", "vhdx", "vpc", "iso", "qed", "qcow", "gz", "xz", "bz2", "zst", "ova", "tar"];
+/// Extensions of disk image formats and of compressed files.
+const EXTENSIONS: [&str; 17] =
+    ["qcow2", "raw", "img", "vmdk", "vdi", "vhd", "vhdx", "vpc", "iso", "qed", "qcow", "gz", "xz", "bz2", "zst", "ova", "tar"];
+
+/// What a partial file that is there already may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// What a dead conversion leaves begins with zeros; anything else is somebody's.
+    Zeros,
+    /// It is known to be ours: it is emptied.
+    Ours,
+    /// It is known to be ours: it is gone on with.
+    Continued,
+}
 
 /// An image file under construction.
 #[derive(Debug)]
@@ -124,6 +139,14 @@ impl OutputFile {
     /// # Errors
     /// [`OutputError`], each naming the path and the way out.
     pub fn create(path: &Path, force: bool) -> Result<Self, OutputError> {
+        Self::open(path, force, Some(DiskFormat::Qcow2), Left::Zeros)
+    }
+
+    /// [`Self::create`] for a file of another format (`None`: of whatever extension), and with another rule for what is left of an earlier run.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn open(path: &Path, force: bool, format: Option<DiskFormat>, left: Left) -> Result<Self, OutputError> {
         let shown = path.display().to_string();
         let io = |action: &'static str, path: &Path| {
             let path = path.display().to_string();
@@ -157,10 +180,12 @@ impl OutputFile {
                 }
             }
         }
-        if let Some(extension) = target.extension().and_then(|extension| extension.to_str()) {
-            let lower = extension.to_ascii_lowercase();
-            if OTHER_EXTENSIONS.contains(&lower.as_str()) {
-                return Err(OutputError::Extension { path: shown, extension: lower });
+        let extension = target.extension().and_then(|extension| extension.to_str()).map(str::to_ascii_lowercase);
+        if let (Some(lower), Some(format)) = (extension, format) {
+            // `.img` is anything but what this program makes by itself
+            let own = [Some(format.name()), format.glance_name(), (format != DiskFormat::Qcow2).then_some("img")];
+            if EXTENSIONS.contains(&lower.as_str()) && !own.contains(&Some(lower.as_str())) {
+                return Err(OutputError::Extension { path: shown, extension: lower, format: format.name() });
             }
         }
         let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -168,10 +193,10 @@ impl OutputFile {
             return Err(OutputError::NoFolder { path: shown, folder: folder.display().to_string() });
         }
         let partial = partial_of(&target);
-        let file = Self::lock_partial(&partial)?;
+        let file = Self::lock_partial(&partial, left)?;
         // Only what a dead run left is emptied: ext4 flushes a file that was ever truncated to nothing when it is closed
         // (auto_da_alloc), which took longer than the conversion.
-        if file.metadata().map_err(io("look at", &partial))?.len() > 0 {
+        if left != Left::Continued && file.metadata().map_err(io("look at", &partial))?.len() > 0 {
             file.set_len(0).map_err(io("empty", &partial))?;
         }
         Ok(Self { file, target, partial: Some(partial), replace: force, done: false })
@@ -179,7 +204,7 @@ impl OutputFile {
 
     /// Opens and locks the partial file. What a dead run left is taken over, and nothing else: such a file begins with
     /// zeros, for the header is written last.
-    fn lock_partial(partial: &Path) -> Result<File, OutputError> {
+    fn lock_partial(partial: &Path, left: Left) -> Result<File, OutputError> {
         let shown = || partial.display().to_string();
         let io = |action| move |source| OutputError::Io { action, path: partial.display().to_string(), source };
         // O_NOFOLLOW: somebody else's link must not lead us into a file of theirs.
@@ -211,7 +236,7 @@ impl OutputFile {
                     bytes => filled += bytes,
                 }
             }
-            if !crate::zero::is_zero(&head[..filled]) {
+            if left == Left::Zeros && !crate::zero::is_zero(&head[..filled]) {
                 return Err(OutputError::InTheWay { path: shown() });
             }
             if !new {
@@ -251,6 +276,17 @@ impl OutputFile {
             path: self.target.display().to_string(),
             source,
         })
+    }
+
+    /// Is it a block device, which has no holes?
+    #[must_use]
+    pub const fn is_device(&self) -> bool {
+        self.partial.is_none()
+    }
+
+    /// Leaves the partial file for a later run that goes on with it.
+    pub fn leave(mut self) {
+        self.done = self.partial.is_some();
     }
 
     /// Where it is while it is written.

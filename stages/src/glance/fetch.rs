@@ -65,6 +65,8 @@ pub struct Fetch {
     pub remote: Remote,
     /// What to read of it.
     pub plan: Plan,
+    /// Another format than raw is an error, told by the first bytes.
+    pub only_raw: bool,
     /// Parallel ranges; with 1, ranges are not even probed for.
     pub connections: NonZeroUsize,
     /// Where leases come from.
@@ -78,6 +80,7 @@ struct Shared {
     remote: Remote,
     pool: BufferPool,
     watermark: Watermark,
+    only_raw: bool,
     outlet: Outlet<Extent>,
     cx: StageContext,
 }
@@ -89,7 +92,8 @@ impl Stage for Fetch {
 
     async fn run(self, _: Inlet<NoInput>, outlet: Outlet<Extent>, cx: StageContext) -> Result<Access, StageError> {
         let connections = self.connections.get();
-        let shared = Arc::new(Shared { remote: self.remote, pool: self.pool, watermark: self.watermark, outlet, cx });
+        let Self { remote, pool, watermark, only_raw, .. } = self;
+        let shared = Arc::new(Shared { remote, pool, watermark, only_raw, outlet, cx });
         let image_bytes = shared.remote.image_bytes;
         let access = match self.plan {
             Plan::All => {
@@ -163,7 +167,7 @@ async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<u64, 
         let mut lease = shared.lease(&mut connection).await?;
         let bytes = to_usize(guest.bytes());
         connection.read(at, guest.end.0, &mut lease[..bytes]).await?;
-        if at == 0 {
+        if at == 0 && shared.only_raw {
             refuse_other_formats(shared, &lease[..bytes])?;
         }
         if let Some((place, sample)) = candidate.as_mut().and_then(|candidate| candidate.look(at, &lease[..bytes])) {

@@ -1,0 +1,625 @@
+//! An image in Glance becomes a local file, byte by byte.
+//!
+//! ```text
+//! to a file:   fetch (ranges, or one GET) ── land x 2 (zeros become holes) ── order ── hash
+//! to a stream: fetch (one GET) ── forward (hashes on the way, keeps the last piece back until the hash agreed)
+//! ```
+//! The hash is computed over what is in the file, not over what came. A download that fails keeps what it has: `<name>.partial`, and beside it
+//! `<name>.partial.json`, which says of which image it is and up to where it is whole. Another run goes on from there, after it has hashed what is
+//! there; if the image in Glance is another one by then, it does not.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    fs::File,
+    io::{self, Write},
+    num::NonZeroUsize,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use engine::{BlockingStage, BufferPool, CancelToken, ErrorKind, Inlet, NoOutput, Outlet, Pipeline, StageContext, StageError};
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
+
+use crate::{
+    convert::{
+        JobError, Notices,
+        report::{Access, HashReport},
+        to_stream::{PipeBroken, write_whole},
+    },
+    disk::{Left, OutputFile, output::partial_of, queue::WriteError},
+    extent::{EXTENT_BYTES, Extent, Home, Payload, Place, Placed, PlacedRun},
+    glance::{Fetch, ImageFile, Patience, Remote, Retries, fetch::Plan},
+    hash::{ExpectedHash, HashLane, HashMismatch, Hasher},
+    magic::DiskFormat,
+    openstack::{Image, Session},
+    progress::{Phase, Progress},
+    text::{printable, size},
+    units::{ClusterBits, GuestRange, to_u64, to_usize},
+    watermark::Watermark,
+    zero::is_zero,
+};
+
+/// Threads that write: one writes while the other looks for zeros.
+const LANDERS: usize = 2;
+/// Zeros of so many bytes, aligned, become a hole.
+const HOLE_BYTES: usize = 64 << 10;
+/// How often it is written down how far the file is whole.
+const MARK_EVERY: u64 = 64 << 20;
+/// Bytes written to a pipe at once.
+const PIPE_BYTES: usize = 64 << 10;
+const LEASE_ALIGN: usize = 4096;
+
+/// A download.
+pub struct Download {
+    /// Signed in.
+    pub session: Session,
+    /// The image, which is active.
+    pub image: Image,
+    /// Parallel ranges, where they are served.
+    pub connections: NonZeroUsize,
+    /// Replace a file that is there; start again where a partial one is.
+    pub force: bool,
+    /// Go on with a partial one.
+    pub resume: bool,
+    /// Flush the file and its folder.
+    pub sync: bool,
+    /// When to give up.
+    pub patience: Patience,
+    /// Counters.
+    pub progress: Progress,
+    /// Who is told.
+    pub notices: Arc<dyn Notices>,
+    /// Ends it.
+    pub cancel: CancelToken,
+}
+
+/// What was downloaded.
+#[derive(Clone, Debug, Serialize)]
+pub struct DownloadReport {
+    /// `glance:ID`.
+    pub source: String,
+    /// The file, or `-`.
+    pub destination: String,
+    /// As Glance names it.
+    pub disk_format: Option<String>,
+    /// The image's length, bytes.
+    pub image_bytes: u64,
+    /// Of those, in holes.
+    pub zero_bytes: u64,
+    /// Of those, there already when this run began.
+    pub resumed_bytes: u64,
+    /// Everything received, bytes.
+    pub fetched_bytes: u64,
+    /// Of those, received again after an error.
+    pub retried_bytes: u64,
+    /// Seconds.
+    pub elapsed_s: f64,
+    /// How the image could be read.
+    pub access: Access,
+    /// Glance's digest, and whether the file has it.
+    pub image_hash: HashReport,
+    /// Requests that were tried again.
+    pub retries: Vec<String>,
+    /// Warnings.
+    pub warnings: Vec<String>,
+}
+
+/// What is written down beside a partial file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Mark {
+    image: String,
+    bytes: u64,
+    /// The digest that Glance has of it.
+    hash: Option<String>,
+    created_at: Option<String>,
+    /// Up to here all bytes are in the file.
+    whole_bytes: u64,
+}
+
+impl Mark {
+    fn path(partial: &Path) -> PathBuf {
+        let mut name = partial.file_name().map(ToOwned::to_owned).unwrap_or_default();
+        name.push(".json");
+        partial.with_file_name(name)
+    }
+
+    fn read(partial: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(Self::path(partial)).ok()?).ok()
+    }
+
+    /// Written whole: a reader sees the old one or the new one.
+    fn write(&self, partial: &Path) -> io::Result<()> {
+        let path = Self::path(partial);
+        let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
+        name.push(".new");
+        let new = path.with_file_name(name);
+        let mut file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(serde_json::to_string(self)?.as_bytes())?;
+        fs::rename(new, path)
+    }
+
+    /// Is it of this image, as it is now?
+    fn is_of(&self, other: &Self) -> bool {
+        self.image == other.image && self.bytes == other.bytes && self.hash == other.hash && self.created_at == other.created_at
+    }
+}
+
+impl Download {
+    fn bytes(&self) -> u64 {
+        self.image.size.unwrap_or(0)
+    }
+
+    fn mark(&self) -> Mark {
+        Mark {
+            image: self.image.id.clone(),
+            bytes: self.bytes(),
+            hash: self.image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value)),
+            created_at: self.image.created_at.clone(),
+            whole_bytes: 0,
+        }
+    }
+
+    fn remote(&self) -> Remote {
+        let told = Arc::clone(&self.notices);
+        Remote {
+            session: self.session.clone(),
+            image_id: self.image.id.clone(),
+            image_bytes: self.bytes(),
+            progress: self.progress.clone(),
+            retries: Retries::new(&self.progress, Arc::new(move |line| told.note(&line))),
+            patience: self.patience,
+            cancel: self.cancel.clone(),
+            again: false,
+        }
+    }
+
+    fn begin(&self, destination: &str) {
+        let image = &self.image;
+        self.notices.note(&format!(
+            "source: image {} ({}), {} {}; destination: {}",
+            image.shown(),
+            image.shown_id(),
+            size(self.bytes()),
+            printable(image.disk_format.as_deref().unwrap_or("of no known format")),
+            printable(destination)
+        ));
+        if image.expected_hash().is_none() {
+            self.notices.warn(
+                "Glance has no hash of the image (as after a direct Ceph snapshot): what is read cannot be checked against one",
+            );
+        }
+        self.progress.set_virtual_bytes(self.bytes());
+        self.progress.set_hash_expected(image.expected_hash().map_or(0, |_| self.bytes()));
+        self.progress.set_phase(Phase::Reading);
+    }
+
+    /// Is the image still the one that it was?
+    async fn check_unchanged(&self) -> Result<(), JobError> {
+        let now = self.cancel.guard(self.session.image(&self.image.id)).await.map_err(|_| JobError::interrupted())??;
+        match self.image.differs_from(&now) {
+            Some(what) => {
+                let id = self.image.shown_id();
+                Err(JobError::Verification(format!("image {id} is not what it was when this run began: its {what} differs")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn report(
+        &self,
+        destination: String,
+        access: Access,
+        resumed_bytes: u64,
+        started: Instant,
+        remote: &Remote,
+    ) -> DownloadReport {
+        DownloadReport {
+            source: format!("glance:{}", self.image.id),
+            destination,
+            disk_format: self.image.disk_format.clone(),
+            image_bytes: self.bytes(),
+            zero_bytes: self.progress.zero_bytes(),
+            resumed_bytes,
+            fetched_bytes: self.progress.fetched_bytes(),
+            retried_bytes: self.progress.retried_bytes(),
+            elapsed_s: started.elapsed().as_secs_f64(),
+            access,
+            image_hash: HashReport::checked(self.image.expected_hash()),
+            retries: remote.retries.lines(),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Downloads into a file, or onto a block device.
+    ///
+    /// # Errors
+    /// [`JobError`]. The destination is then as it was before; what has come is kept as `<name>.partial`, unless its hash is wrong.
+    ///
+    /// # Cancel safety
+    /// Cancel with the token: what is in flight is waited for.
+    pub async fn to_file(&self, destination: &Path) -> Result<DownloadReport, JobError> {
+        let started = Instant::now();
+        let format = self.image.disk_format.as_deref().and_then(DiskFormat::from_glance);
+        let partial = partial_of(&fs::canonicalize(destination).unwrap_or_else(|_| destination.to_owned()));
+        let mark = self.mark();
+        let (left, start) = self.what_is_left(&partial, &mark)?;
+        let output = OutputFile::open(destination, self.force, format, left)?;
+        self.begin(&destination.display().to_string());
+        let file = output.handle()?;
+        let write = |error| JobError::Write { path: output.path().display().to_string(), advice: "", source: Box::new(error) };
+        if output.is_device() {
+            let room = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).unwrap_or(0);
+            if room < self.bytes() {
+                return Err(JobError::Usage(format!(
+                    "{} has {} and the image {}",
+                    destination.display(),
+                    size(room),
+                    size(self.bytes())
+                )));
+            }
+        } else {
+            // what landed out of order behind the mark could shine through where a hole is now
+            file.set_len(start).and_then(|()| file.set_len(self.bytes())).map_err(write)?;
+        }
+        if start > 0 {
+            self.notices.note(&format!("going on at {} of {}", size(start), size(self.bytes())));
+        }
+        let remote = self.remote();
+        let landed = self.land(&output, file, &partial, mark, start, &remote).await;
+        let access = match landed {
+            Ok(access) => access,
+            Err(error) => return Err(self.keep(error, output, &partial)),
+        };
+        self.progress.set_phase(Phase::Finishing);
+        let finish = async {
+            if self.image.expected_hash().is_none() {
+                self.check_unchanged().await?;
+            }
+            if self.sync {
+                output.handle()?.sync_all().map_err(write)?;
+            }
+            Ok::<_, JobError>(())
+        };
+        if let Err(error) = finish.await {
+            return Err(self.keep(error, output, &partial));
+        }
+        let path = output.commit(self.sync)?;
+        let _ = fs::remove_file(Mark::path(&partial));
+        Ok(self.report(path.display().to_string(), access, start, started, &remote))
+    }
+
+    /// What of an earlier run is there: how it is to be opened, and where to go on.
+    fn what_is_left(&self, partial: &Path, mark: &Mark) -> Result<(Left, u64), JobError> {
+        let found = Mark::read(partial);
+        let shown = partial.display();
+        match found {
+            Some(_) if !partial.exists() => {
+                let _ = fs::remove_file(Mark::path(partial));
+                Ok((Left::Zeros, 0))
+            }
+            Some(found) if found.is_of(mark) => match (self.resume, self.force) {
+                (true, _) => {
+                    Ok((Left::Continued, found.whole_bytes.min(fs::metadata(partial).map_or(0, |metadata| metadata.len()))))
+                }
+                (false, true) => Ok((Left::Ours, 0)),
+                (false, false) => Err(JobError::Usage(format!(
+                    "{shown} has {} of {} of this image: go on with --resume, or start again with --force",
+                    size(found.whole_bytes),
+                    size(found.bytes)
+                ))),
+            },
+            Some(found) if self.force => {
+                self.notices.note(&format!("{shown} is of another image ({}): starting again", printable(&found.image)));
+                Ok((Left::Ours, 0))
+            }
+            Some(found) => Err(JobError::Usage(format!(
+                "{shown} is of image {}, or of what this one was before: nothing of it is of use. Start again with --force",
+                printable(&found.image)
+            ))),
+            None => {
+                if self.resume {
+                    self.notices.note("there is nothing to go on with: starting at the beginning");
+                }
+                Ok((Left::Zeros, 0))
+            }
+        }
+    }
+
+    /// What has come is kept, unless it is wrong.
+    fn keep(&self, error: JobError, output: OutputFile, partial: &Path) -> JobError {
+        let kept = Mark::read(partial).filter(|mark| mark.whole_bytes > 0);
+        match (error.exit_code(), kept) {
+            (3, _) | (_, None) => {
+                drop(output);
+                let _ = fs::remove_file(Mark::path(partial));
+                error
+            }
+            (_, Some(mark)) => {
+                self.notices.note(&format!(
+                    "{} of {} are kept as {}: the same command with --resume goes on",
+                    size(mark.whole_bytes),
+                    size(mark.bytes),
+                    partial.display()
+                ));
+                output.leave();
+                error
+            }
+        }
+    }
+
+    async fn land(
+        &self,
+        output: &OutputFile,
+        file: File,
+        partial: &Path,
+        mark: Mark,
+        start: u64,
+        remote: &Remote,
+    ) -> Result<Access, JobError> {
+        let bytes = self.bytes();
+        if bytes == 0 {
+            return Ok(Access::Sequential);
+        }
+        let connections = self.connections.get();
+        let pool = BufferPool::new(2 * connections + 2 * LANDERS + 4, to_usize(EXTENT_BYTES), LEASE_ALIGN, &self.cancel);
+        let (plan, access) = if start == 0 {
+            (Plan::All, None)
+        } else {
+            let access = ImageFile::access(remote).await?;
+            let first = start / EXTENT_BYTES;
+            let ranges = (first..bytes.div_ceil(EXTENT_BYTES)).map(|extent| {
+                let from = (extent * EXTENT_BYTES).max(start);
+                GuestRange::new(from, ((extent + 1) * EXTENT_BYTES).min(bytes) - from)
+            });
+            (Plan::Again { access, wanted: Arc::new(ranges.filter(|range| range.bytes() > 0).collect()) }, Some(access))
+        };
+        let fetch = Fetch {
+            remote: remote.clone(),
+            plan,
+            only_raw: false,
+            connections: self.connections,
+            pool,
+            watermark: Watermark::new(u64::MAX),
+        };
+        let (pipeline, fetched) = Pipeline::new(&self.cancel).network_reporting("fetch", fetch);
+        let file = Arc::new(file);
+        let holes = !output.is_device();
+        let pipeline =
+            pipeline.threads("write", LANDERS, || Land { file: Arc::clone(&file), holes, progress: self.progress.clone() });
+        let mark = holes.then(|| (partial.to_owned(), mark));
+        let pipeline = pipeline.threads("order", 1, || Order { start, mark: mark.clone(), progress: self.progress.clone() });
+        let mut lane = Some(HashLane {
+            expected: self.image.expected_hash(),
+            file: Some(output.handle()?),
+            cluster_bits: ClusterBits::DEFAULT,
+            codec: None,
+            progress: self.progress.clone(),
+            watermark: None,
+        });
+        let pipeline = pipeline.threads("hash", 1, || lane.take().expect("one worker asks once"));
+        let joined = pipeline.start(&Handle::current()).join().await;
+        joined.map_err(|error| match JobError::from(error).writing_to(output.path()) {
+            JobError::Write { path, advice, source } if !advice.is_empty() => {
+                JobError::Write { path, advice: ": the disk is full: make room, then go on with --resume", source }
+            }
+            other => other,
+        })?;
+        Ok(match access {
+            Some(access) => access,
+            None => fetched.one().await.unwrap_or(Access::Sequential),
+        })
+    }
+
+    /// Downloads onto a pipe: with one GET, in order.
+    ///
+    /// # Errors
+    /// [`JobError`]. The last bytes are written only once the hash agreed: a reader takes an end of input for success.
+    pub async fn to_stream(&self, output: File, name: &str) -> Result<DownloadReport, JobError> {
+        let started = Instant::now();
+        self.begin(name);
+        let remote = self.remote();
+        if self.bytes() > 0 {
+            let pool = BufferPool::new(4, to_usize(EXTENT_BYTES), LEASE_ALIGN, &self.cancel);
+            let fetch = Fetch {
+                remote: remote.clone(),
+                plan: Plan::All,
+                only_raw: false,
+                connections: NonZeroUsize::MIN,
+                pool,
+                watermark: Watermark::new(u64::MAX),
+            };
+            let mut forward = Some(Forward {
+                output,
+                name: name.to_owned(),
+                total: self.bytes(),
+                expected: self.image.expected_hash(),
+                progress: self.progress.clone(),
+            });
+            let pipeline = Pipeline::new(&self.cancel).network("fetch", fetch);
+            let pipeline = pipeline.threads("forward", 1, || forward.take().expect("one worker asks once"));
+            pipeline.start(&Handle::current()).join().await?;
+        }
+        Ok(self.report(name.to_owned(), Access::Sequential, 0, started, &remote))
+    }
+}
+
+/// Writes extents to their place. Zeros become holes where the file can have them.
+struct Land {
+    file: Arc<File>,
+    holes: bool,
+    progress: Progress,
+}
+
+impl Land {
+    /// Writes what is not zero; returns how much was.
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<u64> {
+        if !self.holes {
+            self.file.write_all_at(bytes, at)?;
+            return Ok(0);
+        }
+        let mut zeros = 0;
+        let mut data_from = None;
+        let mut here = 0;
+        while here < bytes.len() {
+            // pieces end at multiples of the hole's size in the file, not in the buffer
+            let into = to_usize((at + to_u64(here)) % to_u64(HOLE_BYTES));
+            let end = (here + HOLE_BYTES - into).min(bytes.len());
+            if is_zero(&bytes[here..end]) {
+                zeros += to_u64(end - here);
+                if let Some(from) = data_from.take() {
+                    self.file.write_all_at(&bytes[from..here], at + to_u64(from))?;
+                }
+            } else {
+                data_from.get_or_insert(here);
+            }
+            here = end;
+        }
+        if let Some(from) = data_from {
+            self.file.write_all_at(&bytes[from..], at + to_u64(from))?;
+        }
+        Ok(zeros)
+    }
+}
+
+impl BlockingStage for Land {
+    type In = Extent;
+    type Out = Placed;
+    type Report = ();
+
+    fn run(self, inlet: Inlet<Extent>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
+        while let Some(Extent { guest, payload }) = inlet.recv_blocking()? {
+            let zeros = match payload {
+                Payload::Zeros => guest.bytes(),
+                Payload::Bytes(lease) => self.write(guest.start.0, &lease[..to_usize(guest.bytes())]).map_err(|source| {
+                    let error = WriteError { host_offset: guest.start.0, bytes: guest.bytes(), done: 0, source };
+                    StageError::new(ErrorKind::Io, error)
+                })?,
+            };
+            self.progress.add_surveyed(guest.bytes());
+            self.progress.add_zero(zeros);
+            self.progress.add_data(guest.bytes() - zeros);
+            outlet.send_blocking(placed(guest))?;
+        }
+        outlet.finish();
+        Ok(())
+    }
+}
+
+/// Bytes that are in the file, each at its own place.
+fn placed(guest: GuestRange) -> Placed {
+    Placed { guest, runs: vec![PlacedRun { guest, place: Place::Plain(guest.start.0) }], records: Vec::new(), home: Home::File }
+}
+
+/// Puts extents into order for the hash, and writes down how far the file is whole.
+struct Order {
+    start: u64,
+    mark: Option<(PathBuf, Mark)>,
+    progress: Progress,
+}
+
+impl Order {
+    fn note(&mut self, whole_bytes: u64) {
+        if let Some((partial, mark)) = &mut self.mark {
+            mark.whole_bytes = whole_bytes;
+            // it is a help for another run, no need of this one
+            let _ = mark.write(partial);
+        }
+    }
+}
+
+impl BlockingStage for Order {
+    type In = Placed;
+    type Out = Placed;
+    type Report = ();
+
+    fn run(mut self, inlet: Inlet<Placed>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
+        let mut at = 0;
+        while at < self.start {
+            let guest = GuestRange::new(at, EXTENT_BYTES.min(self.start - at));
+            at = guest.end.0;
+            self.progress.add_surveyed(guest.bytes());
+            outlet.send_blocking(placed(guest))?;
+        }
+        let mut early = BTreeMap::new();
+        let mut marked = at;
+        let result = loop {
+            match inlet.recv_blocking() {
+                Ok(Some(placed)) => _ = early.insert(placed.guest.start.0, placed),
+                Ok(None) if early.is_empty() => break Ok(()),
+                Ok(None) => return Err(StageError::bug("extents are missing between others")),
+                Err(error) => break Err(error),
+            }
+            while let Some(placed) = early.remove(&at) {
+                at = placed.guest.end.0;
+                if let Err(error) = outlet.send_blocking(placed) {
+                    self.note(at);
+                    return Err(error.into());
+                }
+            }
+            if at - marked >= MARK_EVERY {
+                self.note(at);
+                marked = at;
+            }
+        };
+        // also when the run ends before its time: that is when it is needed
+        self.note(at);
+        result?;
+        outlet.finish();
+        Ok(())
+    }
+}
+
+/// Sink: writes extents, which come in order, to a pipe.
+struct Forward {
+    output: File,
+    name: String,
+    total: u64,
+    expected: Option<ExpectedHash>,
+    progress: Progress,
+}
+
+impl BlockingStage for Forward {
+    type In = Extent;
+    type Out = NoOutput;
+    type Report = ();
+
+    fn run(mut self, inlet: Inlet<Extent>, outlet: Outlet<NoOutput>, cx: StageContext) -> Result<(), StageError> {
+        let mut hasher = self.expected.as_ref().and_then(|expected| Hasher::new(&expected.algorithm));
+        let zeros = vec![0; to_usize(EXTENT_BYTES)];
+        let mut written = 0;
+        while let Some(Extent { guest, payload }) = inlet.recv_blocking()? {
+            let bytes = match &payload {
+                Payload::Bytes(lease) => &lease[..to_usize(guest.bytes())],
+                Payload::Zeros => &zeros[..to_usize(guest.bytes())],
+            };
+            if let Some(hasher) = hasher.as_mut() {
+                hasher.update(bytes);
+                self.progress.add_hashed(guest.bytes());
+            }
+            if guest.end.0 == self.total
+                && let (Some(expected), Some(hasher)) = (&self.expected, hasher.take())
+            {
+                let actual = hasher.finish();
+                if actual != expected.value.to_ascii_lowercase() {
+                    let (algorithm, expected) = (expected.algorithm.clone(), expected.value.clone());
+                    return Err(StageError::new(ErrorKind::InvalidData, HashMismatch { algorithm, expected, actual }));
+                }
+            }
+            for part in bytes.chunks(PIPE_BYTES) {
+                let result = write_whole(&mut self.output, part, &cx.cancel)?;
+                result.map_err(|source| {
+                    let (name, total) = (self.name.clone(), self.total);
+                    StageError::new(ErrorKind::Io, PipeBroken { name, written, total, source })
+                })?;
+                written += to_u64(part.len());
+            }
+            self.progress.add_surveyed(guest.bytes());
+        }
+        outlet.finish();
+        Ok(())
+    }
+}
