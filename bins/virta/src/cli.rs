@@ -3,6 +3,7 @@
 use std::{num::NonZeroUsize, path::PathBuf};
 
 use crate::{
+    complete::{CompletionsArgs, ManArgs, path_or_image},
     download::DownloadArgs,
     image::ImageCommand,
     share::{AnswerArgs, MembersArgs, ShareArgs, UnshareArgs},
@@ -55,6 +56,10 @@ pub enum Command {
     Status(StatusArgs),
     /// Take back what killed runs of this machine left: half-made images, stopped servers
     Clean(CleanArgs),
+    /// A script by which a shell completes commands, flags, files and names of images
+    Completions(CompletionsArgs),
+    /// Manual pages
+    Man(ManArgs),
     /// See it work: the main job against an image service inside this process; no cloud, nothing left behind
     Demo(DemoArgs),
 }
@@ -71,8 +76,10 @@ pub struct DemoArgs {
 #[command(after_long_help = CONVERT_EXAMPLES)]
 pub struct ConvertArgs {
     /// What to convert: a path, glance:IMAGE (a name or an id), or - for stdin
+    #[arg(add = path_or_image())]
     pub source: String,
     /// What to make: a path, glance:NAME for a new image, or - for stdout
+    #[arg(add = path_or_image())]
     pub destination: String,
     #[command(flatten)]
     pub cloud: CloudArgs,
@@ -198,8 +205,10 @@ Examples:
 Exit status: 0 the same, 1 failed, 2 wrong usage, 3 they differ (the first guest offset that does is printed), 130 interrupted.")]
 pub struct VerifyArgs {
     /// One image: a path, or glance:IMAGE
+    #[arg(add = path_or_image())]
     pub a: String,
     /// The other: a path, or glance:IMAGE
+    #[arg(add = path_or_image())]
     pub b: String,
     #[command(flatten)]
     pub cloud: CloudArgs,

@@ -15,6 +15,7 @@ use stages::{
 
 use crate::{
     cli::{CloudArgs, FormatChoice, OutputArgs, count},
+    complete::image_names,
     convert::{is_forward_only, open_forward, stdout, watch_signals, write_report},
     display::Display,
     exit, receipt,
@@ -26,6 +27,7 @@ use crate::{
 #[command(after_long_help = EXAMPLES)]
 pub struct DownloadArgs {
     /// A name or an id
+    #[arg(add = image_names())]
     pub image: String,
     /// The file to make, or - for stdout
     pub file: String,

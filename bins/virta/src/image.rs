@@ -16,6 +16,7 @@ use stages::{
 use crate::{
     care::{confirm, in_cloud},
     cli::{CloudArgs, key_value, parse_size},
+    complete::image_names,
     display::Display,
     exit,
     table::{Cell, Column, ListFlags, ListFormat, print_fields, print_rows},
@@ -73,6 +74,7 @@ pub struct ListArgs {
 #[derive(Args)]
 pub struct ShowArgs {
     /// A name or an id
+    #[arg(add = image_names())]
     pub image: String,
     #[command(flatten)]
     pub cloud: CloudArgs,
@@ -86,6 +88,7 @@ pub struct ShowArgs {
 )]
 pub struct SetArgs {
     /// A name or an id
+    #[arg(add = image_names())]
     pub image: String,
     /// A new name. Names need not be unique, but two of one name are refused elsewhere
     #[arg(long, value_name = "NAME")]
@@ -124,7 +127,7 @@ pub struct SetArgs {
 )]
 pub struct DeleteArgs {
     /// Names or ids
-    #[arg(required = true)]
+    #[arg(required = true, add = image_names())]
     pub images: Vec<String>,
     /// Do not ask
     #[arg(long)]

@@ -2,6 +2,7 @@
 
 mod care;
 mod cli;
+mod complete;
 mod convert;
 mod demo;
 mod display;
@@ -24,16 +25,23 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    complete::answer_shell();
     if let Some(hint) = habits::hint(std::env::args_os()) {
         return exit::usage(&hint);
     }
-    let cli = cli::Cli::parse();
+    let cli = match cli::Cli::parse().command {
+        cli::Command::Completions(arguments) => return complete::completions(&arguments),
+        cli::Command::Man(arguments) => return complete::man(&arguments),
+        command => command,
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return exit::failure(&error, 1),
     };
     let outcome = runtime.block_on(async {
-        match cli.command {
+        match cli {
+            // done above, without a runtime
+            cli::Command::Completions(_) | cli::Command::Man(_) => ExitCode::SUCCESS,
             cli::Command::Convert(arguments) => convert::run(*arguments).await,
             cli::Command::Verify(arguments) => verify::run(arguments).await,
             cli::Command::Snapshot(arguments) => snapshot::run(*arguments).await,

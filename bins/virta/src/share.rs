@@ -14,6 +14,7 @@ use stages::{
 use crate::{
     care::in_cloud,
     cli::CloudArgs,
+    complete::image_names,
     image::counted,
     table::{Cell, Column, ListFlags, ListFormat, print_rows},
 };
@@ -25,6 +26,7 @@ it pays for it, and when it deletes it, it is gone for all.
 PROJECT is a project's id (openstack project show -f value -c id NAME), or the name of one of your own projects.")]
 pub struct ShareArgs {
     /// A name or an id
+    #[arg(add = image_names())]
     pub image: String,
     /// Projects to share it with
     #[arg(required = true, value_name = "PROJECT")]
@@ -36,6 +38,7 @@ pub struct ShareArgs {
 #[derive(Args)]
 pub struct UnshareArgs {
     /// A name or an id
+    #[arg(add = image_names())]
     pub image: String,
     /// Projects to share it with no more
     #[arg(required = true, value_name = "PROJECT")]
@@ -47,6 +50,7 @@ pub struct UnshareArgs {
 #[derive(Args)]
 pub struct MembersArgs {
     /// A name or an id
+    #[arg(add = image_names())]
     pub image: String,
     #[command(flatten)]
     pub cloud: CloudArgs,
@@ -58,6 +62,7 @@ pub struct MembersArgs {
 #[command(after_help = "Images that wait for an answer: virta image list --shared")]
 pub struct AnswerArgs {
     /// The image's id, or its name if only one of that name is shared with this project
+    #[arg(add = image_names())]
     pub image: String,
     #[command(flatten)]
     pub cloud: CloudArgs,

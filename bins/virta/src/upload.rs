@@ -34,6 +34,7 @@ use crate::{
 #[command(after_long_help = EXAMPLES)]
 pub struct UploadArgs {
     /// The file
+    #[arg(value_hint = clap::ValueHint::FilePath)]
     pub file: PathBuf,
     /// What the image will be called
     pub name: String,
