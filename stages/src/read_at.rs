@@ -56,6 +56,16 @@ impl ReadAt for Vec<u8> {
     }
 }
 
+impl<T: ReadAt + ?Sized> ReadAt for std::sync::Arc<T> {
+    fn len_bytes(&self) -> io::Result<u64> {
+        (**self).len_bytes()
+    }
+
+    fn read_exact_at(&self, file_offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        (**self).read_exact_at(file_offset, buf)
+    }
+}
+
 impl<T: ReadAt + ?Sized> ReadAt for &T {
     fn len_bytes(&self) -> io::Result<u64> {
         (**self).len_bytes()

@@ -6,6 +6,7 @@ use crate::{
     complete::{CompletionsArgs, ManArgs, path_or_image},
     download::DownloadArgs,
     image::ImageCommand,
+    inspect::InspectArgs,
     share::{AnswerArgs, MembersArgs, ShareArgs, UnshareArgs},
     snapshot::SnapshotArgs,
     upload::UploadArgs,
@@ -37,6 +38,8 @@ pub enum Command {
     Upload(Box<UploadArgs>),
     /// Get an image as it is: hash checked, zeros as holes, --resume
     Download(Box<DownloadArgs>),
+    /// What is in an image: format, partitions, file systems, used and free, and whether it is ready for a cloud
+    Inspect(InspectArgs),
     /// Do two images show a guest the same bytes? Files or images in Glance, raw or qcow2
     Verify(VerifyArgs),
     /// Look after images: list, show, set, delete

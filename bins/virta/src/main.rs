@@ -10,6 +10,7 @@ mod download;
 mod exit;
 mod habits;
 mod image;
+mod inspect;
 mod receipt;
 mod runs;
 mod share;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
             cli::Command::Snapshot(arguments) => snapshot::run(*arguments).await,
             cli::Command::Upload(arguments) => upload::run(*arguments).await,
             cli::Command::Download(arguments) => download::run(*arguments).await,
+            cli::Command::Inspect(arguments) => inspect::run(arguments).await,
             cli::Command::Image(command) => image::run(command).await,
             cli::Command::Share(arguments) => share::share(arguments).await,
             cli::Command::Unshare(arguments) => share::unshare(arguments).await,

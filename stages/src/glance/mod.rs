@@ -10,6 +10,7 @@
 //! | [`fetch`] | the source stage: N ranges in parallel, or one GET |
 //! | [`trickle`] | never lets an upload fall silent |
 //! | [`upload`] | the sink stage: one PUT with the exact length |
+//! | [`peek`] | an image looked at here and there |
 //! | [`mod@file`] | an image as [`crate::read_at::ReadAt`], for reading it back |
 //!
 //! What a real Glance answers, and what other stores and proxies do, is in the module docs with its source. Two
@@ -21,6 +22,7 @@ pub mod body;
 pub mod connection;
 pub mod fetch;
 pub mod file;
+pub mod peek;
 pub mod probe;
 pub mod range;
 pub mod retry;
@@ -30,6 +32,7 @@ pub mod upload;
 pub use connection::Remote;
 pub use fetch::Fetch;
 pub use file::ImageFile;
+pub use peek::Peek;
 pub use retry::{Patience, Retries};
 pub use trickle::Trickle;
 pub use upload::{Upload, UploadReport};

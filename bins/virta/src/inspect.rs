@@ -1,0 +1,274 @@
+//! `virta inspect`.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use clap::Args;
+use engine::CancelToken;
+use stages::{
+    convert::JobError,
+    glance::{Patience, Peek, Remote, Retries, connection::ReadError},
+    inspect::{InspectError, Inspection, inspect, looking::Limits, partition::TableKind, readiness::Severity},
+    openstack::{Image, Session, config::Surroundings},
+    progress::Progress,
+    read_at::ReadAt,
+    text::{causes, printable, shell_word, size},
+};
+
+use crate::{
+    cli::{CloudArgs, ProgressChoice},
+    complete::path_or_image,
+    convert::{End, did_you_mean, watch_signals},
+    display::Display,
+    exit,
+    runs::Run,
+    sign_in::sign_in,
+};
+
+#[derive(Args)]
+#[command(after_long_help = "\
+Of an image in Glance whose store serves ranges, a few MiB are read, however large it is; where it does not, the first 16 MiB. Nothing is written, mounted or
+executed. Raw and qcow2 are looked into; of other formats only the format is told.
+Cloud-readiness is looked for in the files of Linux roots on ext4: what CSC's documentation of Pouta tells to look after before an image is used for more servers,
+or shared. Each finding names the file and what mends it. virt-sysprep and virt-customize come with guestfs-tools.
+Examples:
+  virta inspect glance:my-snapshot
+  virta inspect --strict my-server.qcow2 && virta upload my-server.qcow2 my-server
+
+Exit status: 0 whatever it finds (1 with --strict if there are findings), 1 failed, 2 wrong usage.")]
+pub struct InspectArgs {
+    /// What to look into: a path, or glance:IMAGE
+    #[arg(add = path_or_image())]
+    pub source: String,
+    /// Exit with 1 if there are findings or faults
+    #[arg(long)]
+    pub strict: bool,
+    /// What is printed on stdout
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", default_value = "table")]
+    pub format: InspectFormat,
+    #[command(flatten)]
+    pub cloud: CloudArgs,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum, PartialEq, Eq)]
+pub enum InspectFormat {
+    /// For people
+    Table,
+    /// For programs: sizes in bytes
+    Json,
+}
+
+/// Runs the command.
+pub async fn run(arguments: InspectArgs) -> ExitCode {
+    let progress = Progress::default();
+    let display = Display::start(ProgressChoice::Auto, &progress, Run::default());
+    let cancel = CancelToken::new();
+    watch_signals(&cancel, display.held());
+    let result = look(&arguments, &progress, &display, &cancel).await;
+    display.finish().await;
+    let found = match result {
+        Ok(found) => found,
+        Err(error) => return exit::failure(&error, error.exit_code()),
+    };
+    match arguments.format {
+        InspectFormat::Json => _ = exit::print(&serde_json::to_string_pretty(&found).unwrap_or_default()),
+        InspectFormat::Table => _ = exit::print(&text(&found)),
+    }
+    ExitCode::from(u8::from(arguments.strict && is_faulty(&found)))
+}
+
+fn is_faulty(found: &Inspection) -> bool {
+    let findings = found.systems.iter().flat_map(|system| &system.system.findings);
+    !found.safety.is_empty()
+        || found.table.as_ref().is_some_and(|table| !table.faults.is_empty())
+        || findings.into_iter().any(|finding| finding.severity == Severity::Finding)
+}
+
+async fn look(
+    arguments: &InspectArgs,
+    progress: &Progress,
+    display: &Display,
+    cancel: &CancelToken,
+) -> Result<Inspection, JobError> {
+    match End::parse(&arguments.source) {
+        End::Stdio => {
+            Err(JobError::Usage("what comes through a pipe cannot be looked at here and there: give a file".to_owned()))
+        }
+        End::Path(path) => match Local::open(&path) {
+            Ok(local) => {
+                let (allocated, shown) = (local.allocated, shell_word(&printable(&path)));
+                on_a_thread(local, Limits::local(), allocated, shown, cancel).await
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let missing = JobError::Usage(format!("there is no file {}", printable(&path)));
+                Err(did_you_mean(missing, &path, None).await)
+            }
+            Err(error) => Err(JobError::Refused(format!("opening {}: {error}", printable(&path)))),
+        },
+        End::Glance(name) => {
+            let looking = async {
+                let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+                let image = session.find_image(&name).await?;
+                Ok::<_, JobError>((session, image))
+            };
+            let (session, image) = cancel.guard(looking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+            in_glance(&session, &image, progress, cancel).await
+        }
+    }
+}
+
+/// Looks into an image in Glance.
+pub async fn in_glance(
+    session: &Session,
+    image: &Image,
+    progress: &Progress,
+    cancel: &CancelToken,
+) -> Result<Inspection, JobError> {
+    let (shown, id) = (image.shown(), image.shown_id());
+    let bytes = image.size.filter(|bytes| image.status == "active" && *bytes > 0).ok_or_else(|| {
+        JobError::Refused(format!(
+            "image {shown} ({id}) is {}, with {}: there is nothing to look into",
+            image.status,
+            size(image.size.unwrap_or(0))
+        ))
+    })?;
+    let remote = Remote {
+        session: session.clone(),
+        image_id: image.id.clone(),
+        image_bytes: bytes,
+        progress: progress.clone(),
+        retries: Retries::new(progress, Arc::new(|_| {})),
+        patience: Patience::default(),
+        cancel: cancel.clone(),
+        again: false,
+    };
+    let peek = Peek::open(remote).await.map_err(|error| match error {
+        ReadError::Cancelled => JobError::interrupted(),
+        other => other.into(),
+    })?;
+    let head_only = peek.is_head_only();
+    let mut found = on_a_thread(peek, Limits::remote(), None, format!("glance:{id}"), cancel).await?;
+    if head_only {
+        found.not_looked_at.push("what lies behind the first 16 MiB: this image store serves no ranges. Download or convert it, and look into the file".to_owned());
+    }
+    Ok(found)
+}
+
+/// Parsers block, and are on a thread of their own.
+async fn on_a_thread(
+    source: impl ReadAt + Send + Sync + 'static,
+    limits: Limits,
+    allocated: Option<u64>,
+    shown: String,
+    cancel: &CancelToken,
+) -> Result<Inspection, JobError> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("inspect".to_owned()).spawn(move || {
+        let _ = sender.send(inspect(source, limits, allocated, &shown));
+    });
+    thread.map_err(|error| JobError::Refused(format!("a thread could not be started: {error}")))?;
+    match cancel.guard(receiver).await {
+        Ok(Ok(result)) => result.map_err(|error: InspectError| JobError::Refused(causes(&error))),
+        Ok(Err(_)) => Err(JobError::bug("a parser gave up without a word")),
+        Err(_) => Err(JobError::interrupted()),
+    }
+}
+
+/// A local file or block device.
+struct Local {
+    file: File,
+    bytes: u64,
+    allocated: Option<u64>,
+}
+
+impl Local {
+    fn open(path: &str) -> io::Result<Self> {
+        let metadata = std::fs::metadata(path)?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::other("it is no file and no block device"));
+        }
+        let file = File::open(path)?;
+        let bytes = if kind.is_file() { metadata.len() } else { rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))? };
+        let allocated = kind.is_file().then(|| metadata.blocks().saturating_mul(512));
+        Ok(Self { file, bytes, allocated })
+    }
+}
+
+impl ReadAt for Local {
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.bytes)
+    }
+
+    fn read_exact_at(&self, file_offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        ReadAt::read_exact_at(&self.file, file_offset, buf)
+    }
+}
+
+/// What was found, for people.
+pub fn text(found: &Inspection) -> String {
+    let mut lines = Vec::new();
+    let disk = match found.virtual_bytes {
+        Some(bytes) if bytes != found.file_bytes => format!(", a disk of {}", size(bytes)),
+        _ => String::new(),
+    };
+    lines.push(format!("format: {}, {}{disk}", found.format, size(found.file_bytes)));
+    lines.extend(found.safety.iter().map(|text| format!("  ! {text}")));
+    if let Some(table) = &found.table {
+        lines.push(match table.kind {
+            TableKind::None => "partitions: none".to_owned(),
+            TableKind::Mbr => format!("partitions: MBR, {}", table.partitions.len()),
+            TableKind::Gpt => format!("partitions: GPT, {}", table.partitions.len()),
+        });
+        lines.extend(table.faults.iter().map(|text| format!("  ! {text}")));
+    }
+    for content in &found.contents {
+        let filesystem = &content.filesystem;
+        let label = filesystem.label.as_ref().map(|label| format!(" \"{label}\"")).unwrap_or_default();
+        let used = match (filesystem.used_bytes(), filesystem.free_bytes) {
+            (Some(used), Some(free)) => format!(", {} used, {} free", size(used), size(free)),
+            _ => String::new(),
+        };
+        let clean = match filesystem.clean {
+            Some(true) => ", clean",
+            Some(false) => ", not clean",
+            None => "",
+        };
+        lines.push(format!("  {}: {} {}{label}{used}{clean}", content.place(), size(content.bytes), filesystem.kind));
+        lines.extend(filesystem.notes.iter().map(|text| format!("    {text}")));
+    }
+    if let Some(predicted) = &found.predicted {
+        let without = predicted
+            .without_free_bytes
+            .map(|bytes| format!("; what its file systems use is {}", size(bytes)))
+            .unwrap_or_default();
+        lines.push(format!(
+            "as qcow2, uncompressed: at most {}, less by whatever is zero{without}",
+            size(predicted.at_most_bytes)
+        ));
+    }
+    for system in &found.systems {
+        let name = system.system.name.as_deref().unwrap_or("a Linux system");
+        let (findings, notes): (Vec<_>, Vec<_>) =
+            system.system.findings.iter().partition(|finding| finding.severity == Severity::Finding);
+        lines.push(format!(
+            "{name}, in {}: {}",
+            system.place,
+            if findings.is_empty() { "nothing to mend".to_owned() } else { crate::image::counted(findings.len(), "finding") }
+        ));
+        for finding in findings.iter().chain(&notes) {
+            let mark = if finding.severity == Severity::Finding { "!" } else { "-" };
+            let file = finding.file.as_ref().map(|file| format!(" [{file}]")).unwrap_or_default();
+            lines.push(format!("  {mark} {}{file}", finding.what));
+            lines.extend(finding.mend.as_ref().map(|mend| format!("      {mend}")));
+        }
+    }
+    lines.extend(found.not_looked_at.iter().map(|text| format!("not looked at: {text}")));
+    lines.push(format!("read: {} of {}", size(found.read_bytes), size(found.file_bytes)));
+    lines.join("\n")
+}
