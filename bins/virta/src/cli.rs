@@ -4,6 +4,7 @@ use std::{num::NonZeroUsize, path::PathBuf};
 
 use crate::{
     complete::{CompletionsArgs, ManArgs, path_or_image},
+    doctor::DoctorArgs,
     download::DownloadArgs,
     image::ImageCommand,
     inspect::InspectArgs,
@@ -30,6 +31,8 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub enum Command {
+    /// A first look that changes nothing: cloud, quota, ranges, raw images, and what to type next
+    Doctor(DoctorArgs),
     /// Convert a raw image to qcow2: from Glance, a file or a pipe, to Glance, a file or a pipe
     Convert(Box<ConvertArgs>),
     /// Make an image of a server: stop it, take the snapshot, start it again; --convert goes on to qcow2

@@ -9,6 +9,11 @@ pub fn failure(error: &dyn Error, code: u8) -> ExitCode {
     let lines: Vec<String> = chain(error).iter().map(|line| printable_lines(line)).collect();
     let text = format!("virta: {}", lines.join("\n  because: "));
     say(&text);
+    if lines.iter().any(|line| line.contains("invalid peer certificate")) {
+        say(
+            "  a cloud with an authority of its own: --os-cacert FILE, or OS_CACERT. --insecure checks nothing: whoever is in between reads the password",
+        );
+    }
     ExitCode::from(code)
 }
 

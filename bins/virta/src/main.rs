@@ -6,6 +6,7 @@ mod complete;
 mod convert;
 mod demo;
 mod display;
+mod doctor;
 mod download;
 mod exit;
 mod habits;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
             cli::Command::Upload(arguments) => upload::run(*arguments).await,
             cli::Command::Download(arguments) => download::run(*arguments).await,
             cli::Command::Inspect(arguments) => inspect::run(arguments).await,
+            cli::Command::Doctor(arguments) => doctor::run(arguments).await,
             cli::Command::Image(command) => image::run(command).await,
             cli::Command::Share(arguments) => share::share(arguments).await,
             cli::Command::Unshare(arguments) => share::unshare(arguments).await,

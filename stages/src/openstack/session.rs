@@ -96,6 +96,10 @@ pub struct Whoami {
     pub project_id: Option<String>,
     /// User's name.
     pub user: String,
+    /// User's id.
+    pub user_id: Option<String>,
+    /// When the password ends, if it does.
+    pub password_expires_at: Option<String>,
 }
 
 #[derive(Clone)]
@@ -278,6 +282,23 @@ impl Session {
         self.token_now().expires_at
     }
 
+    /// What one is signed in with, and when that ends, where it does and Keystone tells.
+    pub async fn credential(&self) -> (&'static str, Option<String>) {
+        match &self.0.cloud.identity {
+            Identity::Password { .. } => ("password", self.0.whoami.password_expires_at.clone()),
+            Identity::Token { .. } => ("token", self.token_expires_at().map(|end| end.to_string())),
+            Identity::ApplicationCredential { id, .. } => {
+                let asking = async {
+                    let user = self.0.whoami.user_id.as_ref()?;
+                    let path = format!("users/{user}/application_credentials/{}", id.as_ref()?);
+                    let answer = self.call(Method::GET, &identity_url(&self.0.cloud, &path).ok()?, None).await.ok()?;
+                    answer["application_credential"]["expires_at"].as_str().map(str::to_owned)
+                };
+                ("application credential", asking.await)
+            }
+        }
+    }
+
     /// Addresses of the services in use, for whoever looks into a configuration.
     #[must_use]
     pub fn endpoints(&self) -> (Url, Option<Url>) {
@@ -412,6 +433,8 @@ async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response) -> R
         project: text(&token["project"]["name"]).or_else(|| project_id.clone()).unwrap_or_else(|| "none".to_owned()),
         project_id,
         user: text(&token["user"]["name"]).unwrap_or_else(|| user_text(&cloud.identity)),
+        user_id: text(&token["user"]["id"]),
+        password_expires_at: text(&token["user"]["password_expires_at"]),
     };
     Ok(SignedIn { token: Token { secret, expires_at }, catalog, whoami })
 }
