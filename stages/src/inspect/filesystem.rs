@@ -11,7 +11,7 @@ use crate::{read_at::ReadAt, units::to_usize};
 /// What is in a partition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Filesystem {
-    /// `ext4`, `xfs`, `swap`, `lvm2`, …; `unknown` for what nobody here knows, `empty` for zeros.
+    /// `ext4`, `xfs`, `swap`, `lvm2`, …; `unknown` for what nobody here knows, `empty` for zeros, `unreadable`.
     pub kind: &'static str,
     /// Its label.
     pub label: Option<String>,
@@ -43,8 +43,11 @@ pub fn detect(part: &Part<'_>) -> Filesystem {
     let part_bytes = part.len_bytes().unwrap_or(0);
     let found = [ext, xfs, btrfs, swap, lvm, luks, ntfs, exfat, fat, others].into_iter().find_map(|look| look(part));
     let mut found = found.unwrap_or_else(|| {
-        let head = part.get(0, to_usize(part_bytes.min(64 << 10))).unwrap_or_default();
-        Filesystem::of(if crate::zero::is_zero(&head) { "empty" } else { "unknown" })
+        Filesystem::of(match part.get(0, to_usize(part_bytes.min(64 << 10))) {
+            Some(head) if crate::zero::is_zero(&head) => "empty",
+            Some(_) => "unknown",
+            None => "unreadable",
+        })
     });
     if let Some(bytes) = found.bytes.filter(|bytes| *bytes > part_bytes) {
         found.notes.push(format!(

@@ -52,7 +52,10 @@ pub fn identify(file: &impl ReadAt) -> Result<Identified, FormatError> {
     let mut head = vec![0; to_usize(file_bytes.min(HEAD_BYTES))];
     file.read_exact_at(0, &mut head)?;
     let mut tail = vec![0; to_usize(file_bytes.min(512))];
-    file.read_exact_at(file_bytes - file_bytes.min(512), &mut tail)?;
+    // its end may be out of reach: then only the footer of a fixed VHD is missed
+    if file.read_exact_at(file_bytes - file_bytes.min(512), &mut tail).is_err() {
+        tail.clear();
+    }
     let claims = DiskFormat::claims(&head, &tail);
     let boot_sector = head.get(..512).is_some_and(is_boot_sector);
     let boot_fault = head.get(..512).filter(|_| boot_sector).and_then(partition_fault);

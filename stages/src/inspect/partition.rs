@@ -198,10 +198,13 @@ struct GptHeader {
     entries_crc: u32,
 }
 
+/// Why a header cannot be believed that could not be read.
+const OUT_OF_REACH: &str = "cannot be read";
+
 /// `Err`: why it cannot.
 fn gpt_header(disk: &dyn ReadAt, at: u64) -> Result<GptHeader, &'static str> {
     let mut sector = [0; 512];
-    disk.read_exact_at(at, &mut sector).map_err(|_| "cannot be read")?;
+    disk.read_exact_at(at, &mut sector).map_err(|_| OUT_OF_REACH)?;
     if &sector[..8] != b"EFI PART" {
         return Err("is not there");
     }
@@ -241,7 +244,10 @@ fn gpt(disk: &dyn ReadAt, disk_bytes: u64, sector: &[u8; 512]) -> Table {
     let backup_at = (disk_bytes / SECTOR).saturating_sub(1) * SECTOR;
     let primary = gpt_header(disk, SECTOR);
     let backup = gpt_header(disk, backup_at);
-    if let Err(why) = &backup {
+    // what is out of reach is no fault of the table's
+    if let Err(why) = &backup
+        && *why != OUT_OF_REACH
+    {
         let most_likely = if *why == "is not there" { ": the disk was enlarged or cut after it was made" } else { "" };
         table.faults.push(format!("the copy of the GPT at the disk's end {why}{most_likely}"));
     }
