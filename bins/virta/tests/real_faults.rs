@@ -135,8 +135,11 @@ impl Lab {
 
     /// Ids of images of this name.
     fn ids_of(&self, name: &str) -> Vec<String> {
-        let list = openstack("donor", &["image", "list", "--name", name, "-f", "value", "-c", "ID", "-c", "Status"]);
-        list.lines().map(str::to_owned).collect()
+        let arguments =
+            ["image", "list", "--os-cloud", "donor", "--name", name, "-f", "value", "-c", "id", "-c", "status", "-c", "name"];
+        let list = real::run(env!("CARGO_BIN_EXE_virta"), &arguments);
+        // the filter finds parts of names, too
+        list.lines().filter(|line| line.ends_with(&format!(" {name}"))).map(str::to_owned).collect()
     }
 
     fn assert_is_the_disk(&mut self, name: &str) {
