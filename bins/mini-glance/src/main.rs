@@ -42,6 +42,9 @@ struct Cli {
     /// Bytes after which they are
     #[arg(long, value_name = "BYTES", default_value_t = 10 << 20)]
     cut_after: u64,
+    /// A running server of this name, for `virta snapshot` (may be repeated)
+    #[arg(long, value_name = "NAME")]
+    server: Vec<String>,
     /// Milliseconds before each answer
     #[arg(long, value_name = "MS", default_value_t = 0)]
     latency: u64,
@@ -91,7 +94,19 @@ async fn main() -> ExitCode {
         faults.cut_after_bytes = cli.cut_after;
         faults.latency = Duration::from_millis(cli.latency);
     });
-    println!("# mini-glance at {}; a clouds.yaml for it:\n{}", service.base(), service.clouds_yaml());
+    if !cli.server.is_empty() {
+        let record =
+            serde_json::json!({ "name": "base", "disk_format": "qcow2", "container_format": "bare", "visibility": "shared" });
+        let made = service.add_image(&record, |storing| storing.write(b"QFI\xfb\0\0\0\x03"));
+        let Ok(image) = made else {
+            eprintln!("mini-glance: the image that the servers were built from could not be stored");
+            return ExitCode::FAILURE;
+        };
+        for name in &cli.server {
+            service.add_server(name, &image);
+        }
+    }
+    println!("# mini-glance at {}; a clouds.yaml for it:\n{}", service.base(), service.two_clouds_yaml());
     tokio::select! {
         () = service.wait() => ExitCode::FAILURE,
         _ = tokio::signal::ctrl_c() => ExitCode::SUCCESS,
