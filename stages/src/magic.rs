@@ -103,6 +103,12 @@ impl DiskFormat {
         all.into_iter().find(|format| format.glance_name() == Some(name))
     }
 
+    /// Are its bytes a disk's, as they are? An encrypted one is a disk, too, of which nothing gets smaller.
+    #[must_use]
+    pub const fn is_disk(self) -> bool {
+        matches!(self, Self::Raw | Self::Luks)
+    }
+
     /// Is it a compressed file or an archive?
     #[must_use]
     pub const fn is_packed(self) -> bool {
@@ -139,8 +145,10 @@ impl DiskFormat {
     pub fn advice(self, file: &str) -> String {
         let file = crate::text::shell_word(file);
         match self {
-            Self::Raw => "it can be converted as it is".to_owned(),
-            Self::Qcow2 => format!("it needs no conversion; to put it into Glance: virta upload {file} NAME; to compact it: qemu-img convert -O qcow2 {file} compact.qcow2"),
+            Self::Raw | Self::Luks => "it can be converted as it is".to_owned(),
+            Self::Qcow2 => format!(
+                "it needs no conversion; to put it into Glance: virta upload {file} NAME; to compact it: qemu-img convert -O qcow2 {file} compact.qcow2"
+            ),
             Self::Iso => {
                 format!("an installation medium stays as it is: virta upload {file} NAME")
             }
@@ -152,9 +160,6 @@ impl DiskFormat {
             Self::Zip => format!("unpack it first: unzip {file}"),
             Self::SevenZip => format!("unpack it first: 7z x {file}"),
             Self::Tar => format!("unpack it first (an OVA has a VMDK in it): tar -xf {file}"),
-            Self::Luks => {
-                "it is an encrypted disk as a whole, which compresses to nothing: openstack image create --disk-format raw --file FILE NAME".to_owned()
-            }
             other => format!("convert it with: qemu-img convert -f {} -O qcow2 {file} disk.qcow2", other.name()),
         }
     }
@@ -193,6 +198,10 @@ mod tests {
             assert_eq!(DiskFormat::detect(&head(offset, magic), &[0; 512]), format);
         }
         assert_eq!(DiskFormat::detect(&[0; 512], &head(0, b"conectix")), DiskFormat::Vhd, "a fixed VHD");
+        assert!(
+            DiskFormat::detect(&head(0, b"LUKS\xba\xbe\0\x02"), &[]).is_disk(),
+            "an encrypted disk is converted like any other"
+        );
     }
 
     #[test]

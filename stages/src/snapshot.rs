@@ -505,7 +505,7 @@ async fn bring_back(compute: &Compute, found: &FoundServer, waiting: &Waiting, n
         if let (Some(action), None) = (Action::back_from(&now.status), &now.task_state)
             && !asked
         {
-            notices.note(&format!("server {} is {}: {} it", now.shown(), now.status, action.word()));
+            notices.note(&format!("server {} is {}, and is {} again", now.shown(), now.status, action.done()));
             match retrying(|| compute.act(&found.id, action)).await {
                 Ok(()) => asked = true,
                 // somebody else is at it: the next look tells

@@ -7,7 +7,7 @@ use stages::{
     convert::{JobError, names::images_of_name},
     openstack::{Session, config::Surroundings},
     progress::Progress,
-    text::printable,
+    text::{printable, shell_word},
 };
 
 use crate::{
@@ -73,4 +73,9 @@ pub async fn check_free(session: &Session, name: &str, force: bool) -> Result<()
         printable(name),
         lines.join("\n")
     )))
+}
+
+/// `--os-cloud NAME ` where it was given, for a command to paste.
+pub fn chosen_cloud(cloud: &CloudArgs) -> String {
+    cloud.os_cloud.as_ref().map(|name| format!("--os-cloud {} ", shell_word(name))).unwrap_or_default()
 }

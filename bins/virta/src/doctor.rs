@@ -6,7 +6,7 @@ use clap::Args;
 use engine::CancelToken;
 use serde_json::{Value, json};
 use stages::{
-    convert::{JobError, budget, report::Access},
+    convert::{JobError, budget},
     disk::{IoMode, choose_backend},
     glance::{ImageFile, Patience, Remote, Retries},
     openstack::{
@@ -19,6 +19,7 @@ use stages::{
 };
 
 use crate::{
+    care::chosen_cloud,
     cli::{CloudArgs, ProgressChoice},
     convert::watch_signals,
     display::Display,
@@ -183,7 +184,7 @@ async fn cloud(arguments: &DoctorArgs, found: &mut Found, display: &Display, can
         );
         found.keep("compute", json!(compute.is_ok()));
         match images {
-            Ok(images) => look_at_images(&session, &images, found, cancel).await,
+            Ok(images) => look_at_images(&session, &images, &chosen_cloud(&arguments.cloud), found, cancel).await,
             Err(error) => found.say("images", format!("! could not be listed: {}", causes(&error))),
         }
     };
@@ -194,7 +195,7 @@ async fn cloud(arguments: &DoctorArgs, found: &mut Found, display: &Display, can
     Ok(())
 }
 
-async fn look_at_images(session: &Session, images: &[Image], found: &mut Found, cancel: &CancelToken) {
+async fn look_at_images(session: &Session, images: &[Image], cloud: &str, found: &mut Found, cancel: &CancelToken) {
     let own = session.whoami().project_id.clone();
     let mine: Vec<&Image> = images.iter().filter(|image| image.owner == own && image.status == "active").collect();
     let converted = |image: &Image| {
@@ -228,24 +229,24 @@ async fn look_at_images(session: &Session, images: &[Image], found: &mut Found, 
     );
 
     let progress = Progress::default();
-    let probed = mine.iter().filter(|image| image.size.unwrap_or(0) >= PROBE_BYTES_MIN).min_by_key(|image| image.size);
+    let probed = mine.iter().filter(|image| image.size.unwrap_or(0) >= PROBE_BYTES_MIN).max_by_key(|image| image.size);
     let candidate = raw.iter().find(|image| converted(image).is_none());
     let (ranges, inside) = tokio::join!(
         async {
             let image = probed?;
-            ImageFile::access(&remote(session, image, &progress, cancel)).await.ok()
+            ImageFile::serves_ranges(&remote(session, image, &progress, cancel)).await.ok().flatten()
         },
         async { in_glance(session, candidate?, &progress, cancel).await.ok() }
     );
     found.say(
         "ranges",
         match ranges {
-            Some(Access::Random) => "served: downloads go over several connections, and can be resumed",
-            Some(_) => "not served: downloads are one stream each (as on Ceph); everything works, less in parallel",
-            None => "there is no image to tell by yet",
+            Some(true) => "served: downloads go over several connections, and can be resumed",
+            Some(false) => "not served: downloads are one stream each (as on Ceph); everything works, less in parallel",
+            None => "there is no image here to tell by",
         },
     );
-    found.keep("ranges", json!(ranges.map(|access| access == Access::Random)));
+    found.keep("ranges", json!(ranges));
 
     let listed: Vec<Value> = raw
         .iter()
@@ -278,20 +279,22 @@ async fn look_at_images(session: &Session, images: &[Image], found: &mut Found, 
         );
         found.keep("largest", json!({ "id": image.id, "systems": systems, "used_bytes": used }));
     }
-    let next = next(candidate.copied(), &raw, converted);
+    let next = next(cloud, candidate.copied(), &raw, converted);
     found.say("next", &next);
     found.keep("next", json!(next));
 }
 
 /// The command to type now.
-fn next<'a>(candidate: Option<&Image>, raw: &[&Image], converted: impl Fn(&Image) -> Option<&'a Image>) -> String {
+fn next<'a>(cloud: &str, candidate: Option<&Image>, raw: &[&Image], converted: impl Fn(&Image) -> Option<&'a Image>) -> String {
     let done = raw.iter().find(|image| converted(image).is_some());
     match (candidate, done) {
         (Some(image), _) => {
             let name = image.name.as_deref().filter(|name| !name.is_empty()).unwrap_or("my-image");
-            format!("virta convert glance:{} {}", image.shown_id(), shell_word(&format!("glance:{name}-qcow2")))
+            format!("virta convert {cloud}glance:{} {}", image.shown_id(), shell_word(&format!("glance:{name}-qcow2")))
         }
-        (None, Some(image)) => format!("when you have booted from the converted one: virta image delete {}", image.shown_id()),
+        (None, Some(image)) => {
+            format!("when you have booted from the converted one: virta image delete {cloud}{}", image.shown_id())
+        }
         (None, None) => {
             "no raw image waits. To make one: virta snapshot --convert SERVER NAME; to try it without a cloud: virta demo"
                 .to_owned()

@@ -14,7 +14,7 @@ use stages::{
 };
 
 use crate::{
-    care::{check_free, confirm},
+    care::{check_free, chosen_cloud, confirm},
     cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs},
     convert::{Outcome, conclude, into_glance, job_options, watch_signals},
     display::Display,
@@ -121,11 +121,6 @@ pub async fn run(arguments: SnapshotArgs) -> ExitCode {
     display.finish().await;
     run.end(0, &format!("made image {}", printable(&image.id)));
     tell(&arguments, &image, &display)
-}
-
-/// `--os-cloud NAME ` where it was given, for a command to paste.
-fn chosen_cloud(cloud: &CloudArgs) -> String {
-    cloud.os_cloud.as_ref().map(|name| format!("--os-cloud {} ", shell_word(name))).unwrap_or_default()
 }
 
 async fn snapshot(

@@ -122,7 +122,14 @@ async fn a_snapshot_that_nova_gives_up_is_told_in_its_words_and_the_server_comes
             nova.leaves_suspended = suspended;
         });
         let run = cloud.run(&["snapshot", "web", "web-1", "--yes"]).await;
-        run.ends(1, &["Nova gave the snapshot up", "Insufficient free space", if suspended { "resume it" } else { "start it" }]);
+        run.ends(
+            1,
+            &[
+                "Nova gave the snapshot up",
+                "Insufficient free space",
+                if suspended { "is resumed again" } else { "is started again" },
+            ],
+        );
         assert_eq!((state(&cloud, &id), cloud.others().len()), (is("ACTIVE"), 0));
     }
 }
@@ -190,7 +197,7 @@ async fn a_second_interrupt_leaves_at_once_with_the_command_that_helps() {
     assert_eq!(cloud.others().len(), 0, "the unfinished image is gone already");
     // the host is back, and so is the next command
     cloud.service.server(&id, |server| server.task_state = None);
-    cloud.run(&["clean"]).await.ends(0, &["which it had found ACTIVE", "start it"]);
+    cloud.run(&["clean"]).await.ends(0, &["which it had found ACTIVE", "is started again"]);
     assert_eq!(state(&cloud, &id), is("ACTIVE"));
     cloud.run(&["clean"]).await.ends(0, &["nothing to clean"]);
 }

@@ -71,7 +71,7 @@ impl BlockingStage for ReadPipe {
             }
             if at == 0 {
                 let format = DiskFormat::detect(&lease[..filled.min(to_usize(HEAD_BYTES))], &[]);
-                if format != DiskFormat::Raw {
+                if !format.is_disk() {
                     let advice = format.advice("FILE");
                     return Err(source_error(SourceError::NotRaw { path: name, format, advice }));
                 }

@@ -141,7 +141,7 @@ impl RawFile {
         let mut tail = vec![0; to_usize(bytes.min(512))];
         file.read_exact_at(bytes - bytes.min(512), &mut tail).map_err(io("read the end of"))?;
         let format = DiskFormat::detect(&head, &tail);
-        if format != DiskFormat::Raw {
+        if !format.is_disk() {
             return Err(SourceError::NotRaw { path: shown(), format, advice: format.advice(&shown()) });
         }
         Ok(Self { file, path: path.to_owned(), bytes, identity })

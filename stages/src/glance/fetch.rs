@@ -197,7 +197,7 @@ async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<u64, 
 /// What is converted is raw: other formats are told by their first bytes, whatever Glance calls them.
 fn refuse_other_formats(shared: &Shared, head: &[u8]) -> Result<(), StageError> {
     let format = DiskFormat::detect(&head[..head.len().min(to_usize(HEAD_BYTES))], &[]);
-    if format == DiskFormat::Raw {
+    if format.is_disk() {
         return Ok(());
     }
     let image = shared.remote.image_id.clone();

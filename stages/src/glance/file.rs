@@ -87,13 +87,24 @@ impl ImageFile {
     /// # Errors
     /// [`ReadError`].
     pub async fn access(remote: &Remote) -> Result<Access, ReadError> {
+        Ok(match Self::serves_ranges(remote).await? {
+            Some(true) => Access::Random,
+            Some(false) | None => Access::Sequential,
+        })
+    }
+
+    /// Are ranges of this image served? `None`: it cannot be told, for its first bytes repeat themselves in all places that are compared.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn serves_ranges(remote: &Remote) -> Result<Option<bool>, ReadError> {
         // beyond 64 KiB: a qcow2's second cluster differs from its first
         let sample = to_u64(SAMPLE_BYTES);
         let places = [sample, 64 << 10, 1 << 20];
         let mut connection = Connection::new(remote.clone(), Asking::Whole);
         let mut head = vec![0; SAMPLE_BYTES];
         if remote.image_bytes < 2 * sample {
-            return Ok(Access::Sequential);
+            return Ok(None);
         }
         connection.read(0, remote.image_bytes, &mut head).await?;
         for place in places.into_iter().filter(|place| place + sample <= remote.image_bytes) {
@@ -101,13 +112,10 @@ impl ImageFile {
             connection.read(place, remote.image_bytes, &mut bytes).await?;
             if bytes != head {
                 connection.close();
-                return Ok(match probe(remote, place, &bytes).await {
-                    Probe::Random => Access::Random,
-                    Probe::Sequential(_) => Access::Sequential,
-                });
+                return Ok(Some(probe(remote, place, &bytes).await == Probe::Random));
             }
         }
-        Ok(Access::Sequential)
+        Ok(None)
     }
 }
 

@@ -107,14 +107,14 @@ impl Action {
         }
     }
 
-    /// The word that `openstack server` has for it.
+    /// What a server is then.
     #[must_use]
-    pub const fn word(self) -> &'static str {
+    pub const fn done(self) -> &'static str {
         match self {
-            Self::Stop => "stop",
-            Self::Start => "start",
-            Self::Resume => "resume",
-            Self::Unpause => "unpause",
+            Self::Stop => "stopped",
+            Self::Start => "started",
+            Self::Resume => "resumed",
+            Self::Unpause => "unpaused",
         }
     }
 
