@@ -6,7 +6,8 @@
 //! ```
 //! The hash is computed over what is in the file, not over what came. A download that fails keeps what it has: `<name>.partial`, and beside it
 //! `<name>.partial.json`, which says of which image it is and up to where it is whole. Another run goes on from there, after it has hashed what is
-//! there; if the image in Glance is another one by then, it does not.
+//! there; if the image in Glance is another one by then, it does not. Of an image without a hash nothing is kept: whether the kept part is still what it
+//! was could not be told.
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +21,9 @@ use std::{
     time::Instant,
 };
 
-use engine::{BlockingStage, BufferPool, CancelToken, ErrorKind, Inlet, NoOutput, Outlet, Pipeline, StageContext, StageError};
+use engine::{
+    BlockingStage, BufferPool, CancelToken, ErrorKind, Inlet, NoInput, NoOutput, Outlet, Pipeline, StageContext, StageError,
+};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
@@ -30,7 +33,7 @@ use crate::{
         report::{Access, HashReport},
         to_stream::{PipeBroken, write_whole},
     },
-    disk::{Left, OutputFile, output::partial_of, queue::WriteError},
+    disk::{Left, OutputError, OutputFile, queue::WriteError},
     extent::{EXTENT_BYTES, Extent, Home, Payload, Place, Placed, PlacedRun},
     glance::{Fetch, ImageFile, Patience, Remote, Retries, fetch::Plan},
     hash::{ExpectedHash, HashLane, HashMismatch, Hasher},
@@ -137,9 +140,15 @@ impl Mark {
         let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
         name.push(".new");
         let new = path.with_file_name(name);
-        let mut file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(serde_json::to_string(self)?.as_bytes())?;
-        fs::rename(new, path)
+        let written = (|| {
+            let mut file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
+            file.write_all(serde_json::to_string(self)?.as_bytes())?;
+            fs::rename(&new, path)
+        })();
+        if written.is_err() {
+            let _ = fs::remove_file(new);
+        }
+        written
     }
 
     /// Is it of this image, as it is now?
@@ -243,27 +252,32 @@ impl Download {
     /// Cancel with the token: what is in flight is waited for.
     pub async fn to_file(&self, destination: &Path) -> Result<DownloadReport, JobError> {
         let started = Instant::now();
+        if self.resume && !self.force && self.is_complete(destination).await? {
+            self.notices.note(&format!("{} is complete already: it has the image's hash", destination.display()));
+            let (bytes, remote) = (self.bytes(), self.remote());
+            return Ok(self.report(destination.display().to_string(), Access::Sequential, bytes, started, &remote));
+        }
         let format = self.image.disk_format.as_deref().and_then(DiskFormat::from_glance);
-        let partial = partial_of(&fs::canonicalize(destination).unwrap_or_else(|_| destination.to_owned()));
         let mark = self.mark();
-        let (left, start) = self.what_is_left(&partial, &mark)?;
-        let output = OutputFile::open(destination, self.force, format, left)?;
+        let output = OutputFile::open(destination, self.force, format, Some(self.bytes()), |partial, bytes| {
+            self.what_is_left(partial, bytes, &mark)
+        })?;
+        let (partial, start) = (output.path().to_owned(), output.continued_bytes());
         self.begin(&destination.display().to_string());
         let file = output.handle()?;
-        let write = |error| JobError::Write { path: output.path().display().to_string(), advice: "", source: Box::new(error) };
-        if output.is_device() {
-            let room = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).unwrap_or(0);
-            if room < self.bytes() {
-                return Err(JobError::Usage(format!(
-                    "{} has {} and the image {}",
-                    destination.display(),
-                    size(room),
-                    size(self.bytes())
-                )));
-            }
-        } else {
+        let write = {
+            let path = partial.display().to_string();
+            move |error| JobError::Write { path: path.clone(), advice: "", source: Box::new(error) }
+        };
+        if !output.is_device() {
             // what landed out of order behind the mark could shine through where a hole is now
-            file.set_len(start).and_then(|()| file.set_len(self.bytes())).map_err(write)?;
+            if let Err(error) = file.set_len(start).and_then(|()| file.set_len(self.bytes())).map_err(&write) {
+                return Err(self.keep(error, output, &partial));
+            }
+        }
+        if !output.is_device() {
+            // from now on a partial file is known to be ours, however this run ends; it is a help for another one, no need of this one
+            let _ = Mark { whole_bytes: start, ..mark.clone() }.write(&partial);
         }
         if start > 0 {
             self.notices.note(&format!("going on at {} of {}", size(start), size(self.bytes())));
@@ -280,51 +294,90 @@ impl Download {
                 self.check_unchanged().await?;
             }
             if self.sync {
-                output.handle()?.sync_all().map_err(write)?;
+                output.handle()?.sync_all().map_err(&write)?;
             }
             Ok::<_, JobError>(())
         };
         if let Err(error) = finish.await {
             return Err(self.keep(error, output, &partial));
         }
-        let path = output.commit(self.sync)?;
+        let committed = output.commit(self.sync);
+        // also where the name could not be given: what is complete is nothing to go on with, and nothing to be emptied
         let _ = fs::remove_file(Mark::path(&partial));
+        let path = committed?;
         Ok(self.report(path.display().to_string(), access, start, started, &remote))
     }
 
-    /// What of an earlier run is there: how it is to be opened, and where to go on.
-    fn what_is_left(&self, partial: &Path, mark: &Mark) -> Result<(Left, u64), JobError> {
-        let found = Mark::read(partial);
-        let shown = partial.display();
-        match found {
-            Some(_) if !partial.exists() => {
-                let _ = fs::remove_file(Mark::path(partial));
-                Ok((Left::Zeros, 0))
+    /// Is the whole image there, so that there is nothing to go on with?
+    async fn is_complete(&self, destination: &Path) -> Result<bool, JobError> {
+        let Some(expected) = self.image.expected_hash() else { return Ok(false) };
+        let Ok(file) = File::open(destination) else { return Ok(false) };
+        if !file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() == self.bytes()) {
+            return Ok(false);
+        }
+        let mut lane = Some(HashLane {
+            expected: Some(expected),
+            file: Some(file),
+            cluster_bits: ClusterBits::DEFAULT,
+            codec: None,
+            progress: self.progress.clone(),
+            watermark: None,
+        });
+        let token = self.cancel.child();
+        let pipeline = Pipeline::new(&token).threads("read", 1, || There { bytes: self.bytes() });
+        let pipeline = pipeline.threads("hash", 1, || lane.take().expect("one worker asks once"));
+        let joined = pipeline.start(&Handle::current()).join().await;
+        match joined.map_err(JobError::from) {
+            Ok(_) => Ok(true),
+            Err(error) if error.exit_code() == 3 => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What of an earlier run is there, `bytes` long: how it is to be opened, and where to go on. Where it is started again, the mark goes first: it must
+    /// never speak of bytes that are not there.
+    fn what_is_left(&self, partial: &Path, bytes: u64, mark: &Mark) -> Result<Left, OutputError> {
+        let needs = |what: String| Err(OutputError::Unfinished { path: partial.display().to_string(), what });
+        let again = |left: Left| match fs::remove_file(Mark::path(partial)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                let path = Mark::path(partial).display().to_string();
+                Err(OutputError::Io { action: "remove", path, source: error })
             }
-            Some(found) if found.is_of(mark) => match (self.resume, self.force) {
-                (true, _) => {
-                    Ok((Left::Continued, found.whole_bytes.min(fs::metadata(partial).map_or(0, |metadata| metadata.len()))))
+            _ => Ok(left),
+        };
+        match Mark::read(partial) {
+            Some(found) if found.is_of(mark) && bytes >= found.whole_bytes && found.whole_bytes > 0 => {
+                match (self.resume, self.force) {
+                    (true, _) => Ok(Left::Continued(found.whole_bytes)),
+                    (false, true) => again(Left::Ours),
+                    (false, false) => needs(format!(
+                        "has {} of {} of this image: go on with --resume, or start again with --force",
+                        size(found.whole_bytes),
+                        size(found.bytes)
+                    )),
                 }
-                (false, true) => Ok((Left::Ours, 0)),
-                (false, false) => Err(JobError::Usage(format!(
-                    "{shown} has {} of {} of this image: go on with --resume, or start again with --force",
-                    size(found.whole_bytes),
-                    size(found.bytes)
-                ))),
-            },
-            Some(found) if self.force => {
-                self.notices.note(&format!("{shown} is of another image ({}): starting again", printable(&found.image)));
-                Ok((Left::Ours, 0))
             }
-            Some(found) => Err(JobError::Usage(format!(
-                "{shown} is of image {}, or of what this one was before: nothing of it is of use. Start again with --force",
-                printable(&found.image)
-            ))),
+            Some(found) if !found.is_of(mark) && bytes > 0 => match self.force {
+                true => {
+                    self.notices.note(&format!(
+                        "{} is of another image ({}): starting again",
+                        partial.display(),
+                        printable(&found.image)
+                    ));
+                    again(Left::Ours)
+                }
+                false => needs(format!(
+                    "is of image {}, or of what this one was before: nothing of it is of use. Start again with --force",
+                    printable(&found.image)
+                )),
+            },
+            // a run that was killed before anything was whole; or a mark without its file, or that says more than is there
+            Some(found) => again(if found.is_of(mark) { Left::Ours } else { Left::Zeros }),
             None => {
                 if self.resume {
                     self.notices.note("there is nothing to go on with: starting at the beginning");
                 }
-                Ok((Left::Zeros, 0))
+                Ok(Left::Zeros)
             }
         }
     }
@@ -390,7 +443,8 @@ impl Download {
         let holes = !output.is_device();
         let pipeline =
             pipeline.threads("write", LANDERS, || Land { file: Arc::clone(&file), holes, progress: self.progress.clone() });
-        let mark = holes.then(|| (partial.to_owned(), mark));
+        // without a hash nothing could tell whether what was kept is still what it was
+        let mark = (holes && self.image.expected_hash().is_some()).then(|| (partial.to_owned(), mark));
         let pipeline = pipeline.threads("order", 1, || Order { start, mark: mark.clone(), progress: self.progress.clone() });
         let mut lane = Some(HashLane {
             expected: self.image.expected_hash(),
@@ -512,6 +566,25 @@ impl BlockingStage for Land {
 /// Bytes that are in the file, each at its own place.
 fn placed(guest: GuestRange) -> Placed {
     Placed { guest, runs: vec![PlacedRun { guest, place: Place::Plain(guest.start.0) }], records: Vec::new(), home: Home::File }
+}
+
+/// Source stage: bytes that are all in the file.
+struct There {
+    bytes: u64,
+}
+
+impl BlockingStage for There {
+    type In = NoInput;
+    type Out = Placed;
+    type Report = ();
+
+    fn run(self, _: Inlet<NoInput>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
+        for start in (0..self.bytes).step_by(to_usize(EXTENT_BYTES)) {
+            outlet.send_blocking(placed(GuestRange::new(start, EXTENT_BYTES.min(self.bytes - start))))?;
+        }
+        outlet.finish();
+        Ok(())
+    }
 }
 
 /// Puts extents into order for the hash, and writes down how far the file is whole.

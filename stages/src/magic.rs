@@ -73,6 +73,9 @@ impl DiskFormat {
             (0x8001, b"NSR03", Self::Iso),
         ];
         claims.extend(signatures.iter().filter(|(offset, magic, _)| at(*offset, magic)).map(|(_, _, format)| *format));
+        if is_partitioned_beside_an_iso(head) {
+            claims.retain(|format| *format != Self::Iso);
+        }
         claims.dedup();
         // a fixed VHD is a raw disk with a footer, a dynamic one has a copy of it in front
         if tail.starts_with(b"conectix") && !claims.contains(&Self::Vhd) {
@@ -165,6 +168,17 @@ impl DiskFormat {
     }
 }
 
+/// Is it a disk with partitions of which none covers the place of a CD file system's descriptor? Then that is what is left of something older: a hybrid
+/// medium's own entries cover it.
+fn is_partitioned_beside_an_iso(head: &[u8]) -> bool {
+    const DESCRIPTOR_SECTOR: u64 = 64;
+    let Some(sector) = head.get(..512).filter(|sector| sector[510..] == [0x55, 0xaa]) else { return false };
+    let number = |bytes: &[u8]| bytes.iter().rev().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+    let entries = sector[446..510].chunks_exact(16).map(|entry| (number(&entry[8..12]), number(&entry[12..16])));
+    let used: Vec<(u64, u64)> = entries.filter(|(_, sectors)| *sectors > 0).collect();
+    !used.is_empty() && used.iter().all(|(start, sectors)| !(*start..start + sectors).contains(&DESCRIPTOR_SECTOR))
+}
+
 impl fmt::Display for DiskFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -197,6 +211,11 @@ mod tests {
         ] {
             assert_eq!(DiskFormat::detect(&head(offset, magic), &[0; 512]), format);
         }
+        let mut stale = head(0x8001, b"CD001");
+        stale[510..512].copy_from_slice(&[0x55, 0xaa]);
+        assert_eq!(DiskFormat::detect(&stale, &[]), DiskFormat::Iso);
+        stale[446..462].copy_from_slice(&[0x80, 0x20, 0x21, 0, 0x83, 0xfe, 0xff, 0xff, 0, 8, 0, 0, 0, 0x38, 6, 0]);
+        assert_eq!(DiskFormat::detect(&stale, &[]), DiskFormat::Raw, "a disk that was an installation medium once");
         assert_eq!(DiskFormat::detect(&[0; 512], &head(0, b"conectix")), DiskFormat::Vhd, "a fixed VHD");
         assert!(
             DiskFormat::detect(&head(0, b"LUKS\xba\xbe\0\x02"), &[]).is_disk(),

@@ -51,6 +51,8 @@ pub struct Waiting {
     pub task: Duration,
     /// Until a server that was started is active.
     pub start: Duration,
+    /// Until an image that is queued with no task of Nova's under way counts as given up.
+    pub orphan: Duration,
 }
 
 impl Default for Waiting {
@@ -62,6 +64,7 @@ impl Default for Waiting {
             image: Duration::from_secs(4 * 3600),
             task: Duration::from_secs(600),
             start: Duration::from_secs(300),
+            orphan: Duration::from_secs(60),
         }
     }
 }
@@ -220,11 +223,25 @@ impl Snapshot<'_> {
     /// Cancel with the token: what was begun is taken back before this returns, which can take as long as Nova's task. If the future is dropped instead, the
     /// server stays as it is.
     pub async fn run(&self) -> Result<Image, JobError> {
-        let Server { id, name, status, .. } = &self.plan.server;
-        let found = FoundServer { id: id.clone(), name: name.clone(), status: status.clone() };
-        self.notices.holding(Some(&found));
+        let server = &self.plan.server;
+        // the question whether to stop it may have been open for hours
+        let now = self.guard(self.compute.server(&server.id)).await??;
+        if now.status != server.status || now.task_state.is_some() {
+            return Err(JobError::Refused(format!(
+                "server {} was {} and is {}{} by now: start again",
+                server.shown(),
+                server.status,
+                printable(&now.status),
+                now.task_state.map(|task| format!(" ({})", printable(&task))).unwrap_or_default()
+            )));
+        }
+        let mut found =
+            FoundServer { id: server.id.clone(), name: server.name.clone(), status: server.status.clone(), stopped: false };
+        if !self.notices.holding(Some(&found)) {
+            self.notices.warn("the record of this run cannot be written: after a kill nothing would bring the server back");
+        }
         let mut restored = false;
-        let made = self.make(&mut restored).await;
+        let made = self.make(&mut found, &mut restored).await;
         if let Err(error) = &made {
             // an interrupt has its own words at the end
             if !matches!(error, JobError::Interrupted(_)) {
@@ -237,7 +254,7 @@ impl Snapshot<'_> {
         };
         match (made, back) {
             (made, Ok(())) => {
-                self.notices.holding(None);
+                let _ = self.notices.holding(None);
                 made
             }
             (Ok(image), Err(error)) => {
@@ -265,15 +282,27 @@ impl Snapshot<'_> {
         }
     }
 
-    async fn make(&self, restored: &mut bool) -> Result<Image, JobError> {
+    async fn make(&self, found: &mut FoundServer, restored: &mut bool) -> Result<Image, JobError> {
         let server = &self.plan.server;
         if self.plan.stops {
-            self.stop().await?;
+            self.stop(found).await?;
+        }
+        if self.plan.stops {
+            // somebody may have started it in between: the image would look as after a power cut, and nobody would know
+            let now = self.guard(self.compute.server(&server.id)).await??;
+            if now.status != "SHUTOFF" {
+                return Err(JobError::Refused(format!(
+                    "server {} was stopped, and is {} again: somebody else started it",
+                    server.shown(),
+                    printable(&now.status)
+                )));
+            }
         }
         let id = self.settle(self.create()).await??;
         self.notices.making(&id);
         self.notices.note(&format!("image {} ({id}) is being made", printable(&self.plan.name)));
         let mut watch = Watch::new(&self.waiting);
+        let mut given_up: Option<Instant> = None;
         loop {
             let (image, now) = tokio::join!(self.session.image(&id), self.compute.server(&server.id));
             let image = match image {
@@ -286,9 +315,15 @@ impl Snapshot<'_> {
                 Err(error) if error.is_retryable() => None,
                 Err(error) => return Err(error.into()),
             };
-            let task = match &now {
-                Ok(now) => now.task_state.clone(),
-                Err(_) => Some("unknown".to_owned()),
+            let task = match now {
+                Ok(now) => now.task_state,
+                Err(ServerError::Api(error)) if error.status() == Some(StatusCode::NOT_FOUND) => {
+                    self.notices.warn(&format!("server {} is gone: somebody deleted it", server.shown()));
+                    *restored = true;
+                    None
+                }
+                Err(ServerError::Api(error)) if error.is_retryable() => Some("unknown".to_owned()),
+                Err(error) => return Err(error.into()),
             };
             let status = image.as_ref().map_or_else(|| "unknown".to_owned(), |image| image.status.clone());
             let bytes = image.as_ref().and_then(|image| image.size).filter(|bytes| *bytes > 0);
@@ -308,10 +343,21 @@ impl Snapshot<'_> {
                 return Err(JobError::Refused(format!("image {} became {} while it was made", image.shown_id(), image.status)));
             }
             // Nova's task is over: there is nothing that the server has to wait for
-            if task.is_none() && !*restored && matches!(status.as_str(), "saving" | "active") {
-                let found = FoundServer { id: server.id.clone(), name: server.name.clone(), status: server.status.clone() };
-                bring_back(self.compute, &found, &self.waiting, self.notices).await?;
+            if task.is_none() && !*restored {
+                bring_back(self.compute, found, &self.waiting, self.notices).await?;
                 *restored = true;
+            }
+            match (status.as_str(), &task) {
+                // an image made by a direct copy in Ceph is queued until Nova has told Glance where it is, all within the task
+                ("queued", None) => {
+                    let since = *given_up.get_or_insert_with(Instant::now);
+                    if since.elapsed() > self.waiting.orphan {
+                        return Err(JobError::Refused(format!(
+                            "Nova's task is over, and image {id} has no data: the host was restarted, or gave up without a word"
+                        )));
+                    }
+                }
+                _ => given_up = None,
             }
             if let Some(image) = image.filter(|image| image.status == "active")
                 && *restored
@@ -330,11 +376,35 @@ impl Snapshot<'_> {
     }
 
     /// Stops the server and waits until it has stopped.
-    async fn stop(&self) -> Result<(), JobError> {
+    async fn stop(&self, found: &mut FoundServer) -> Result<(), JobError> {
         let server = &self.plan.server;
         let started = Instant::now();
         self.notices.note(&format!("stopping server {}", server.shown()));
-        self.settle(retrying(|| self.compute.act(&server.id, Action::Stop))).await??;
+        // written down before the request leaves: its answer may be lost
+        found.stopped = true;
+        let _ = self.notices.holding(Some(found));
+        let asked = self.settle(async {
+            let mut stumbles = 0;
+            loop {
+                match self.compute.act(&server.id, Action::Stop).await {
+                    Err(ServerError::Api(error)) if error.is_retryable() && stumbles < 3 => {
+                        stumbles += 1;
+                        tokio::time::sleep(self.waiting.first_look * stumbles * 4).await;
+                    }
+                    // a request before, whose answer was lost, was heard: the wait tells
+                    Err(ServerError::Api(error)) if stumbles > 0 && error.status() == Some(StatusCode::CONFLICT) => return Ok(()),
+                    other => return other,
+                }
+            }
+        });
+        if let Err(error) = asked.await? {
+            // refused: whatever state it is in now is not this run's doing
+            if matches!(&error, ServerError::Api(api) if api.status() == Some(StatusCode::CONFLICT)) {
+                found.stopped = false;
+                let _ = self.notices.holding(Some(found));
+            }
+            return Err(error.into());
+        }
         let mut watch = Watch::new(&self.waiting);
         loop {
             let now = match self.guard(self.compute.server(&server.id)).await? {
@@ -346,6 +416,13 @@ impl Snapshot<'_> {
             watch.see(self.notices, format!("server {} is {}", server.shown(), printable(status)));
             if now.as_ref().is_some_and(|now| now.status == "SHUTOFF" && now.task_state.is_none()) {
                 break;
+            }
+            // Nova sets the task before it answers: without one, it is over
+            if now.as_ref().is_some_and(|now| now.status == "ACTIVE" && now.task_state.is_none()) {
+                return Err(JobError::Refused(format!(
+                    "server {} is ACTIVE although it was to be stopped: that failed, or somebody started it again",
+                    server.shown()
+                )));
             }
             if status == "ERROR" {
                 let why = now.and_then(|now| now.fault).unwrap_or_default();
@@ -440,6 +517,9 @@ pub async fn restore(
 ) -> Result<(), JobError> {
     let remove = async || -> Result<(), JobError> {
         for image in images_of_run(session, run).await? {
+            if image.status == "active" && image.property("image_type") == Some("snapshot") {
+                notices.note(&format!("image {} ({}) was finished before: it stays", image.shown(), image.shown_id()));
+            }
             // an active one is done, and may be wanted
             if matches!(image.status.as_str(), "queued" | "saving") && image.property("image_type") == Some("snapshot") {
                 session.delete_image(&image.id).await?;
@@ -502,7 +582,12 @@ async fn bring_back(compute: &Compute, found: &FoundServer, waiting: &Waiting, n
             }
             return Ok(());
         }
-        if let (Some(action), None) = (Action::back_from(&now.status), &now.task_state)
+        let action = Action::back_from(&now.status).filter(|action| found.stopped || *action != Action::Start);
+        if action.is_none() && now.status == "SHUTOFF" && now.task_state.is_none() {
+            notices.warn(&format!("server {} is SHUTOFF, which this run did not do: it stays so", now.shown()));
+            return Ok(());
+        }
+        if let (Some(action), None) = (action, &now.task_state)
             && !asked
         {
             notices.note(&format!("server {} is {}, and is {} again", now.shown(), now.status, action.done()));

@@ -236,7 +236,7 @@ fn an_xfs_log_is_told_clean_or_not() {
     let filesystem = &found.contents[0].filesystem;
     assert_eq!((filesystem.kind, filesystem.label.as_deref(), filesystem.clean), ("xfs", Some("data"), Some(true)));
     assert!(filesystem.free_bytes.unwrap() > 300 * MIB && filesystem.free_bytes.unwrap() < 400 * MIB);
-    assert!(found.not_looked_at[0].contains("xfs is not read here"));
+    assert!(found.not_looked_at[0].contains("xfs, which is not read here"));
     // the unmount record's flag: byte 9 of its first operation, behind the record's header
     let bytes = fs::read(&path).unwrap();
     let record = bytes.windows(4).position(|word| word == [0xfe, 0xed, 0xba, 0xbe]).unwrap();

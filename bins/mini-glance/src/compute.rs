@@ -110,6 +110,10 @@ pub struct Behaviour {
     pub dying_snapshots: u32,
     /// A failed snapshot leaves the server suspended.
     pub leaves_suspended: bool,
+    /// Somebody starts each server as soon as it has stopped.
+    pub restarts: bool,
+    /// So many `os-stop` are acted upon and answered with 503.
+    pub lost_stops: u32,
     /// So many `createImage` lose their answer, after they were acted upon.
     pub lost_answers: u32,
     /// So many actions get 503 first.
@@ -125,6 +129,8 @@ impl Default for Behaviour {
             failing_snapshots: 0,
             dying_snapshots: 0,
             leaves_suspended: false,
+            restarts: false,
+            lost_stops: 0,
             lost_answers: 0,
             failing_actions: 0,
         }
@@ -306,17 +312,22 @@ fn act(shared: &Arc<Shared>, id: &str, body: &Value, version: u32) -> Answer {
     if action == "createImage" {
         return create_image(shared, id, parameters, version);
     }
+    let lost = action == "os-stop" && shared.compute(|compute, _| crate::Faults::take(&mut compute.behaviour.lost_stops));
     let (shared, id) = (Arc::clone(shared), id.to_owned());
     tokio::spawn(async move {
         let behaviour = shared.compute(|compute, _| compute.behaviour.clone());
         tokio::time::sleep(if ends_as == "stopped" { behaviour.stopping } else { behaviour.step }).await;
         shared.compute(|compute, _| {
+            let ends_as = if compute.behaviour.restarts { "active" } else { ends_as };
             compute.set(&id, |server| {
                 server.vm_state = ends_as;
                 server.task_state = None;
             });
         });
     });
+    if lost {
+        return Ok(error(StatusCode::SERVICE_UNAVAILABLE, "computeFault", "The server is currently unavailable."));
+    }
     Ok(accepted())
 }
 

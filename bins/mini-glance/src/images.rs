@@ -12,8 +12,20 @@ use crate::answer::{Body, refuse};
 type Refusal<T> = Result<T, Box<Response<Body>>>;
 
 /// Attributes nobody may set.
-const READ_ONLY: [&str; 11] =
-    ["checksum", "size", "virtual_size", "status", "created_at", "updated_at", "self", "file", "schema", "direct_url", "stores"];
+const READ_ONLY: [&str; 12] = [
+    "id",
+    "checksum",
+    "size",
+    "virtual_size",
+    "status",
+    "created_at",
+    "updated_at",
+    "self",
+    "file",
+    "schema",
+    "direct_url",
+    "stores",
+];
 /// Formats that Glance knows.
 const DISK_FORMATS: [&str; 12] = ["ami", "ari", "aki", "vhd", "vhdx", "vmdk", "raw", "qcow2", "vdi", "iso", "ploop", "gpt"];
 

@@ -4,7 +4,7 @@ use std::{io::IsTerminal, process::ExitCode};
 
 use engine::CancelToken;
 use stages::{
-    convert::{JobError, names::images_of_name},
+    convert::{JobError, Notices, names::images_of_name},
     openstack::{Session, config::Surroundings},
     progress::Progress,
     text::{printable, shell_word},
@@ -58,7 +58,7 @@ pub async fn confirm(what: &str, yes: bool, cancel: &CancelToken) -> Result<(), 
     if matches!(answer.trim(), "y" | "Y" | "yes") {
         return Ok(());
     }
-    Err(JobError::Interrupted("nothing was done: the answer was not yes".to_owned()))
+    Err(JobError::Refused("nothing was done: the answer was not yes".to_owned()))
 }
 
 /// Is there an image of this name in the project already? Two of one name are not made by accident.
@@ -78,4 +78,25 @@ pub async fn check_free(session: &Session, name: &str, force: bool) -> Result<()
 /// `--os-cloud NAME ` where it was given, for a command to paste.
 pub fn chosen_cloud(cloud: &CloudArgs) -> String {
     cloud.os_cloud.as_ref().map(|name| format!("--os-cloud {} ", shell_word(name))).unwrap_or_default()
+}
+
+/// Is it a disk format that there is?
+///
+/// # Errors
+/// A usage error that lists them.
+pub fn check_format(word: &str) -> Result<(), JobError> {
+    const FORMATS: [&str; 12] = ["raw", "qcow2", "iso", "vmdk", "vdi", "vhd", "vhdx", "ploop", "gpt", "ami", "ari", "aki"];
+    if FORMATS.iter().any(|format| format.eq_ignore_ascii_case(word)) {
+        return Ok(());
+    }
+    Err(JobError::Usage(format!("{} is no disk format; there are: {}", printable(word), FORMATS.join(", "))))
+}
+
+/// Without a record of the run, nothing takes back what a kill leaves.
+pub fn warn_without_record(run: &Run, display: &Display) {
+    if run.id().is_none() {
+        display.warn(
+            "the state folder cannot be written: no record of this run, and nothing that cleans up after it if it is killed",
+        );
+    }
 }

@@ -138,6 +138,24 @@ pub struct ConversionArgs {
     pub property: Vec<(String, String)>,
 }
 
+impl ConversionArgs {
+    /// A flag that was given, of those that mean nothing where nothing is converted.
+    pub fn first_given(&self) -> Option<&'static str> {
+        let tuning = &self.tuning;
+        [
+            (self.compress != CompressChoice::None, "--compress"),
+            (self.compress_level.is_some(), "--compress-level"),
+            (self.verify.is_some(), "--verify"),
+            (tuning.workers.is_some(), "--workers"),
+            (tuning.memory.is_some(), "--memory"),
+            (tuning.scratch.is_some(), "--scratch"),
+            (tuning.cluster_size != ClusterBits::DEFAULT, "--cluster-size"),
+        ]
+        .into_iter()
+        .find_map(|(given, flag)| given.then_some(flag))
+    }
+}
+
 /// Flags that choose the cloud, as `openstack` has them.
 #[derive(Args, Clone, Default)]
 pub struct CloudArgs {

@@ -52,8 +52,8 @@ pub enum Shell {
 #[derive(Args)]
 #[command(after_help = "Examples: virta man convert | man -l -      virta man --dir ~/.local/share/man/man1")]
 pub struct ManArgs {
-    /// The command whose page is written to stdout [default: the page of virta itself]
-    pub command: Option<String>,
+    /// The command whose page is written to stdout, as in `virta man image list` [default: the page of virta itself]
+    pub command: Vec<String>,
     /// Write all pages into this folder instead
     #[arg(long, value_name = "DIR", conflicts_with = "command")]
     pub dir: Option<PathBuf>,
@@ -101,13 +101,19 @@ pub fn man(arguments: &ManArgs) -> ExitCode {
             }
         };
     }
-    let page = match &arguments.command {
-        None => command,
-        Some(name) => match command.find_subcommand(name) {
-            Some(found) => found.clone().name(format!("virta-{name}")),
-            None => return exit::usage(&format!("there is no command {name}: virta help lists them")),
-        },
-    };
+    // `image list`, `image-list` and `virta-image-list` are one page
+    let words: Vec<String> = arguments.command.iter().flat_map(|word| word.split('-')).map(str::to_owned).collect();
+    let words = words.strip_prefix(&["virta".to_owned()]).unwrap_or(&words);
+    let mut page = command;
+    for word in words {
+        match page.find_subcommand(word) {
+            Some(found) => page = found.clone(),
+            None => return exit::usage(&format!("there is no command {}: virta help lists them", words.join(" "))),
+        }
+    }
+    if !words.is_empty() {
+        page = page.name(format!("virta-{}", words.join("-")));
+    }
     let mut text = Vec::new();
     match clap_mangen::Man::new(page).render(&mut text).and_then(|()| std::io::stdout().write_all(&text)) {
         Ok(()) => ExitCode::SUCCESS,

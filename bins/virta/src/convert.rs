@@ -17,6 +17,7 @@ use stages::{
 };
 
 use crate::{
+    care::warn_without_record,
     cli::{CloudArgs, ConversionArgs, ConvertArgs, FormatChoice, OutputArgs, Tuning, VerifyChoice},
     display::{Display, Held},
     exit, receipt,
@@ -139,7 +140,8 @@ pub fn watch_signals(cancel: &CancelToken, held: Held) {
 }
 
 /// Runs the command.
-pub async fn run(arguments: ConvertArgs) -> ExitCode {
+pub async fn run(mut arguments: ConvertArgs) -> ExitCode {
+    arguments.destination = stdout_by_its_name(arguments.destination);
     let usual = match job_options(&arguments.conversion) {
         Ok(options) => options,
         Err(text) => return exit::usage(&text),
@@ -166,11 +168,7 @@ pub async fn run(arguments: ConvertArgs) -> ExitCode {
     let display = Display::start(arguments.output.progress, &progress, run.clone());
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
-    if run.id().is_none() {
-        display.warn(
-            "the state folder cannot be written: no record of this run, and nothing that cleans up after it if it is killed",
-        );
-    }
+    warn_without_record(&run, &display);
     let result = convert(&arguments, options, &progress, &display, &run, &cancel).await;
     display.finish().await;
     match &result {
@@ -344,10 +342,15 @@ async fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
     Err(JobError::Interrupted("nothing was done: the answer was not yes".to_owned()))
 }
 
-/// A FIFO or what stdout is can only be written forward.
+/// stdout by one of its names is `-`: nothing but the image may go there.
+pub fn stdout_by_its_name(path: String) -> String {
+    if matches!(path.as_str(), "/dev/stdout" | "/dev/fd/1" | "/proc/self/fd/1") { "-".to_owned() } else { path }
+}
+
+/// A FIFO can only be written forward.
 pub fn is_forward_only(path: &str) -> bool {
     use std::os::unix::fs::FileTypeExt;
-    path == "/dev/stdout" || std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
 /// Opens a FIFO when its reader is there; until then it can be interrupted.
@@ -494,7 +497,8 @@ pub async fn did_you_mean(error: JobError, path: &str, session: Option<&Session>
     };
     if session.is_none() && !is_image && !path.contains('/') {
         return JobError::Refused(format!(
-            "{error}: there is no such file. An image in Glance is written glance:{}",
+            "there is no file {}; an image in Glance is written glance:{}",
+            printable(path),
             shell_word(&printable(path))
         ));
     }

@@ -99,9 +99,8 @@ impl Notices for Display {
         self.run.log(&line);
         match self.kind {
             Kind::Bars => {
-                if self.bars.println(&line).is_err() {
-                    exit::say(&line);
-                }
+                // `println` of the bars fills a line with spaces, which are there when it is copied
+                self.bars.suspend(|| exit::say(&line));
             }
             Kind::Plain => exit::say(&line),
             Kind::Json => exit::say(&serde_json::json!({ "event": "note", "text": line }).to_string()),
@@ -121,9 +120,9 @@ impl Notices for Display {
         self.run.making(image_id);
     }
 
-    fn holding(&self, server: Option<&FoundServer>) {
-        self.run.holding(server.cloned());
+    fn holding(&self, server: Option<&FoundServer>) -> bool {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = server.cloned();
+        self.run.holding(server.cloned())
     }
 }
 

@@ -6,14 +6,10 @@ use clap::Args;
 use engine::CancelToken;
 use serde_json::{Value, json};
 use stages::{
-    convert::{JobError, budget},
+    convert::{JobError, budget, names::is_finished_conversion},
     disk::{IoMode, choose_backend},
     glance::{ImageFile, Patience, Remote, Retries},
-    openstack::{
-        Compute, Image, Session,
-        config::Surroundings,
-        image::{SOURCE_ID, VERIFIED},
-    },
+    openstack::{Compute, Image, Session, config::Surroundings},
     progress::Progress,
     text::{causes, printable, shell_word, size},
 };
@@ -79,12 +75,12 @@ pub async fn run(arguments: DoctorArgs) -> ExitCode {
         found.say("cloud", "not signed in: see below");
         found.keep("error", json!(causes(error)));
     }
-    match arguments.format {
-        InspectFormat::Table => found.lines.iter().for_each(|line| _ = exit::print(line)),
-        InspectFormat::Json => _ = exit::print(&serde_json::to_string_pretty(&found.json).unwrap_or_default()),
-    }
+    let written = match arguments.format {
+        InspectFormat::Table => found.lines.iter().all(|line| exit::show(line)),
+        InspectFormat::Json => exit::show(&serde_json::to_string_pretty(&found.json).unwrap_or_default()),
+    };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => exit::shown(written),
         Err(error) => exit::failure(&error, error.exit_code()),
     }
 }
@@ -198,11 +194,7 @@ async fn cloud(arguments: &DoctorArgs, found: &mut Found, display: &Display, can
 async fn look_at_images(session: &Session, images: &[Image], cloud: &str, found: &mut Found, cancel: &CancelToken) {
     let own = session.whoami().project_id.clone();
     let mine: Vec<&Image> = images.iter().filter(|image| image.owner == own && image.status == "active").collect();
-    let converted = |image: &Image| {
-        images.iter().find(|made| {
-            made.property(SOURCE_ID) == Some(&image.id) && made.property(VERIFIED).is_some() && made.status == "active"
-        })
-    };
+    let converted = |image: &Image| images.iter().find(|made| is_finished_conversion(session, made, image));
     let is_raw = |image: &&&Image| image.disk_format.as_deref() == Some("raw") && image.size.unwrap_or(0) > 0;
     let mut raw: Vec<&Image> = mine.iter().filter(is_raw).copied().collect();
     raw.sort_by_key(|image| std::cmp::Reverse(image.size));
@@ -268,7 +260,7 @@ async fn look_at_images(session: &Session, images: &[Image], cloud: &str, found:
         let used = inside.predicted.and_then(|predicted| predicted.without_free_bytes);
         let systems: Vec<&str> = inside.systems.iter().filter_map(|system| system.system.name.as_deref()).collect();
         found.say(
-            "the largest",
+            "largest raw",
             format!(
                 "{}: {}{}",
                 image.shown(),

@@ -16,7 +16,7 @@ use stages::{
 use crate::{
     cli::{CloudArgs, FormatChoice, OutputArgs, count},
     complete::image_names,
-    convert::{is_forward_only, open_forward, stdout, watch_signals, write_report},
+    convert::{is_forward_only, open_forward, stdout, stdout_by_its_name, watch_signals, write_report},
     display::Display,
     exit, receipt,
     runs::Run,
@@ -61,8 +61,9 @@ Examples:
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 the hash differs, 130 interrupted.";
 
 /// Runs the command.
-pub async fn run(arguments: DownloadArgs) -> ExitCode {
-    let run = Run::begin(&format!("glance:{}", arguments.image), &arguments.file);
+pub async fn run(mut arguments: DownloadArgs) -> ExitCode {
+    arguments.file = stdout_by_its_name(arguments.file);
+    let run = Run::begin(&format!("glance:{}", arguments.image.trim_start_matches("glance:")), &arguments.file);
     let progress = Progress::default();
     let display = Display::start(arguments.output.progress, &progress, run.clone());
     let cancel = CancelToken::new();
@@ -165,11 +166,12 @@ fn tell(mut report: DownloadReport, arguments: &DownloadArgs, display: &Display)
         if report.resumed_bytes > 0 { format!("; {} were there already", size(report.resumed_bytes)) } else { String::new() };
     let text = match arguments.output.format {
         FormatChoice::Table => format!(
-            "made {}: {}{holes}; fetched {}{resumed}; {:.1} s\n{proven}",
+            "made {}: {}{holes}; fetched {}{resumed}; {:.1} s\n{proven}{}",
             printable(&report.destination),
             size(report.image_bytes),
             size(report.fetched_bytes),
-            report.elapsed_s
+            report.elapsed_s,
+            receipt.as_ref().map(|path| format!("\nreceipt: {}", path.display())).unwrap_or_default()
         ),
         FormatChoice::Json => json.clone(),
         FormatChoice::Value => printable(&report.destination),

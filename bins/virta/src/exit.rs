@@ -39,6 +39,23 @@ pub fn print(text: &str) -> bool {
     writeln!(std::io::stdout(), "{text}").is_ok()
 }
 
+/// A line on stdout for whoever reads along; `false` only if it could not be written: a reader who has seen enough is no failure.
+pub fn show(text: &str) -> bool {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) => error.kind() == std::io::ErrorKind::BrokenPipe,
+        Ok(()) => true,
+    }
+}
+
+/// What could not be shown, as an exit code.
+pub fn shown(good: bool) -> ExitCode {
+    if good {
+        return ExitCode::SUCCESS;
+    }
+    say("virta: stdout could not be written (a full disk?): what is there is not complete");
+    ExitCode::from(1)
+}
+
 /// Each line without control characters; the line breaks are ours.
 fn printable_lines(text: &str) -> String {
     text.lines().map(printable).collect::<Vec<_>>().join("\n    ")

@@ -2,9 +2,68 @@
 
 use std::ffi::OsString;
 
-/// A hint if the arguments of `convert` are qemu-img's.
+/// Flags that `openstack` takes before the command, each with a value.
+const GLOBAL: [&str; 4] = ["--os-cloud", "--os-region-name", "--os-interface", "--os-cacert"];
+
+/// Puts flags that choose the cloud behind the command, where they stand here: `openstack --os-cloud X …` is a habit.
+pub fn reordered(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut arguments = arguments.into_iter();
+    let mut ordered: Vec<OsString> = arguments.by_ref().take(1).collect();
+    let mut early = Vec::new();
+    while let Some(argument) = arguments.next() {
+        let text = argument.to_string_lossy().into_owned();
+        let with_value = GLOBAL.iter().any(|flag| text.strip_prefix(flag).is_some_and(|rest| rest.starts_with('=')));
+        if GLOBAL.contains(&text.as_str()) {
+            early.push(argument);
+            early.extend(arguments.next());
+        } else if with_value || text == "--insecure" {
+            early.push(argument);
+        } else {
+            ordered.push(argument);
+            break;
+        }
+    }
+    ordered.extend(arguments);
+    // behind `--` nothing is a flag
+    let end = ordered.iter().position(|argument| argument == "--").unwrap_or(ordered.len());
+    ordered.splice(end..end, early);
+    ordered
+}
+
+/// A hint if the arguments are those of `openstack`, for what has another name here.
+fn openstack_hint(words: &[String]) -> Option<&'static str> {
+    let word = |at: usize| words.get(at).map_or("", String::as_str);
+    let has = |flag: &str| words.iter().any(|word| word == flag);
+    Some(match (word(0), word(1)) {
+        ("image", "save") => "virta download IMAGE FILE",
+        ("image", "create") => "virta upload FILE NAME",
+        ("image", "unset") => "virta image set --remove-property KEY, or --remove-tag TAG",
+        ("image", "add") => "virta share IMAGE PROJECT",
+        ("image", "remove") => "virta unshare IMAGE PROJECT",
+        ("image", "member") => "virta members IMAGE",
+        ("image", "set") if has("--accept") => "virta accept IMAGE",
+        ("image", "set") if has("--reject") => "virta reject IMAGE",
+        ("image", "set") if has("--shared") => "virta share IMAGE PROJECT (it makes the image shared)",
+        ("image", "set") if has("--private") || has("--public") || has("--community") => {
+            "virta share and virta unshare; visibility stays with openstack image set"
+        }
+        ("image", "set") if has("--description") => "virta image set --property description=TEXT",
+        ("server", "image") => "virta snapshot SERVER NAME",
+        ("server", "stop" | "start") => "virta snapshot stops and starts by itself; else that stays with openstack",
+        ("server", _) => "servers stay with openstack; virta snapshot SERVER NAME makes an image of one",
+        ("list" | "ls", _) => "virta image list",
+        ("show", _) => "virta image show IMAGE",
+        ("delete" | "rm", _) => "virta image delete IMAGE",
+        _ => return None,
+    })
+}
+
+/// A hint if the arguments are openstack's, or those of `convert` are qemu-img's.
 pub fn hint(arguments: impl IntoIterator<Item = OsString>) -> Option<String> {
     let arguments: Vec<String> = arguments.into_iter().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
+    if let Some(here) = openstack_hint(&arguments) {
+        return Some(format!("here that is: {here}"));
+    }
     if arguments.first().map(String::as_str) != Some("convert") {
         return None;
     }
@@ -41,5 +100,20 @@ mod tests {
         assert!(hint_for("virta convert -p a b").unwrap().contains("progress"));
         assert_eq!(hint_for("virta convert -f json a b"), None);
         assert_eq!(hint_for("virta demo"), None);
+        assert!(hint_for("virta image save --file x y").unwrap().contains("virta download"));
+        assert!(hint_for("virta image set --accept x").unwrap().contains("virta accept"));
+        assert_eq!(hint_for("virta image set --name x y"), None);
+    }
+
+    #[test]
+    fn the_cloud_can_be_chosen_before_the_command() {
+        let line = |line: &str| {
+            let words = reordered(line.split(' ').map(OsString::from));
+            words.iter().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(line("virta --os-cloud a --insecure image list"), "virta image list --os-cloud a --insecure");
+        assert_eq!(line("virta --os-cloud=a convert -- x y"), "virta convert --os-cloud=a -- x y");
+        assert_eq!(line("virta convert --os-cloud a x y"), "virta convert --os-cloud a x y");
+        assert_eq!(line("virta --version"), "virta --version");
     }
 }

@@ -2,19 +2,16 @@
 
 use std::{collections::HashMap, process::ExitCode};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use stages::{
-    convert::{JobError, Notices},
-    openstack::{
-        Change, Image, Session,
-        image::{SOURCE_ID, VERIFIED},
-    },
+    convert::{JobError, Notices, names::is_finished_conversion},
+    openstack::{Change, Image, Session, image::SOURCE_ID},
     text::{causes, printable, size},
 };
 
 use crate::{
-    care::{confirm, in_cloud},
+    care::{check_format, confirm, in_cloud},
     cli::{CloudArgs, key_value, parse_size},
     complete::image_names,
     display::Display,
@@ -28,6 +25,7 @@ const PAGE: &str = "1000";
 #[derive(Subcommand)]
 pub enum ImageCommand {
     /// Images that this project may use, with sizes, and what conversion saved
+    #[command(visible_alias = "ls")]
     List(ListArgs),
     /// Everything that is known of one image
     Show(ShowArgs),
@@ -50,9 +48,15 @@ pub struct ListArgs {
     /// Only snapshots of servers
     #[arg(long)]
     pub snapshots: bool,
-    /// Only images of this disk format: raw, qcow2, iso, … (-f is the output's)
-    #[arg(long = "disk-format", visible_alias = "image-format", value_name = "FORMAT")]
+    /// Only images of this disk format: raw, qcow2, iso, …
+    #[arg(long = "disk-format", value_name = "FORMAT")]
     pub disk_format: Option<String>,
+    /// What is printed: table, json or value; a disk format is taken for --disk-format
+    #[arg(short = 'f', long = "format", value_name = "FORMAT")]
+    pub format: Vec<String>,
+    /// Only this column, by its name in the table or in JSON (may be repeated; their order is kept)
+    #[arg(short = 'c', long = "column", value_name = "COLUMN")]
+    pub columns: Vec<String>,
     /// Only images larger than this, SIZE
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub larger_than: Option<u64>,
@@ -67,8 +71,16 @@ pub struct ListArgs {
     pub shared: bool,
     #[command(flatten)]
     pub cloud: CloudArgs,
-    #[command(flatten)]
-    pub list: ListFlags,
+}
+
+impl ListArgs {
+    /// The output's format and the disk's: `--format raw` means the one, `--format json` the other.
+    fn formats(&self) -> (ListFlags, Option<&str>) {
+        let output = |word: &String| ListFormat::from_str(word, true).ok();
+        let format = self.format.iter().rev().find_map(output).unwrap_or(ListFormat::Table);
+        let disk = self.format.iter().rev().find(|word| output(word).is_none()).or(self.disk_format.as_ref());
+        (ListFlags { format, columns: self.columns.clone() }, disk.map(String::as_str))
+    }
 }
 
 #[derive(Args)]
@@ -145,7 +157,7 @@ pub async fn run(command: ImageCommand) -> ExitCode {
         ImageCommand::Show(arguments) => {
             in_cloud(&arguments.cloud, async |session, _, _| {
                 let image = session.find_image(&arguments.image).await?;
-                print_fields(&fields(&image), &arguments.list).map_err(JobError::Usage)
+                print_fields(&fields(&image), &arguments.list)
             })
             .await
         }
@@ -204,7 +216,11 @@ const COLUMNS: [Column; 18] = [
 
 /// All images that the filters leave, by name.
 async fn list(arguments: &ListArgs, session: &Session, display: &Display) -> Result<(), JobError> {
+    let (flags, disk_format) = arguments.formats();
     let mut statuses: HashMap<String, &'static str> = HashMap::new();
+    if let Some(format) = disk_format {
+        check_format(format)?;
+    }
     let everything = match arguments.shared {
         true => {
             let mut shared = Vec::new();
@@ -218,15 +234,12 @@ async fn list(arguments: &ListArgs, session: &Session, display: &Display) -> Res
         }
         false => session.images_matching(&[("limit", PAGE)]).await?,
     };
-    let converted = conversions(&everything);
+    let converted = conversions(session, &everything);
     let own = session.whoami().project_id.clone();
     let wanted = |image: &&Image| {
         let name = image.name.as_deref().unwrap_or_default().to_lowercase();
         (!arguments.snapshots || image.property("image_type") == Some("snapshot"))
-            && arguments
-                .disk_format
-                .as_ref()
-                .is_none_or(|format| image.disk_format.as_ref().is_some_and(|is| is.eq_ignore_ascii_case(format)))
+            && disk_format.is_none_or(|format| image.disk_format.as_ref().is_some_and(|is| is.eq_ignore_ascii_case(format)))
             && arguments.larger_than.is_none_or(|bytes| image.size.unwrap_or(0) > bytes)
             && arguments.name.as_ref().is_none_or(|part| name.contains(&part.to_lowercase()))
             && (!arguments.mine || image.owner == own)
@@ -244,8 +257,8 @@ async fn list(arguments: &ListArgs, session: &Session, display: &Display) -> Res
     }
     let any_saving = images.iter().any(|image| converted.contains_key(&image.id));
     columns.iter_mut().filter(|column| column.key == "saves").for_each(|column| column.usual = any_saving);
-    print_rows(&columns, &rows, &arguments.list).map_err(JobError::Usage)?;
-    if arguments.list.format == ListFormat::Table {
+    print_rows(&columns, &rows, &flags)?;
+    if flags.format == ListFormat::Table {
         display.note(&totals(&images, &converted));
         if images.iter().any(|image| statuses.get(&image.id) == Some(&"pending")) {
             display.note("a pending one is accepted with: virta accept ID, and turned down with: virta reject ID");
@@ -255,9 +268,13 @@ async fn list(arguments: &ListArgs, session: &Session, display: &Display) -> Res
 }
 
 /// Finished conversions, by their source's id.
-fn conversions(images: &[Image]) -> HashMap<String, &Image> {
-    let finished = images.iter().filter(|image| image.status == "active" && image.property(VERIFIED).is_some());
-    finished.filter_map(|image| Some((image.property(SOURCE_ID)?.to_owned(), image))).collect()
+fn conversions<'a>(session: &Session, images: &'a [Image]) -> HashMap<String, &'a Image> {
+    let by_id: HashMap<&str, &Image> = images.iter().map(|image| (image.id.as_str(), image)).collect();
+    let of_source = |made: &'a Image| {
+        let source = by_id.get(made.property(SOURCE_ID)?)?;
+        is_finished_conversion(session, made, source).then(|| (source.id.clone(), made))
+    };
+    images.iter().filter_map(of_source).collect()
 }
 
 fn totals(images: &[&Image], converted: &HashMap<String, &Image>) -> String {
@@ -352,6 +369,9 @@ fn fields(image: &Image) -> Vec<(String, Cell)> {
 fn changes(arguments: &SetArgs, image: &Image) -> Result<Vec<Change>, JobError> {
     let mut changes = Vec::new();
     let mut set = |key: &str, value: Value| changes.push(Change::Set(key.to_owned(), value));
+    if arguments.name.as_deref() == Some("") || arguments.tag.iter().any(String::is_empty) {
+        return Err(JobError::Usage("a name or a tag has at least one character".to_owned()));
+    }
     if let Some(name) = &arguments.name {
         set("name", json!(name));
     }
@@ -377,6 +397,9 @@ fn changes(arguments: &SetArgs, image: &Image) -> Result<Vec<Change>, JobError> 
     };
     for (key, value) in &arguments.property {
         reserved(key)?;
+        if let Some(how) = attribute(key) {
+            return Err(JobError::Usage(format!("{key} is no property but an attribute: {how}")));
+        }
         changes.push(Change::Set(key.clone(), json!(value)));
     }
     for key in &arguments.remove_property {
@@ -392,8 +415,34 @@ fn changes(arguments: &SetArgs, image: &Image) -> Result<Vec<Change>, JobError> 
     Ok(changes)
 }
 
+/// How an attribute is set, that some would set as a property.
+fn attribute(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "name" => "use --name",
+        "min_disk" => "use --min-disk",
+        "min_ram" => "use --min-ram",
+        "protected" => "use --protected or --unprotected",
+        "tags" => "use --tag and --remove-tag",
+        "visibility" => "use virta share and virta unshare, or openstack image set",
+        "id" | "status" | "size" | "virtual_size" | "checksum" | "created_at" | "updated_at" | "owner" | "file" | "self"
+        | "schema" | "disk_format" | "container_format" | "os_hash_algo" | "os_hash_value" | "stores" | "locations" => {
+            "it cannot be changed"
+        }
+        _ => return None,
+    })
+}
+
 async fn set(arguments: &SetArgs, session: &Session, display: &Display) -> Result<(), JobError> {
     let image = session.find_image(&arguments.image).await?;
+    if image.owner.is_some() && image.owner != session.whoami().project_id {
+        return Err(JobError::Refused(format!(
+            "image {} ({}) belongs to another project ({}): only that one can change it. A copy of it is yours: virta convert glance:{} glance:NAME",
+            image.shown(),
+            image.shown_id(),
+            printable(image.owner.as_deref().unwrap_or_default()),
+            image.shown_id()
+        )));
+    }
     let changed = session.change_image(&image.id, &changes(arguments, &image)?).await?;
     if let (Some(gib), Some(bytes)) = (arguments.min_disk, changed.virtual_size)
         && gib.saturating_mul(1 << 30) < bytes

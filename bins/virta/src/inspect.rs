@@ -23,7 +23,7 @@ use stages::{
 use crate::{
     cli::{CloudArgs, ProgressChoice},
     complete::path_or_image,
-    convert::{End, did_you_mean, watch_signals},
+    convert::{End, watch_signals},
     display::Display,
     exit,
     runs::Run,
@@ -75,9 +75,12 @@ pub async fn run(arguments: InspectArgs) -> ExitCode {
         Ok(found) => found,
         Err(error) => return exit::failure(&error, error.exit_code()),
     };
-    match arguments.format {
-        InspectFormat::Json => _ = exit::print(&serde_json::to_string_pretty(&found).unwrap_or_default()),
-        InspectFormat::Table => _ = exit::print(&text(&found)),
+    let written = match arguments.format {
+        InspectFormat::Json => exit::show(&serde_json::to_string_pretty(&found).unwrap_or_default()),
+        InspectFormat::Table => exit::show(&text(&found)),
+    };
+    if !written {
+        return exit::shown(false);
     }
     ExitCode::from(u8::from(arguments.strict && is_faulty(&found)))
 }
@@ -105,8 +108,8 @@ async fn look(
                 on_a_thread(local, Limits::local(), allocated, shown, cancel).await
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let missing = JobError::Usage(format!("there is no file {}", printable(&path)));
-                Err(did_you_mean(missing, &path, None).await)
+                let (shown, word) = (printable(&path), shell_word(&printable(&path)));
+                Err(JobError::Usage(format!("there is no file {shown}; an image in Glance is written glance:{word}")))
             }
             Err(error) => Err(JobError::Refused(format!("opening {}: {error}", printable(&path)))),
         },
@@ -242,11 +245,9 @@ pub fn text(found: &Inspection) -> String {
         lines.push(format!("  {}: {} {}{label}{used}{clean}", content.place(), size(content.bytes), filesystem.kind));
         lines.extend(filesystem.notes.iter().map(|text| format!("    {text}")));
     }
-    if let Some(predicted) = &found.predicted {
-        let without = predicted
-            .without_free_bytes
-            .map(|bytes| format!("; what its file systems use is {}", size(bytes)))
-            .unwrap_or_default();
+    if let Some(predicted) = found.predicted.filter(|_| found.format != "qcow2") {
+        let less = predicted.without_free_bytes.filter(|bytes| *bytes < predicted.at_most_bytes);
+        let without = less.map(|bytes| format!("; what its file systems use is {}", size(bytes))).unwrap_or_default();
         lines.push(format!(
             "as qcow2, uncompressed: at most {}, less by whatever is zero{without}",
             size(predicted.at_most_bytes)

@@ -28,10 +28,11 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     complete::answer_shell();
-    if let Some(hint) = habits::hint(std::env::args_os()) {
+    let arguments = habits::reordered(std::env::args_os());
+    if let Some(hint) = habits::hint(arguments.clone()) {
         return exit::usage(&hint);
     }
-    let cli = match cli::Cli::parse().command {
+    let cli = match cli::Cli::parse_from(arguments).command {
         cli::Command::Completions(arguments) => return complete::completions(&arguments),
         cli::Command::Man(arguments) => return complete::man(&arguments),
         command => command,

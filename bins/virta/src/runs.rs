@@ -111,6 +111,23 @@ fn write(folder: &Path, record: &Record) -> io::Result<()> {
     fs::rename(&path, folder.join(format!("{}.json", record.run)))
 }
 
+/// On a full disk: over the old record, whose place it has; else the old one goes, for it must not speak of what is not so any more.
+fn write_over(folder: &Path, record: &Record) -> bool {
+    let path = folder.join(format!("{}.json", record.run));
+    let _ = fs::remove_file(folder.join(format!("{}.json.new", record.run)));
+    let written = serde_json::to_string(record).is_ok_and(|text| {
+        let file = OpenOptions::new().write(true).open(&path);
+        file.is_ok_and(|mut file| {
+            let bytes = u64::try_from(text.len()).unwrap_or(u64::MAX);
+            file.write_all(text.as_bytes()).and_then(|()| file.set_len(bytes)).and_then(|()| file.sync_data()).is_ok()
+        })
+    });
+    if !written && record.server.is_none() {
+        let _ = fs::remove_file(path);
+    }
+    written
+}
+
 impl Run {
     /// Begins a record. Where it cannot be kept, the run goes on without.
     pub fn begin(source: &str, destination: &str) -> Self {
@@ -148,11 +165,12 @@ impl Run {
         Ok(Inner { folder, record, log, _lock: lock })
     }
 
-    fn change(&self, change: impl FnOnce(&mut Record)) {
-        let Some(inner) = &self.0 else { return };
+    /// Changes the record; `false`: that could not be written.
+    fn change(&self, change: impl FnOnce(&mut Record)) -> bool {
+        let Some(inner) = &self.0 else { return false };
         let mut inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut inner.record);
-        let _ = write(&inner.folder, &inner.record);
+        write(&inner.folder, &inner.record).is_ok() || write_over(&inner.folder, &inner.record)
     }
 
     /// Its name.
@@ -176,8 +194,8 @@ impl Run {
     }
 
     /// It is about to change this server, or has brought it back.
-    pub fn holding(&self, server: Option<FoundServer>) {
-        self.change(|record| record.server = server);
+    pub fn holding(&self, server: Option<FoundServer>) -> bool {
+        self.change(|record| record.server = server)
     }
 
     /// A line that it shows.

@@ -7,7 +7,11 @@ use reqwest::StatusCode;
 use serde_json::json;
 use stages::{
     convert::{JobError, Notices},
-    openstack::{Image, Session, image::ImageError, member::is_project_id},
+    openstack::{
+        Image, Session,
+        image::{ImageError, SOURCE_ID},
+        member::is_project_id,
+    },
     text::{printable, shell_word},
 };
 
@@ -92,9 +96,18 @@ pub async fn share(arguments: ShareArgs) -> ExitCode {
         if let Some(handed_out) = what_is_handed_out(&image) {
             display.warn(&handed_out);
         }
+        let members = session.members(&image.id).await?;
         for project in &projects {
+            if members.contains(project) {
+                display.note(&format!("{} is shared with project {} already", image.shown(), printable(project)));
+                continue;
+            }
             session.add_member(&image.id, project).await?;
-            display.note(&format!("shared {} with project {}; it can read it from now on", image.shown(), printable(project)));
+            display.note(&format!(
+                "shared {} with project {}, if there is one of that id: Glance does not ask. It can read it from now on",
+                image.shown(),
+                printable(project)
+            ));
         }
         let id = image.shown_id();
         display.note(&format!(
@@ -151,7 +164,7 @@ pub async fn members(arguments: MembersArgs) -> ExitCode {
             ]
         };
         let rows: Vec<Vec<Cell>> = members.iter().map(row).collect();
-        print_rows(&COLUMNS, &rows, &arguments.list).map_err(JobError::Usage)?;
+        print_rows(&COLUMNS, &rows, &arguments.list)?;
         if arguments.list.format == ListFormat::Table {
             let visibility = image.visibility.as_deref().unwrap_or("private");
             display.note(&format!("image {} is {visibility}, with {}", image.shown(), counted(members.len(), "member")));
@@ -217,9 +230,8 @@ async fn projects(session: &Session, wanted: &[String]) -> Result<Vec<String>, J
                 [id] => (*id).clone(),
                 [] => {
                     return Err(JobError::Usage(format!(
-                        "{} is no project's id, and none of your own projects is called so. The other side finds its id with: openstack project show -f value -c id {}",
-                        printable(text),
-                        shell_word(text)
+                        "{} is no project's id, and none of your own projects is called so. The other side finds its id with: openstack project show -f value -c id NAME",
+                        printable(text)
                     )));
                 }
                 several => {
@@ -243,6 +255,7 @@ async fn projects(session: &Session, wanted: &[String]) -> Result<Vec<String>, J
 
 /// An image by its id, or by its name among those that are shared with this project, whatever was answered.
 async fn shared_image(session: &Session, name: &str) -> Result<Image, JobError> {
+    let name = name.strip_prefix("glance:").unwrap_or(name);
     match session.find_image(name).await {
         Err(ImageError::NotFound { .. }) => {}
         other => return Ok(other?),
@@ -251,7 +264,10 @@ async fn shared_image(session: &Session, name: &str) -> Result<Image, JobError> 
     let mut found: Vec<Image> = all.into_iter().filter(|image| image.name.as_deref() == Some(name)).collect();
     match found.len() {
         1 => Ok(found.remove(0)),
-        0 => Err(JobError::Image(ImageError::NotFound { what: format!("{} that is shared with it", printable(name)) })),
+        0 => Err(JobError::Usage(format!(
+            "no image {} is shared with this project: virta image list --shared shows what is",
+            printable(name)
+        ))),
         _ => {
             let ids = found.into_iter().map(|image| image.id).collect();
             Err(JobError::Image(ImageError::Ambiguous { name: printable(name), ids }))
@@ -268,6 +284,9 @@ fn what_is_handed_out(image: &Image) -> Option<String> {
              files that are there"
                 .to_owned(),
         ),
+        _ if image.property(SOURCE_ID).is_none() => {
+            Some("an image is a whole disk: a member can read all files in it, keys and passwords included".to_owned())
+        }
         _ => Some(
             "an image that was converted exactly still has the remains of deleted files in it, and a member can read them, as well as keys and \
              passwords in files that are there"

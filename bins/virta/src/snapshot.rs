@@ -14,7 +14,7 @@ use stages::{
 };
 
 use crate::{
-    care::{check_free, chosen_cloud, confirm},
+    care::{check_free, chosen_cloud, confirm, warn_without_record},
     cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs},
     convert::{Outcome, conclude, into_glance, job_options, watch_signals},
     display::Display,
@@ -74,6 +74,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 interru
 /// Runs the command.
 pub async fn run(arguments: SnapshotArgs) -> ExitCode {
     let name = arguments.name.clone().or_else(|| arguments.name_flag.clone()).unwrap_or_default();
+    let name = name.strip_prefix("glance:").map_or(name.clone(), str::to_owned);
+    if !arguments.convert
+        && let Some(flag) =
+            arguments.conversion.first_given().or((!arguments.conversion.property.is_empty()).then_some("--property"))
+    {
+        return exit::usage(&format!("{flag} is about the qcow2 that --convert goes on to: add --convert, or leave it out"));
+    }
     let run = Run::begin(&format!("server:{}", arguments.server), &format!("glance:{name}"));
     let progress = Progress::default();
     let display = Display::start(arguments.output.progress, &progress, run.clone());
@@ -83,6 +90,7 @@ pub async fn run(arguments: SnapshotArgs) -> ExitCode {
         Ok(options) => options,
         Err(text) => return exit::usage(&text),
     };
+    warn_without_record(&run, &display);
     let result = snapshot(&arguments, &name, &run, &display, &cancel).await;
     let (session, image) = match result {
         Ok(made) => made,
@@ -131,24 +139,29 @@ async fn snapshot(
     cancel: &CancelToken,
 ) -> Result<(Session, Image), JobError> {
     if name.is_empty() || name.len() > 255 {
-        return Err(JobError::Usage("the image needs a name of at most 255 bytes".to_owned()));
+        return Err(JobError::Usage("the image needs a name of 1 to 255 bytes".to_owned()));
     }
-    let looking = async {
+    let signing_in = async {
         let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
         run.in_cloud(&session);
         let compute = Compute::connect(&session).await?;
-        let mut server = compute.find(&arguments.server).await?;
-        if put_right(&session, &compute, &server.id, display).await? {
+        let server = compute.find(&arguments.server).await?;
+        Ok::<_, JobError>((session, compute, server))
+    };
+    let (session, compute, mut server) = cancel.guard(signing_in).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+    // not interruptible: a server that is being brought back is brought back
+    let put_right = put_right(&session, &compute, &server.id, display).await?;
+    let looking = async {
+        if put_right {
             server = compute.server(&server.id).await?;
         }
         let raw_name = if arguments.convert { format!("{name}-virta-raw") } else { name.to_owned() };
         for name in [name, raw_name.as_str()] {
             check_free(&session, name, arguments.force).await?;
         }
-        let plan = Plan::new(&compute, server, &raw_name, arguments.live).await?;
-        Ok::<_, JobError>((session, compute, plan))
+        Plan::new(&compute, server, &raw_name, arguments.live).await
     };
-    let (session, compute, plan) = cancel.guard(looking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+    let plan = cancel.guard(looking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
     plan.lines.iter().for_each(|line| display.note(line));
     plan.warnings.iter().for_each(|line| display.warn(line));
     if arguments.convert {
@@ -214,7 +227,10 @@ pub async fn restore_server(
         printable(&held.name),
         printable(&held.status)
     ));
+    // whoever interrupts hears of the server
+    let _ = notices.holding(Some(held));
     restore(session, compute, held, &dead.record.run, &Waiting::default(), notices).await?;
+    let _ = notices.holding(None);
     dead.restored().map_err(|error| JobError::Refused(format!("the record of a run could not be written: {error}")))
 }
 
@@ -252,13 +268,14 @@ fn tell(arguments: &SnapshotArgs, image: &Image, display: &Display) -> ExitCode 
     let receipt = receipt::write_told(&told);
     let printed = match arguments.output.format {
         FormatChoice::Table => exit::print(&format!(
-            "made glance:{}: {} {}\nto make a compact qcow2 of it, and delete it when that is verified: virta convert --delete-source {}glance:{} {}",
+            "made glance:{}: {} {}\nto make a compact qcow2 of it, and delete it when that is verified: virta convert --delete-source {}glance:{} {}{}",
             image.shown_id(),
             image.disk_format.as_deref().unwrap_or("image"),
             size(image.size.unwrap_or(0)),
             chosen_cloud(&arguments.cloud),
             image.shown_id(),
-            shell_word(&format!("glance:{}-qcow2", image.name.as_deref().unwrap_or("NAME")))
+            shell_word(&format!("glance:{}-qcow2", image.name.as_deref().unwrap_or("NAME"))),
+            receipt.as_ref().map(|path| format!("\nreceipt: {}", path.display())).unwrap_or_default()
         )),
         FormatChoice::Json => exit::print(&serde_json::to_string_pretty(&told["snapshot"]).unwrap_or_default()),
         FormatChoice::Value => exit::print(&printable(&image.id)),

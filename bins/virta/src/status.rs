@@ -19,7 +19,7 @@ use crate::{
     convert::watch_signals,
     display::Display,
     exit,
-    runs::{self, Found, State},
+    runs::{self, Found, Record, State},
     sign_in::sign_in,
     snapshot::restore_server,
 };
@@ -31,8 +31,9 @@ const LISTED_MAX: usize = 20;
 /// How often a followed run is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
 
-fn word(state: State) -> &'static str {
-    match state {
+fn word(record: &Record) -> &'static str {
+    match record.state {
+        State::Failed if record.exit_code == Some(130) => "stopped",
         State::Running => "running",
         State::Done => "done",
         State::Failed => "failed",
@@ -79,7 +80,7 @@ pub async fn status(arguments: StatusArgs) -> ExitCode {
             for found in found.iter().rev().take(LISTED_MAX) {
                 let record = &found.record;
                 let what = format!("{} -> {}", printable(&record.source), printable(&record.destination));
-                _ = exit::print(&format!("{:<9} {:<8} {:<21} {what}", short(&record.run), word(record.state), record.started_at));
+                _ = exit::print(&format!("{:<9} {:<8} {:<21} {what}", short(&record.run), word(record), record.started_at));
             }
         }
     }
@@ -96,7 +97,7 @@ async fn show(found: &Found, follow: bool) -> ExitCode {
     _ = exit::print(&format!(
         "run {}, {}, process {}, started {}\n{} -> {}",
         record.run,
-        word(record.state),
+        word(record),
         record.pid,
         record.started_at,
         printable(&record.source),
@@ -240,6 +241,15 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
                         notices.warn(&format!("image {id}, left by a killed run, could not be removed: {}", causes(&error)));
                     }
                 }
+            } else if ours && image.property(stages::openstack::image::SOURCE_ID).is_none() {
+                let shown = image.shown_id();
+                notices.note(&format!(
+                    "image {} ({shown}) of killed run {} is {}: it is whole. To go on with it: virta convert --delete-source glance:{shown} glance:NAME; \
+                     to be rid of it: virta image delete {shown}",
+                    image.shown(),
+                    short(&found.record.run),
+                    image.status
+                ));
             } else if ours && image.property(stages::openstack::image::VERIFIED).is_none() {
                 notices.note(&format!(
                     "image {} ({id}) of killed run {} is {}, and was not verified: start the same command again to verify it, or remove it",

@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
 use serde_json::{Map, Value};
-use stages::text::printable;
+use stages::{convert::JobError, text::printable};
 
 use crate::exit;
 
@@ -77,9 +77,10 @@ pub fn bare(value: &Value) -> String {
 /// Prints rows. Columns that there are not are named, with those that there are.
 ///
 /// # Errors
-/// The text of a usage error.
-pub fn print_rows(columns: &[Column], rows: &[Vec<Cell>], flags: &ListFlags) -> Result<(), String> {
-    let chosen = choose(columns, &flags.columns)?;
+/// A usage error, or that stdout could not be written.
+pub fn print_rows(columns: &[Column], rows: &[Vec<Cell>], flags: &ListFlags) -> Result<(), JobError> {
+    let mut written = true;
+    let chosen = choose(columns, &flags.columns).map_err(JobError::Usage)?;
     match flags.format {
         ListFormat::Json => {
             // a program gets everything, unless it chose
@@ -89,14 +90,12 @@ pub fn print_rows(columns: &[Column], rows: &[Vec<Cell>], flags: &ListFlags) -> 
                 chosen.iter().map(|&at| (columns[at].key.to_owned(), row[at].value.clone())).collect::<Map<_, _>>()
             };
             let objects: Vec<Value> = rows.iter().map(|row| Value::Object(object(row))).collect();
-            _ = exit::print(&serde_json::to_string_pretty(&objects).unwrap_or_default());
+            written = exit::show(&serde_json::to_string_pretty(&objects).unwrap_or_default());
         }
         ListFormat::Value => {
             for row in rows {
                 let line: Vec<String> = chosen.iter().map(|&at| printable(&bare(&row[at].value))).collect();
-                if !exit::print(&line.join(" ")) {
-                    break; // `| head` has seen enough
-                }
+                written &= exit::show(&line.join(" "));
             }
         }
         ListFormat::Table if rows.is_empty() => {}
@@ -117,21 +116,22 @@ pub fn print_rows(columns: &[Column], rows: &[Vec<Cell>], flags: &ListFlags) -> 
             }
             let text = table.to_string();
             let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
-            _ = exit::print(&lines.join("\n"));
+            written = exit::show(&lines.join("\n"));
         }
     }
-    Ok(())
+    complete(written)
 }
 
 /// Prints one thing's fields, a line each; in JSON an object.
 ///
 /// # Errors
-/// The text of a usage error.
-pub fn print_fields(fields: &[(String, Cell)], flags: &ListFlags) -> Result<(), String> {
+/// A usage error, or that stdout could not be written.
+pub fn print_fields(fields: &[(String, Cell)], flags: &ListFlags) -> Result<(), JobError> {
+    let mut written = true;
     let find = |name: &String| {
         fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).ok_or_else(|| {
             let known: Vec<&str> = fields.iter().map(|(key, _)| key.as_str()).collect();
-            format!("there is no field {}; there are: {}", printable(name), printable(&known.join(", ")))
+            JobError::Usage(format!("there is no field {}; there are: {}", printable(name), printable(&known.join(", "))))
         })
     };
     let chosen: Vec<&(String, Cell)> = match flags.columns.is_empty() {
@@ -141,17 +141,23 @@ pub fn print_fields(fields: &[(String, Cell)], flags: &ListFlags) -> Result<(), 
     match flags.format {
         ListFormat::Json => {
             let object: Map<String, Value> = chosen.iter().map(|(key, cell)| (key.clone(), cell.value.clone())).collect();
-            _ = exit::print(&serde_json::to_string_pretty(&object).unwrap_or_default());
+            written = exit::show(&serde_json::to_string_pretty(&object).unwrap_or_default());
         }
-        ListFormat::Value => chosen.iter().for_each(|(_, cell)| _ = exit::print(&printable(&bare(&cell.value)))),
+        ListFormat::Value => chosen.iter().for_each(|(_, cell)| written &= exit::show(&printable(&bare(&cell.value)))),
         ListFormat::Table => {
             let width = chosen.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);
             for (key, cell) in chosen {
-                _ = exit::print(format!("{:<width$}  {}", printable(key), cell.shown).trim_end());
+                written &= exit::show(format!("{:<width$}  {}", printable(key), cell.shown).trim_end());
             }
         }
     }
-    Ok(())
+    complete(written)
+}
+
+/// Was all of it written?
+fn complete(written: bool) -> Result<(), JobError> {
+    let what = "stdout could not be written (a full disk?): what is there is not complete";
+    if written { Ok(()) } else { Err(JobError::Refused(what.to_owned())) }
 }
 
 /// Positions of the columns that are asked for, or of the usual ones.

@@ -1,13 +1,13 @@
 //! `virta upload`.
 
-use std::{fs::File, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Args;
 use engine::CancelToken;
 use stages::{
     convert::{
         Job, JobError, Notices, Options, Source,
-        as_is::{self, Upload, UploadReport, retry_as_is},
+        as_is::{self, Opened, Upload, UploadReport, retry_as_is},
         names::images_of_name,
     },
     disk::SourceError,
@@ -20,7 +20,7 @@ use stages::{
 };
 
 use crate::{
-    care::check_free,
+    care::{check_format, check_free, warn_without_record},
     cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs},
     convert::{Outcome, conclude, into_glance, job_options, watch_signals, write_report},
     display::Display,
@@ -50,6 +50,9 @@ pub struct UploadArgs {
     /// Property `description`, which lists show
     #[arg(long, value_name = "TEXT")]
     pub description: Option<String>,
+    /// What every image is that is made here
+    #[arg(long, hide = true)]
+    pub private: bool,
     /// Ordinary users may not: see the error for what to do instead
     #[arg(long)]
     pub public: bool,
@@ -87,6 +90,7 @@ pub async fn run(arguments: UploadArgs) -> ExitCode {
     let display = Display::start(arguments.output.progress, &progress, run.clone());
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
+    warn_without_record(&run, &display);
     let result = upload(&arguments, &progress, &display, &run, &cancel).await;
     display.finish().await;
     match &result {
@@ -120,10 +124,18 @@ async fn upload(
         ));
     }
     let options = job_options(&arguments.conversion).map_err(JobError::Usage)?;
+    if name_of(arguments).is_empty() || name_of(arguments).chars().count() > 255 {
+        return Err(JobError::Usage("the image needs a name of 1 to 255 characters".to_owned()));
+    }
     if !arguments.file.exists() {
         return Err(JobError::Usage(format!("there is no file {}", printable(&arguments.file.display().to_string()))));
     }
     let what = look(arguments)?;
+    if let (What::AsIs { .. }, Some(flag)) = (&what, arguments.conversion.first_given()) {
+        return Err(JobError::Usage(format!(
+            "{flag} is about raw disks that become qcow2 on their way, and this file is sent as it is. To compact a qcow2: qemu-img convert -c -O qcow2"
+        )));
+    }
     let signing_in = async {
         let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
         run.in_cloud(&session);
@@ -137,12 +149,17 @@ async fn upload(
             let options = Options { properties, force: arguments.force, run: run.id(), ..options };
             let notices: Arc<dyn Notices> = Arc::new(display.clone());
             let job = Job::new(Source::local(&arguments.file)?, options, progress, &notices, cancel);
-            Ok(Made::Converted(into_glance(&job, &session, None, &arguments.name).await?))
+            Ok(Made::Converted(into_glance(&job, &session, None, name_of(arguments)).await?))
         }
-        What::AsIs { disk_format, virtual_bytes } => {
-            send(arguments, &session, disk_format, virtual_bytes, progress, display, run, cancel).await
+        What::AsIs { opened, disk_format, virtual_bytes } => {
+            send(arguments, &session, opened, disk_format, virtual_bytes, progress, display, run, cancel).await
         }
     }
+}
+
+/// The image's name, which some write as they do elsewhere: `glance:NAME`.
+fn name_of(arguments: &UploadArgs) -> &str {
+    arguments.name.strip_prefix("glance:").unwrap_or(&arguments.name)
 }
 
 /// What is to be done with a file.
@@ -150,24 +167,26 @@ enum What {
     /// A raw disk becomes a qcow2.
     Convert,
     /// It is sent as it is.
-    AsIs { disk_format: String, virtual_bytes: u64 },
+    AsIs { opened: Opened, disk_format: String, virtual_bytes: u64 },
 }
 
 /// Looks into the file, and refuses what Glance would refuse, or what no server would boot from.
 fn look(arguments: &UploadArgs) -> Result<What, JobError> {
     let path = &arguments.file;
     let shown = shell_word(&printable(&path.display().to_string()));
-    let open = || File::open(path).map_err(|source| SourceError::Io { action: "open", path: shown.clone(), source });
-    let file = open()?;
-    let kind = file.metadata().map_err(|source| SourceError::Io { action: "look at", path: shown.clone(), source })?;
+    let kind = std::fs::metadata(path).map_err(|source| SourceError::Io { action: "look at", path: shown.clone(), source })?;
     if !kind.is_file() {
         return Err(JobError::Usage(format!(
             "{shown} is no regular file: what comes from a device or a pipe is sent with virta convert"
         )));
     }
+    // what is looked into is what is sent, whatever the name leads to by then
+    let opened = Opened::open(path)?;
+    let file = opened.file();
     let Identified { format, file_bytes, boot_fault, .. } =
         identify(&file).map_err(|error| JobError::Refused(format!("{shown}: {}", causes(&error))))?;
     if let Some(wanted) = &arguments.disk_format {
+        check_format(wanted)?;
         let known = format.glance_name().unwrap_or(format.name());
         let packed_as_is = arguments.as_is && format.is_packed();
         if !wanted.eq_ignore_ascii_case(known) && !packed_as_is {
@@ -177,7 +196,11 @@ fn look(arguments: &UploadArgs) -> Result<What, JobError> {
             )));
         }
     }
-    let as_is = |virtual_bytes| What::AsIs { disk_format: format.glance_name().unwrap_or("raw").to_owned(), virtual_bytes };
+    let as_is = |virtual_bytes| What::AsIs {
+        opened: opened.clone(),
+        disk_format: format.glance_name().unwrap_or("raw").to_owned(),
+        virtual_bytes,
+    };
     match format {
         DiskFormat::Raw if !arguments.keep_format && !arguments.as_is => Ok(What::Convert),
         DiskFormat::Raw | DiskFormat::Luks => match boot_fault {
@@ -186,13 +209,8 @@ fn look(arguments: &UploadArgs) -> Result<What, JobError> {
             ))),
             _ => Ok(as_is(file_bytes)),
         },
-        DiskFormat::Qcow2 if arguments.as_is => {
-            let virtual_bytes = check_qcow2(open()?, &shown).map_or(0, |facts| facts.header.virtual_bytes);
-            Ok(as_is(virtual_bytes))
-        }
         DiskFormat::Qcow2 => {
-            let facts =
-                check_qcow2(open()?, &shown).map_err(|error| JobError::Refused(format!("{shown}: {}", causes(&error))))?;
+            let facts = check_qcow2(&file, &shown).map_err(|error| JobError::Refused(format!("{shown}: {}", causes(&error))))?;
             Ok(as_is(facts.header.virtual_bytes))
         }
         DiskFormat::Iso => Ok(as_is(file_bytes)),
@@ -215,6 +233,7 @@ fn properties(arguments: &UploadArgs) -> Vec<(String, String)> {
 async fn send(
     arguments: &UploadArgs,
     session: &Session,
+    opened: Opened,
     disk_format: String,
     virtual_bytes: u64,
     progress: &Progress,
@@ -223,8 +242,8 @@ async fn send(
     cancel: &CancelToken,
 ) -> Result<Made, JobError> {
     let checking = async {
-        images_of_name(session, &arguments.name).await?;
-        check_free(session, &arguments.name, arguments.force).await
+        images_of_name(session, name_of(arguments)).await?;
+        check_free(session, name_of(arguments), arguments.force).await
     };
     cancel.guard(checking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
     display.note(&format!(
@@ -234,8 +253,8 @@ async fn send(
         printable(&arguments.name)
     ));
     let upload = Upload {
-        path: arguments.file.clone(),
-        name: arguments.name.clone(),
+        opened,
+        name: name_of(arguments).to_owned(),
         disk_format,
         virtual_bytes,
         properties: properties(arguments),
@@ -257,11 +276,12 @@ fn tell(mut report: UploadReport, arguments: &UploadArgs, display: &Display) -> 
     let receipt = receipt::write_told(&serde_json::json!({ "proven": [proven], "report": report }));
     let printed = match arguments.output.format {
         FormatChoice::Table => exit::print(&format!(
-            "made {}: {} {}, as it is; {:.1} s\n{proven}",
+            "made {}: {} {}, as it is; {:.1} s\n{proven}{}",
             printable(&report.destination),
             size(report.image_bytes),
             report.disk_format,
-            report.elapsed_s
+            report.elapsed_s,
+            receipt.as_ref().map(|path| format!("\nreceipt: {}", path.display())).unwrap_or_default()
         )),
         FormatChoice::Json => exit::print(&json),
         FormatChoice::Value => exit::print(printable(&report.destination).trim_start_matches("glance:")),

@@ -136,6 +136,80 @@ async fn a_kill_costs_at_most_what_was_not_written_down_and_damage_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_kept_is_never_taken_for_what_it_is_not() {
+    let cloud = cloud(160).await;
+    cloud.service.faults(|faults| faults.null_hashes = true);
+    let other: Vec<u8> = cloud.raw.iter().map(|byte| !byte).collect();
+    for name in ["a", "b"] {
+        let bytes = if name == "a" { &cloud.raw } else { &other };
+        cloud.service.add_image(&common::snapshot_record(name), |storing| storing.write(bytes)).unwrap();
+    }
+    let killed = async |words: &[&str], bytes: u64| {
+        cloud.service.faults(|faults| {
+            faults.cut_after_bytes = bytes;
+            faults.stalling_gets = 100;
+            faults.stall = Duration::from_secs(60);
+        });
+        let mut child = cloud.command(words).spawn().unwrap();
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        child.kill().await.unwrap();
+        cloud.service.faults(|faults| faults.stalling_gets = 0);
+    };
+    // no hash: nothing could tell whether what was kept is still what it was, so nothing of it is gone on with
+    killed(&["download", "a", "disk.raw", "--connections", "1"], 120 << 20).await;
+    killed(&["download", "b", "disk.raw", "--connections", "1", "--force"], 5 << 20).await;
+    cloud.run(&["download", "a", "disk.raw", "--resume", "--force"]).await.ends(0, &["not proven"]);
+    assert!(std::fs::read(path(&cloud, "disk.raw")).unwrap() == cloud.raw, "two images are mixed");
+    std::fs::remove_file(path(&cloud, "disk.raw")).unwrap();
+    // with one: a run that starts over forgets what was kept before it empties it
+    cloud.service.faults(|faults| faults.null_hashes = false);
+    killed(&["download", "snap", "disk.raw", "--connections", "1"], 120 << 20).await;
+    killed(&["download", "snap", "disk.raw", "--connections", "1", "--force"], 5 << 20).await;
+    let mark = std::fs::read_to_string(path(&cloud, "disk.raw.partial.json")).unwrap();
+    assert!(mark.contains("\"whole_bytes\":0"), "{mark}");
+    cloud.run(&["download", "snap", "disk.raw", "--resume"]).await.ends(0, &["proven"]);
+    assert!(std::fs::read(path(&cloud, "disk.raw")).unwrap() == cloud.raw);
+    // again: there is nothing to do, and that is said
+    cloud.run(&["download", "snap", "disk.raw", "--resume"]).await.ends(0, &["is complete already"]);
+    assert_eq!(files(&cloud), ["disk.raw"]);
+    // a run that was killed early stands in nobody's way
+    std::fs::remove_file(path(&cloud, "disk.raw")).unwrap();
+    killed(&["download", "snap", "disk.raw", "--connections", "1"], 5 << 20).await;
+    cloud.run(&["download", "snap", "disk.raw"]).await.ends(0, &["proven"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_complete_image_that_could_not_get_its_name_is_never_emptied() {
+    let cloud = cloud(60).await;
+    cloud.service.faults(|faults| {
+        faults.cut_after_bytes = 50 << 20;
+        faults.stalling_gets = 1;
+        faults.stall = Duration::from_millis(1500);
+    });
+    let child = cloud.command(&["download", "snap", "disk.raw", "--connections", "1"]).spawn().unwrap();
+    while !path(&cloud, "disk.raw.partial.json").exists() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    std::fs::write(path(&cloud, "disk.raw"), "theirs").unwrap();
+    Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO)
+        .ends(1, &["was made by somebody else meanwhile", "kept as"]);
+    assert_eq!(files(&cloud), ["disk.raw", "disk.raw.partial"]);
+    cloud.run(&["download", "snap", "disk.raw", "--force"]).await.ends(2, &["is in the way"]);
+    assert!(std::fs::read(path(&cloud, "disk.raw.partial")).unwrap() == cloud.raw, "the complete image is gone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stdout_by_its_other_names_gets_the_image_alone() {
+    let cloud = cloud(8).await;
+    for name in ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"] {
+        let output = cloud.command(&["download", "snap", name]).output().await.unwrap();
+        assert!(output.status.success() && output.stdout == cloud.raw, "{name}: {} bytes", output.stdout.len());
+        let output = cloud.command(&["convert", "glance:snap", name]).output().await.unwrap();
+        assert!(output.status.success() && output.stdout.starts_with(b"QFI\xfb") && output.stdout.len() % 65536 == 0, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pipe_gets_the_image_and_its_last_bytes_only_if_the_hash_agrees() {
     let cloud = cloud(40).await;
     let output = cloud.command(&["download", "snap", "-"]).output().await.unwrap();

@@ -68,7 +68,7 @@ async fn a_few_reads_tell_what_is_in_an_image_in_glance() {
     cloud.run(&["inspect", "odd.raw"]).await.ends(0, &["boot flag 0x90", "Glance refuses these bytes as raw"]);
     cloud.run(&["inspect", "--strict", "odd.raw"]).await.ends(1, &["boot flag 0x90"]);
     cloud.run(&["inspect", "--strict", "glance:disk"]).await.ends(0, &[]);
-    cloud.run(&["inspect", "nothing.raw"]).await.ends(1, &["there is no file"]);
+    cloud.run(&["inspect", "nothing.raw"]).await.ends(2, &["there is no file"]);
     cloud.run(&["inspect", "-"]).await.ends(2, &["give a file"]);
     cloud.run(&["inspect", "."]).await.ends(1, &["it is no file"]);
 }

@@ -250,3 +250,46 @@ async fn convert_goes_on_to_a_qcow2_and_the_raw_image_goes_only_if_that_worked()
     cloud.run(&words).await.ends(0, &["the raw image is deleted"]);
     assert_eq!(state(&cloud, &id), is("ACTIVE"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_else_did_to_the_server_stays() {
+    // stopped by its owner while it is imaged alive: it is not started again
+    let (cloud, id) = cloud().await;
+    cloud.service.nova(|nova| nova.step = Duration::from_millis(300));
+    let child = cloud.command(&["snapshot", "--live", "web", "web-1"]).spawn().unwrap();
+    until(&cloud, &id, |(_, task)| task.as_deref() == Some("image_snapshot")).await;
+    cloud.service.server(&id, |server| server.vm_state = "stopped");
+    Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO)
+        .ends(0, &["is SHUTOFF, which this run did not do: it stays so"]);
+    assert_eq!(state(&cloud, &id), is("SHUTOFF"));
+    // gone: the image is what is left
+    cloud.service.server(&id, |server| server.vm_state = "active");
+    let child = cloud.command(&["snapshot", "--live", "web", "web-2"]).spawn().unwrap();
+    until(&cloud, &id, |(_, task)| task.as_deref() == Some("image_uploading")).await;
+    cloud.service.server(&id, |server| server.project = mini_glance::identity::OTHER_PROJECT_ID);
+    Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO).ends(0, &["is gone: somebody deleted it", "is active"]);
+    // started again by somebody before the image was asked for: no image of a running server that nobody knows of
+    cloud.service.server(&id, |server| server.project = mini_glance::identity::PROJECT_ID);
+    cloud.service.nova(|nova| nova.stopping = Duration::from_millis(400));
+    let child = cloud.command(&["snapshot", "web", "web-3", "--yes"]).spawn().unwrap();
+    until(&cloud, &id, |(_, task)| task.as_deref() == Some("powering-off")).await;
+    cloud.service.nova(|nova| nova.restarts = true);
+    Run::new(child.wait_with_output().await.unwrap(), Duration::ZERO).ends(1, &["somebody started it again"]);
+    assert_eq!((state(&cloud, &id), cloud.others().iter().filter(|image| image["name"] == "web-3").count()), (is("ACTIVE"), 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_to_stop_that_is_lost_is_no_reason_to_give_up() {
+    let (cloud, id) = cloud().await;
+    // heard, and answered with 503: the second request gets 409
+    cloud.service.nova(|nova| nova.lost_stops = 1);
+    cloud.run(&["snapshot", "web", "web-1", "--yes"]).await.ends(0, &["ACTIVE again"]);
+    assert_eq!((state(&cloud, &id), cloud.others().len()), (is("ACTIVE"), 1));
+    cloud.run(&["snapshot", "web", "web-2", "--yes", "--compress", "zlib"]).await.ends(2, &["add --convert"]);
+    // two at once: the one that comes second changes nothing, and the first has its image of a stopped server
+    cloud.service.nova(|nova| nova.stopping = Duration::from_millis(600));
+    let first = cloud.command(&["snapshot", "web", "web-3", "--yes"]).spawn().unwrap();
+    until(&cloud, &id, |(_, task)| task.as_deref() == Some("powering-off")).await;
+    cloud.run(&["snapshot", "web", "web-4", "--yes"]).await.ends(2, &["makes a snapshot of this server just now"]);
+    Run::new(first.wait_with_output().await.unwrap(), Duration::ZERO).ends(0, &["ACTIVE again"]);
+}

@@ -96,6 +96,15 @@ async fn what_glance_would_refuse_or_no_server_would_boot_is_refused_before_a_by
         write(&cloud, name, &bytes);
         cloud.run(&["upload", name, "new"]).await.ends(1, &texts);
     }
+    // tables that wrap around the end of all numbers
+    let mut wrapped = good.clone();
+    wrapped[48..56].copy_from_slice(&0xffff_ffff_ffff_0000_u64.to_be_bytes());
+    write(&cloud, "wrapped.qcow2", &wrapped);
+    cloud.run(&["upload", "wrapped.qcow2", "new"]).await.ends(1, &["is shorter than its own tables say"]);
+    cloud.run(&["upload", "cut.qcow2", "new", "--as-is"]).await.ends(1, &["is shorter than its own tables say"]);
+    cloud.run(&["upload", "disk.qcow2", "new", "--verify", "readback"]).await.ends(2, &["--verify is about raw disks"]);
+    cloud.run(&["upload", "disk.qcow2", "new", "--disk-format", "rwa"]).await.ends(2, &["rwa is no disk format", "qcow2"]);
+    cloud.run(&["upload", "disk.qcow2", ""]).await.ends(2, &["needs a name"]);
     cloud.run(&["upload", "disk.qcow2", "new", "--disk-format", "raw"]).await.ends(2, &["is qcow2 by its bytes, not raw"]);
     cloud.run(&["upload", "disk.qcow2", "new", "--public"]).await.ends(2, &["only administrators", "virta share"]);
     cloud.run(&["upload", "nothing", "new"]).await.ends(2, &["there is no file nothing"]);
@@ -120,7 +129,7 @@ async fn formats_can_be_kept_and_forced() {
     iso[0x8001..0x8006].copy_from_slice(b"CD001");
     iso[510..512].copy_from_slice(&[0x55, 0xaa]);
     write(&cloud, "alpine.img", &iso);
-    cloud.run(&["upload", "alpine.img", "medium"]).await.ends(0, &["iso, as it is"]);
+    cloud.run(&["upload", "--private", "alpine.img", "glance:medium"]).await.ends(0, &["iso, as it is"]);
     let mut vdi = vec![0; 70_000];
     vdi[0x40..0x44].copy_from_slice(b"\x7f\x10\xda\xbe");
     write(&cloud, "disk.vdi", &vdi);

@@ -35,11 +35,38 @@ use crate::{
 /// Bytes read and sent at once.
 const CHUNK_BYTES: u64 = 1 << 20;
 
+/// A file that was opened to be looked into, and is sent as it was then.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    path: PathBuf,
+    file: Arc<File>,
+    identity: Identity,
+}
+
+impl Opened {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// [`SourceError::Io`].
+    pub fn open(path: &Path) -> Result<Self, SourceError> {
+        let io = |source| SourceError::Io { action: "open", path: printable(&path.display().to_string()), source };
+        let file = File::open(path).map_err(io)?;
+        let identity = Identity::of(&file).map_err(io)?;
+        Ok(Self { path: path.to_owned(), file: Arc::new(file), identity })
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+}
+
 /// What is sent.
 #[derive(Clone, Debug)]
 pub struct Upload {
-    /// The file.
-    pub path: PathBuf,
+    /// The file, as it was looked into.
+    pub opened: Opened,
     /// What the image is called.
     pub name: String,
     /// As Glance names it.
@@ -140,7 +167,13 @@ impl BlockingStage for ReadFile {
         let mut at = 0;
         while at < bytes {
             let mut chunk = vec![0; to_usize(CHUNK_BYTES.min(bytes - at))];
-            ReadAt::read_exact_at(&*self.file, at, &mut chunk).map_err(io)?;
+            ReadAt::read_exact_at(&*self.file, at, &mut chunk).map_err(|error| match error.kind() {
+                std::io::ErrorKind::UnexpectedEof => {
+                    let (path, what) = (self.shown.clone(), "it became shorter");
+                    StageError::new(ErrorKind::InvalidData, SourceError::Changed { path, what })
+                }
+                _ => io(error),
+            })?;
             self.hasher.update(&chunk);
             at += CHUNK_BYTES.min(bytes - at);
             // the last piece leaves only when the whole is known to be one and the same file
@@ -171,14 +204,8 @@ pub async fn as_is(
 ) -> Result<UploadReport, JobError> {
     check_properties(&upload.properties).map_err(JobError::Usage)?;
     let started = Instant::now();
-    let shown = printable(&upload.path.display().to_string());
-    let open = |path: &Path| -> std::io::Result<(File, Identity)> {
-        let file = File::open(path)?;
-        let identity = Identity::of(&file)?;
-        Ok((file, identity))
-    };
-    let io = |source| SourceError::Io { action: "open", path: shown.clone(), source };
-    let (file, identity) = open(&upload.path).map_err(io)?;
+    let Opened { path, file, identity } = upload.opened.clone();
+    let shown = printable(&path.display().to_string());
     if let Ok(Some(left)) = cancel.guard(session.quota_left_bytes()).await
         && identity.bytes > left
     {
@@ -193,7 +220,7 @@ pub async fn as_is(
     let told = Arc::clone(notices);
     let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
     let run = upload.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
-    let content = FileContent { file: Arc::new(file), shown: shown.clone(), identity };
+    let content = FileContent { file, shown: shown.clone(), identity };
     let sending = Sending {
         session,
         content,

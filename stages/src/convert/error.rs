@@ -41,7 +41,7 @@ pub enum JobError {
     #[error(transparent)]
     Fetch(#[from] FetchError),
     /// A stage failed.
-    #[error("the conversion failed ({stage})")]
+    #[error("it failed in stage {stage}")]
     Stage {
         /// Which.
         stage: String,
@@ -182,7 +182,13 @@ impl JobError {
         match self {
             Self::Usage(_) | Self::Memory(_) | Self::Uring(_) | Self::Scratch(_) => 2,
             Self::Output(OutputError::Exists { .. } | OutputError::Extension { .. } | OutputError::Device { .. }) => 2,
-            Self::Output(OutputError::Kind { .. } | OutputError::InTheWay { .. } | OutputError::NoFolder { .. }) => 2,
+            Self::Output(
+                OutputError::Kind { .. }
+                | OutputError::InTheWay { .. }
+                | OutputError::NoFolder { .. }
+                | OutputError::TooSmall { .. }
+                | OutputError::Unfinished { .. },
+            ) => 2,
             Self::Interrupted(_) => 130,
             Self::Verification(_) => 3,
             Self::LeftBehind { error, .. } => error.exit_code(),

@@ -113,6 +113,17 @@ fn may_be_made_of(session: &Session, image: &Image, source: &Image) -> bool {
         && image.property(SOURCE_HASH).map(str::to_owned) == hash
 }
 
+/// Is `made` the finished conversion of `source` as it is now? What carries the marks without being it is the snapshot of a server that was started from
+/// the conversion.
+#[must_use]
+pub fn is_finished_conversion(session: &Session, made: &Image, source: &Image) -> bool {
+    made.status == "active"
+        && made.id != source.id
+        && made.property(SOURCE_ID) == Some(&source.id)
+        && may_be_made_of(session, made, source)
+        && may_be_finished(made)
+}
+
 /// Nova copies an image's properties onto the snapshots of servers that boot from it, and so the marks, too: only the hash of the very
 /// image that carries it proves anything.
 pub(super) fn may_be_finished(image: &Image) -> bool {

@@ -110,8 +110,10 @@ pub trait Notices: Send + Sync {
 
     /// A server is about to be changed; `None`: it is as it was found again. Whoever keeps a record of runs writes it down before the request
     /// leaves, and can bring the server back when the run was killed.
-    fn holding(&self, server: Option<&FoundServer>) {
+    /// `false`: it could not be written down.
+    fn holding(&self, server: Option<&FoundServer>) -> bool {
         let _ = server;
+        true
     }
 }
 
@@ -124,6 +126,9 @@ pub struct FoundServer {
     pub name: String,
     /// Its status then: `ACTIVE`, `SHUTOFF`, …
     pub status: String,
+    /// The run stopped it, or was about to: what somebody else stopped stays so.
+    #[serde(default)]
+    pub stopped: bool,
 }
 
 /// Tells nobody.

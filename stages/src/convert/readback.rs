@@ -24,6 +24,8 @@ use crate::{
 
 /// Guest bytes that a worker takes at once.
 const STEP_BYTES: u64 = 2 << 20;
+/// Bytes of an image in Glance that are worth a worker: less would be fetched several times over.
+const WORTH_BYTES: u64 = 16 << 20;
 /// Most workers that read at once: each has its own connection.
 const WORKERS_MAX: usize = 8;
 
@@ -68,6 +70,17 @@ impl Target {
     pub async fn glance(remote: Remote) -> Result<Self, JobError> {
         let access = ImageFile::access(&remote).await?;
         Ok(Self::Glance { remote, access })
+    }
+
+    /// So many workers as are worth it: each fetches some MiB at a time.
+    fn workers(&self, wanted: usize) -> usize {
+        let most = match self {
+            Self::Path(_) => WORKERS_MAX,
+            Self::Glance { remote, .. } => {
+                usize::try_from(remote.image_bytes / WORTH_BYTES).unwrap_or(usize::MAX).saturating_add(1)
+            }
+        };
+        if self.is_random() { wanted.clamp(1, WORKERS_MAX).min(most) } else { 1 }
     }
 
     /// Can several workers read it at once?
@@ -133,7 +146,7 @@ impl GuestBytes for Named {
 pub async fn compare(a: &Target, b: &Target, workers: usize, progress: &Progress, cancel: &CancelToken) -> Result<u64, JobError> {
     progress.restart_verify();
     progress.set_phase(Phase::Verifying);
-    let workers = if a.is_random() && b.is_random() { workers.clamp(1, WORKERS_MAX) } else { 1 };
+    let workers = a.workers(workers).min(b.workers(workers));
     let sweep = Sweep::default();
     let make = || OpenAndCompare {
         a: a.clone(),
@@ -250,7 +263,7 @@ pub(super) async fn against_survey(
 ) -> Result<(), JobError> {
     progress.restart_verify();
     progress.set_phase(Phase::Verifying);
-    let workers = if target.is_random() { workers.clamp(1, WORKERS_MAX) } else { 1 };
+    let workers = target.workers(workers);
     let sweep = Sweep::default();
     let make = || AgainstSurvey {
         target: target.clone(),

@@ -82,6 +82,24 @@ pub enum OutputError {
         /// What it is.
         what: &'static str,
     },
+    /// A block device that is smaller than what shall go onto it. Nothing on it was changed.
+    #[error("{path} has {room} bytes, and the image {bytes}: a larger device is needed")]
+    TooSmall {
+        /// The device.
+        path: String,
+        /// What it has.
+        room: u64,
+        /// What is needed.
+        bytes: u64,
+    },
+    /// A partial file that needs a decision.
+    #[error("{path} {what}")]
+    Unfinished {
+        /// The `.partial` file.
+        path: String,
+        /// What it is, and what to do.
+        what: String,
+    },
     /// A block device would be overwritten.
     #[error("{path} is a block device, and everything on it would be lost: write to it with --force")]
     Device {
@@ -117,8 +135,8 @@ pub enum Left {
     Zeros,
     /// It is known to be ours: it is emptied.
     Ours,
-    /// It is known to be ours: it is gone on with.
-    Continued,
+    /// It is known to be ours, and whole up to here: it is gone on with.
+    Continued(u64),
 }
 
 /// An image file under construction.
@@ -130,6 +148,8 @@ pub struct OutputFile {
     partial: Option<PathBuf>,
     replace: bool,
     done: bool,
+    /// Bytes of an earlier run that are gone on with.
+    continued: u64,
 }
 
 impl OutputFile {
@@ -139,14 +159,21 @@ impl OutputFile {
     /// # Errors
     /// [`OutputError`], each naming the path and the way out.
     pub fn create(path: &Path, force: bool) -> Result<Self, OutputError> {
-        Self::open(path, force, Some(DiskFormat::Qcow2), Left::Zeros)
+        Self::open(path, force, Some(DiskFormat::Qcow2), None, |_, _| Ok(Left::Zeros))
     }
 
-    /// [`Self::create`] for a file of another format (`None`: of whatever extension), and with another rule for what is left of an earlier run.
+    /// [`Self::create`] for a file of another format (`None`: of whatever extension) and of a length that is known. `left` says what a partial file may be
+    /// that is there already, by its path and its length: asked while it is locked, and before anything in it is changed.
     ///
     /// # Errors
-    /// As [`Self::create`].
-    pub fn open(path: &Path, force: bool, format: Option<DiskFormat>, left: Left) -> Result<Self, OutputError> {
+    /// As [`Self::create`], and what `left` says.
+    pub fn open(
+        path: &Path,
+        force: bool,
+        format: Option<DiskFormat>,
+        bytes: Option<u64>,
+        left: impl FnOnce(&Path, u64) -> Result<Left, OutputError>,
+    ) -> Result<Self, OutputError> {
         let shown = path.display().to_string();
         let io = |action: &'static str, path: &Path| {
             let path = path.display().to_string();
@@ -169,7 +196,7 @@ impl OutputFile {
                     if !force {
                         return Err(OutputError::Device { path: shown });
                     }
-                    return Self::open_device(target);
+                    return Self::open_device(target, bytes);
                 }
                 let what = super::no_file(kind);
                 if let Some(what) = what {
@@ -193,18 +220,22 @@ impl OutputFile {
             return Err(OutputError::NoFolder { path: shown, folder: folder.display().to_string() });
         }
         let partial = partial_of(&target);
-        let file = Self::lock_partial(&partial, left)?;
+        let (file, left) = Self::lock_partial(&partial, left)?;
         // Only what a dead run left is emptied: ext4 flushes a file that was ever truncated to nothing when it is closed
         // (auto_da_alloc), which took longer than the conversion.
-        if left != Left::Continued && file.metadata().map_err(io("look at", &partial))?.len() > 0 {
+        if !matches!(left, Left::Continued(_)) && file.metadata().map_err(io("look at", &partial))?.len() > 0 {
             file.set_len(0).map_err(io("empty", &partial))?;
         }
-        Ok(Self { file, target, partial: Some(partial), replace: force, done: false })
+        let continued = if let Left::Continued(bytes) = left { bytes } else { 0 };
+        Ok(Self { file, target, partial: Some(partial), replace: force, done: false, continued })
     }
 
     /// Opens and locks the partial file. What a dead run left is taken over, and nothing else: such a file begins with
     /// zeros, for the header is written last.
-    fn lock_partial(partial: &Path, left: Left) -> Result<File, OutputError> {
+    fn lock_partial(
+        partial: &Path,
+        left: impl FnOnce(&Path, u64) -> Result<Left, OutputError>,
+    ) -> Result<(File, Left), OutputError> {
         let shown = || partial.display().to_string();
         let io = |action| move |source| OutputError::Io { action, path: partial.display().to_string(), source };
         // O_NOFOLLOW: somebody else's link must not lead us into a file of theirs.
@@ -225,9 +256,20 @@ impl OutputFile {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Err(OutputError::Locked { path: shown() }),
                 // a file system without locks: only a file that nobody else can have opened before is ours
-                Err(TryLockError::Error(_)) if new => return Ok(file),
+                Err(TryLockError::Error(_)) if new => return Ok((file, Left::Zeros)),
                 Err(TryLockError::Error(_)) => return Err(OutputError::InTheWay { path: shown() }),
             }
+            if !new {
+                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+                file.set_permissions(mode).map_err(io("set the permissions of"))?;
+            }
+            // The run that held the lock may have renamed or removed the file since it was opened.
+            let opened = file.metadata().map_err(io("look at"))?;
+            match fs::symlink_metadata(partial) {
+                Ok(named) if named.ino() == opened.ino() && named.dev() == opened.dev() => {}
+                _ => continue,
+            }
+            let left = left(partial, opened.len())?;
             let mut head = [0; 4096];
             let mut filled = 0;
             while filled < head.len() {
@@ -239,20 +281,11 @@ impl OutputFile {
             if left == Left::Zeros && !crate::zero::is_zero(&head[..filled]) {
                 return Err(OutputError::InTheWay { path: shown() });
             }
-            if !new {
-                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-                file.set_permissions(mode).map_err(io("set the permissions of"))?;
-            }
-            // The run that held the lock may have renamed or removed the file since it was opened.
-            let opened = file.metadata().map_err(io("look at"))?;
-            match fs::symlink_metadata(partial) {
-                Ok(named) if named.ino() == opened.ino() && named.dev() == opened.dev() => return Ok(file),
-                _ => {}
-            }
+            return Ok((file, left));
         }
     }
 
-    fn open_device(target: PathBuf) -> Result<Self, OutputError> {
+    fn open_device(target: PathBuf, bytes: Option<u64>) -> Result<Self, OutputError> {
         let shown = target.display().to_string();
         let io = |action| {
             let path = shown.clone();
@@ -261,9 +294,13 @@ impl OutputFile {
         // O_EXCL on a block device: not while it is mounted
         let flags = i32::try_from(rustix::fs::OFlags::EXCL.bits()).unwrap_or(0);
         let file = fs::OpenOptions::new().read(true).write(true).custom_flags(flags).open(&target).map_err(io("open"))?;
+        let room = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|error| io("look at")(error.into()))?;
+        if let Some(bytes) = bytes.filter(|bytes| *bytes > room) {
+            return Err(OutputError::TooSmall { path: shown, room, bytes });
+        }
         // What was there must not be taken for the image while it is incomplete: its header goes first.
         file.write_all_at(&[0; 4096], 0).and_then(|()| file.sync_data()).map_err(io("clear the start of"))?;
-        Ok(Self { file, target, partial: None, replace: true, done: false })
+        Ok(Self { file, target, partial: None, replace: true, done: false, continued: 0 })
     }
 
     /// A second handle on the file, for the stage that writes it.
@@ -276,6 +313,12 @@ impl OutputFile {
             path: self.target.display().to_string(),
             source,
         })
+    }
+
+    /// Bytes of an earlier run that are there and are gone on with.
+    #[must_use]
+    pub const fn continued_bytes(&self) -> u64 {
+        self.continued
     }
 
     /// Is it a block device, which has no holes?

@@ -209,7 +209,11 @@ mod tests {
     fn more_than_one_format_is_none_but_a_bootable_iso_is_one() {
         let iso: (usize, &[u8]) = (0x8001, b"CD001");
         assert_eq!(identify(&file(&[iso])).unwrap().format, DiskFormat::Iso);
-        assert_eq!(identify(&file(&[iso, BOOT, LINUX])).unwrap().format, DiskFormat::Iso);
+        assert_eq!(
+            identify(&file(&[iso, BOOT, LINUX])).unwrap().format,
+            DiskFormat::Raw,
+            "its partition begins behind the ISO's descriptor"
+        );
         assert_eq!(identify(&file(&[iso, BOOT, PROTECTIVE])).unwrap().format, DiskFormat::Iso);
         let qcow2: (usize, &[u8]) = (0, b"QFI\xfb\0\0\0\x03");
         assert_eq!(identify(&file(&[qcow2])).unwrap().format, DiskFormat::Qcow2);

@@ -70,9 +70,10 @@ fn metadata(part: &Part<'_>, area: u64, area_bytes: u64) -> Result<String, Strin
     }
     // a ring behind the header
     let first = bytes.min(area_bytes - offset);
-    let mut text = part.get(area + offset, to_usize(first)).ok_or("the metadata cannot be read")?;
+    let text_at = area.checked_add(offset).ok_or("the metadata lies beyond all disks")?;
+    let mut text = part.get(text_at, to_usize(first)).ok_or("the metadata cannot be read")?;
     if first < bytes {
-        text.extend(part.get(area + 512, to_usize(bytes - first)).ok_or("the metadata cannot be read")?);
+        text.extend(part.get(area.saturating_add(512), to_usize(bytes - first)).ok_or("the metadata cannot be read")?);
     }
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
@@ -152,9 +153,9 @@ impl<'a> Parser<'a> {
         (!word.is_empty()).then_some(word)
     }
 
-    fn value(&mut self) -> Option<Value> {
+    fn value(&mut self, depth: usize) -> Option<Value> {
         self.values += 1;
-        if self.values > VALUES_MAX {
+        if self.values > VALUES_MAX || depth > DEPTH_MAX {
             return None;
         }
         if self.take('"') {
@@ -175,7 +176,7 @@ impl<'a> Parser<'a> {
         if self.take('[') {
             let mut list = Vec::new();
             while !self.take(']') {
-                list.push(self.value()?);
+                list.push(self.value(depth + 1)?);
                 self.take(',');
             }
             return Some(Value::List(list));
@@ -194,7 +195,7 @@ impl<'a> Parser<'a> {
             self.values += 1;
             let key = self.word()?.to_owned();
             let value = if self.take('=') {
-                self.value()?
+                self.value(depth)?
             } else if self.take('{') && depth < DEPTH_MAX && self.values < VALUES_MAX {
                 Value::Section(self.section(depth + 1)?)
             } else {
@@ -205,7 +206,11 @@ impl<'a> Parser<'a> {
     }
 }
 
-fn group(text: &str, own_id: &str) -> Result<Group, String> {
+/// Reads a group's metadata text; `own_id`: the physical volume's, without hyphens.
+///
+/// # Errors
+/// Why it cannot be told.
+pub fn group(text: &str, own_id: &str) -> Result<Group, String> {
     let root =
         Parser { rest: text, values: 0 }.section(0).map(Value::Section).ok_or("the metadata is no text that LVM writes")?;
     let Value::Section(entries) = &root else { return Err("the metadata is empty".to_owned()) };
@@ -320,5 +325,6 @@ contents = "Text Format Volume Group"
             assert!(super::group(broken, "x").is_err(), "{broken}");
         }
         assert!(super::group(&"a {".repeat(10_000), "x").is_err());
+        assert!(super::group(&format!("a = {}", "[".repeat(45_000)), "x").is_err(), "and the stack is not full");
     }
 }

@@ -33,8 +33,14 @@ use self::{
     partition::{Role, Table, TableKind},
     readiness::System,
 };
-use crate::{magic::DiskFormat, qcow2::Qcow2, read_at::ReadAt};
+use crate::{
+    magic::DiskFormat,
+    qcow2::{Qcow2, Qcow2Error},
+    read_at::ReadAt,
+};
 
+/// What begins a line about files that were not looked at.
+const FILES: &str = "the files:";
 /// Logical volumes that are looked into.
 const VOLUMES_MAX: usize = 16;
 
@@ -73,6 +79,7 @@ pub struct Content {
     /// First byte in the disk; `None` for a logical volume.
     pub start: Option<u64>,
     /// Its length.
+    #[serde(rename = "place_bytes")]
     pub bytes: u64,
     /// What it holds.
     #[serde(flatten)]
@@ -145,7 +152,8 @@ pub fn inspect(
     allocated_bytes: Option<u64>,
     shown: &str,
 ) -> Result<Inspection, InspectError> {
-    let file = Arc::new(Looking::new(source, limits)?);
+    let source = Arc::new(source);
+    let file = Arc::new(Looking::new(Arc::clone(&source), limits)?);
     let identified = identify(&file)?;
     let mut found = Inspection {
         format: identified.format.name(),
@@ -166,39 +174,59 @@ pub fn inspect(
             }
             Some(Arc::clone(&file) as Disk)
         }
-        DiskFormat::Qcow2 => qcow2(&file, &mut found, limits, shown),
+        DiskFormat::Qcow2 => guest_view(&file, limits),
         other => {
             found.not_looked_at.push(format!("what is in it: {}", other.advice(shown)));
             None
         }
     };
+    if identified.format == DiskFormat::Qcow2 {
+        found.read_bytes = check_tables(source, &mut found, limits, shown)?;
+    }
     if let Some(disk) = disk {
         let virtual_bytes = disk.len_bytes()?;
         found.virtual_bytes = Some(virtual_bytes);
         look_into(&disk, virtual_bytes, &mut found);
+        if found.systems.is_empty() && !found.not_looked_at.iter().any(|text| text.starts_with(FILES)) {
+            found
+                .not_looked_at
+                .push(format!("{FILES} cloud-readiness: no root of a Linux system was found on an ext4 file system"));
+        }
         found.predicted = Some(predict(&found, virtual_bytes, allocated_bytes.filter(|_| identified.format == DiskFormat::Raw)));
     }
-    found.read_bytes = file.read_bytes();
+    found.read_bytes += file.read_bytes();
+    // commands that can be pasted, where there is a file that they can be about
+    if !shown.starts_with("glance:") {
+        let mends =
+            found.systems.iter_mut().flat_map(|system| &mut system.system.findings).filter_map(|finding| finding.mend.as_mut());
+        mends.for_each(|mend| *mend = mend.replace("-a IMAGE", &format!("-a {shown}")));
+    }
     Ok(found)
 }
 
-fn qcow2<R: ReadAt + Send + Sync + 'static>(
-    file: &Arc<Looking<R>>,
-    found: &mut Inspection,
-    limits: Limits,
-    shown: &str,
-) -> Option<Disk> {
-    match check_qcow2(Arc::clone(file), shown) {
+/// The disk in a qcow2; `None` where it cannot be opened: the check of its tables says why.
+fn guest_view<R: ReadAt + Send + Sync + 'static>(file: &Arc<Looking<R>>, limits: Limits) -> Option<Disk> {
+    let open = Qcow2::open(Arc::clone(file)).ok()?;
+    let view = Looking::new(GuestView(open), Limits { block_bytes: 64 << 10, ..limits });
+    view.ok().map(|view| Arc::new(view) as Disk)
+}
+
+/// Reads all tables of a qcow2, with a budget of its own: there may be many of them. Returns how much was read.
+fn check_tables(source: impl ReadAt, found: &mut Inspection, limits: Limits, shown: &str) -> Result<u64, InspectError> {
+    let file = Arc::new(Looking::new(source, limits)?);
+    match check_qcow2(Arc::clone(&file), shown) {
         Ok(facts) => {
             if facts.header.snapshots > 0 {
                 found.safety.push(format!("it has {} internal snapshots, which go wherever it goes", facts.header.snapshots));
             }
         }
-        Err(error @ Qcow2Refused { .. }) => found.safety.push(crate::text::causes(&error)),
+        // what cannot be read is not damaged
+        Err(Qcow2Refused { source: Some(Qcow2Error::Io { source, .. }), .. }) => {
+            found.not_looked_at.push(format!("whether all of the qcow2 is there: {source}"));
+        }
+        Err(error) => found.safety.push(crate::text::causes(&error)),
     }
-    let open = Qcow2::open(Arc::clone(file)).ok()?;
-    let view = Looking::new(GuestView(open), Limits { block_bytes: 64 << 10, ..limits });
-    view.ok().map(|view| Arc::new(view) as Disk)
+    Ok(file.read_bytes())
 }
 
 fn look_into(disk: &Disk, virtual_bytes: u64, found: &mut Inspection) {
@@ -258,7 +286,7 @@ fn root(place: &Scattered, content: &Content, table: &Table, number: Option<u32>
         "xfs" | "btrfs" => {
             let kind = content.filesystem.kind;
             return found.not_looked_at.push(format!(
-                "the files in {}: {kind} is not read here, so nothing is said of cloud-init, keys and accounts",
+                "{FILES} {} is {kind}, which is not read here, so nothing is said of cloud-init, keys and accounts",
                 content.place()
             ));
         }
@@ -270,7 +298,7 @@ fn root(place: &Scattered, content: &Content, table: &Table, number: Option<u32>
     match looked {
         Ok(Some(system)) => found.systems.push(RootSystem { place: content.place(), system }),
         Ok(None) => {}
-        Err(why) => found.not_looked_at.push(format!("the files in {}: {why}", content.place())),
+        Err(why) => found.not_looked_at.push(format!("{FILES} {}: {why}", content.place())),
     }
 }
 

@@ -83,7 +83,10 @@ pub fn read(disk: &dyn ReadAt) -> Table {
     let none = |faults| Table { kind: TableKind::None, partitions: Vec::new(), faults };
     let Ok(disk_bytes) = disk.len_bytes() else { return none(vec!["the disk's length cannot be told".to_owned()]) };
     let mut sector = [0; 512];
-    if disk_bytes < SECTOR || disk.read_exact_at(0, &mut sector).is_err() {
+    if disk_bytes < SECTOR {
+        return none(vec!["it is shorter than a sector: that is no disk".to_owned()]);
+    }
+    if disk.read_exact_at(0, &mut sector).is_err() {
         return none(vec!["the first sector cannot be read".to_owned()]);
     }
     let is_fat = sector[0x10] == 2 && sector[0x15] == 0xf8;
@@ -360,7 +363,7 @@ mod tests {
         let mut fat = disk(10, &[]);
         (fat[0x10], fat[0x15]) = (2, 0xf8);
         assert_eq!(read(&fat).kind, TableKind::None);
-        assert!(read(&vec![0; 100]).faults[0].contains("first sector"));
+        assert!(read(&vec![0; 100]).faults[0].contains("no disk"));
     }
 
     #[test]

@@ -12,12 +12,17 @@ use super::{
     looking::Part,
     partition::{Role, Table},
 };
-use crate::{read_at::ReadAt, text::printable};
+use crate::{
+    read_at::ReadAt,
+    text::{printable, shell_word},
+};
 
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Groups of a file system that is looked into: 128 TiB with the usual 128 MiB each.
 const GROUPS_MAX: u64 = 1 << 20;
+/// Accounts that are named.
+const LISTED_MAX: usize = 50;
 /// Entries of a folder that are looked at.
 const ENTRIES_MAX: usize = 4096;
 
@@ -113,7 +118,7 @@ pub fn look(
     }
     let fs = Ext4::load(Box::new(Reader(reader))).map_err(|error| printable(&error.to_string()))?;
     let files = Files { fs };
-    if !(files.has("/etc") && (files.has("/usr") || files.has("/bin"))) {
+    if !(files.has("/etc/passwd") || files.has("/etc/os-release") || (files.has("/etc") && files.has("/usr"))) {
         return Ok(None);
     }
     let release = files.read("/etc/os-release").or_else(|| files.read("/usr/lib/os-release"));
@@ -213,8 +218,12 @@ fn accounts(files: &Files, findings: &mut Vec<Finding>) {
             people.push(printable(name));
         }
     }
+    people.truncate(LISTED_MAX);
     if !people.is_empty() {
-        let mend = Some(format!("virt-sysprep --operations user-account --remove-user-accounts {} -a IMAGE", people.join(",")));
+        let mend = Some(format!(
+            "virt-sysprep --operations user-account --remove-user-accounts {} -a IMAGE",
+            shell_word(&people.join(","))
+        ));
         findings.push(finding("accounts", format!("accounts beyond the usual one: {}", people.join(", ")), "/etc/passwd", mend));
     }
     let shadow = files.read("/etc/shadow").unwrap_or_default();
@@ -223,21 +232,23 @@ fn accounts(files: &Files, findings: &mut Vec<Finding>) {
         let hash = rest.split(':').next().unwrap_or_default();
         hash.starts_with('$').then(|| printable(name))
     });
-    let with_password: Vec<String> = with_password.collect();
+    let with_password: Vec<String> = with_password.take(LISTED_MAX).collect();
     if !with_password.is_empty() {
-        let locks: Vec<String> = with_password.iter().map(|name| format!("--password {name}:locked:disabled")).collect();
+        let locks: Vec<String> =
+            with_password.iter().map(|name| format!("--password {}", shell_word(&format!("{name}:locked:disabled")))).collect();
         let mend = Some(format!("virt-customize {} -a IMAGE", locks.join(" ")));
         findings.push(finding("passwords", format!("passwords are set: {}", with_password.join(", ")), "/etc/shadow", mend));
     }
     let empty: Vec<String> = shadow
         .lines()
         .filter_map(|line| line.split_once(':').filter(|(_, rest)| rest.starts_with(':')).map(|(name, _)| printable(name)))
+        .take(LISTED_MAX)
         .collect();
     if !empty.is_empty() {
         let mend = Some("in the guest: passwd --lock NAME".to_owned());
         findings.push(finding("passwords", format!("no password is needed for: {}", empty.join(", ")), "/etc/shadow", mend));
     }
-    for (name, home) in homes {
+    for (name, home) in homes.into_iter().take(LISTED_MAX) {
         let file = format!("{home}/.ssh/authorized_keys");
         let keys = files
             .read(&file)
@@ -245,7 +256,7 @@ fn accounts(files: &Files, findings: &mut Vec<Finding>) {
         // what cloud-init writes for root only says whom to sign in as instead
         if keys > 0 && !files.read(&file).is_some_and(|text| text.contains("Please login as the user")) {
             let what = format!(
-                "whoever has one of {keys} SSH keys may sign in as {}: cloud-init adds to them, and takes none away",
+                "SSH keys that may sign in as {} are there ({keys}): cloud-init adds to them, and takes none away",
                 printable(&name)
             );
             findings.push(finding("authorized-keys", what, file, sysprep("ssh-userdir")));

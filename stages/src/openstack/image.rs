@@ -258,6 +258,8 @@ impl Session {
     /// # Errors
     /// [`ImageError`]; two of one name is an error that lists both ids.
     pub async fn find_image(&self, name_or_id: &str) -> Result<Image, ImageError> {
+        // as images are written elsewhere on the command line, and as reports name them
+        let name_or_id = name_or_id.strip_prefix("glance:").unwrap_or(name_or_id);
         if let Ok(id) = Uuid::parse_str(name_or_id) {
             match self.image(&id.hyphenated().to_string()).await {
                 Err(error) if error.status() == Some(StatusCode::NOT_FOUND) => {}

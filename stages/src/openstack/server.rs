@@ -229,13 +229,19 @@ impl Compute {
                 other => return other,
             }
         }
-        let mut url = self.url(&["servers"])?;
-        // Nova takes a regular expression and finds parts of names, too: what is asked for is equality
-        url.query_pairs_mut().append_pair("name", &format!("^{}$", regex_escaped(name_or_id)));
-        let answer = self.get(&url).await?;
-        let all = answer["servers"].as_array().into_iter().flatten();
-        let same = all.filter(|server| server["name"].as_str() == Some(name_or_id));
-        let mut ids: Vec<String> = same.filter_map(|server| server["id"].as_str().map(str::to_owned)).collect();
+        // Nova takes a regular expression and finds parts of names, too: what is asked for is equality. A service that takes none gets the name itself
+        let mut ids: Vec<String> = Vec::new();
+        for pattern in [format!("^{}$", regex_escaped(name_or_id)), name_or_id.to_owned()] {
+            let mut url = self.url(&["servers"])?;
+            url.query_pairs_mut().append_pair("name", &pattern);
+            let answer = self.get(&url).await?;
+            let all = answer["servers"].as_array().into_iter().flatten();
+            let same = all.filter(|server| server["name"].as_str() == Some(name_or_id));
+            ids = same.filter_map(|server| server["id"].as_str().map(str::to_owned)).collect();
+            if !ids.is_empty() {
+                break;
+            }
+        }
         match ids.len() {
             0 => Err(ServerError::NotFound { what: printable(name_or_id) }),
             1 => self.server(&ids.remove(0)).await,

@@ -29,8 +29,8 @@ pub struct Contents {
 pub fn contents<R: ReadAt>(image: &Qcow2<R>) -> Result<Contents, Qcow2Error> {
     let bits = image.header().cluster_bits;
     let cluster_bytes = bits.cluster_bytes();
-    let refcounts_end = image.header().refcount_table.0 + u64::from(image.header().refcount_table_clusters) * cluster_bytes;
-    if refcounts_end > image.file_bytes() {
+    let refcounts = u64::from(image.header().refcount_table_clusters) * cluster_bytes;
+    if image.header().refcount_table.0.checked_add(refcounts).is_none_or(|end| end > image.file_bytes()) {
         let (field, value) = ("refcount_table_offset", image.header().refcount_table.0);
         return Err(Qcow2Error::Header { field, value, rule: "the table passes the end of the file" });
     }
