@@ -5,7 +5,7 @@
 //! `virta_verified`, only when the source's hash agreed, Glance's size and hash of it are ours, and, where asked for, what Glance
 //! serves decodes to the source's bytes. Anything else, an interrupt included, deletes it.
 //!
-//! How uploads that fail are mended: [`super::sending`].
+//! How uploads that fail are mended: `sending.rs`.
 
 use std::sync::Mutex;
 
