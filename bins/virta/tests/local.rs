@@ -107,7 +107,7 @@ fn wrong_usage_ends_with_2_and_says_what_to_do() {
         (&["convert", "disk.raw", "x.qcow2", "--memory", "1M"], 2, &["at least 32.0 MiB"]),
         (&["convert", "disk.raw", "x.qcow2", "--connections", "0"], 2, &["connections"]),
         (&["convert", "disk.raw"], 2, &["DESTINATION"]),
-        (&["convert", "nowhere.raw", "x.qcow2"], 1, &["open nowhere.raw", "glance:nowhere.raw"]),
+        (&["convert", "nowhere.raw", "x.qcow2"], 1, &["there is no file nowhere.raw", "glance:nowhere.raw"]),
         (&["convert", "disk.raw", "x.qcow2", "--report", "disk.raw"], 2, &["is the source or the destination"]),
         (&["convert", "disk.raw", "x.qcow2", "--report", "q"], 2, &["is no report"]),
         (&["convert", "disk.raw", "x.qcow2", "--report", "no/such"], 2, &["cannot be written"]),
