@@ -144,29 +144,44 @@ async fn what_was_kept_is_never_taken_for_what_it_is_not() {
         let bytes = if name == "a" { &cloud.raw } else { &other };
         cloud.service.add_image(&common::snapshot_record(name), |storing| storing.write(bytes)).unwrap();
     }
-    let killed = async |words: &[&str], bytes: u64| {
+    // killed once the mark says so; the service stalls behind so many bytes
+    let killed = async |words: &[&str], bytes: u64, mark: &dyn Fn(&str) -> bool| {
         cloud.service.faults(|faults| {
             faults.cut_after_bytes = bytes;
             faults.stalling_gets = 100;
             faults.stall = Duration::from_secs(60);
         });
         let mut child = cloud.command(words).spawn().unwrap();
-        tokio::time::sleep(Duration::from_millis(1500)).await;
+        let mut waited = 0;
+        while !std::fs::read_to_string(path(&cloud, "disk.raw.partial.json")).is_ok_and(|text| mark(&text)) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            waited += 1;
+            assert!(waited < 2000, "no such mark: {:?}", files(&cloud));
+        }
+        // some of what is sent lands
+        tokio::time::sleep(Duration::from_millis(300)).await;
         child.kill().await.unwrap();
         cloud.service.faults(|faults| faults.stalling_gets = 0);
     };
+    let ids: Vec<String> = ["a", "b"]
+        .iter()
+        .map(|name| {
+            let images = cloud.service.images();
+            images.iter().find(|image| image["name"] == *name).unwrap()["id"].as_str().unwrap().to_owned()
+        })
+        .collect();
+    let begun = |text: &str| text.contains("\"whole_bytes\":0");
+    let half = |text: &str| !text.contains("\"whole_bytes\":0");
     // no hash: nothing could tell whether what was kept is still what it was, so nothing of it is gone on with
-    killed(&["download", "a", "disk.raw", "--connections", "1"], 120 << 20).await;
-    killed(&["download", "b", "disk.raw", "--connections", "1", "--force"], 5 << 20).await;
+    killed(&["download", "a", "disk.raw", "--connections", "1"], 120 << 20, &|text| text.contains(&ids[0])).await;
+    killed(&["download", "b", "disk.raw", "--connections", "1", "--force"], 5 << 20, &|text| text.contains(&ids[1])).await;
     cloud.run(&["download", "a", "disk.raw", "--resume", "--force"]).await.ends(0, &["not proven"]);
     assert!(std::fs::read(path(&cloud, "disk.raw")).unwrap() == cloud.raw, "two images are mixed");
     std::fs::remove_file(path(&cloud, "disk.raw")).unwrap();
     // with one: a run that starts over forgets what was kept before it empties it
     cloud.service.faults(|faults| faults.null_hashes = false);
-    killed(&["download", "snap", "disk.raw", "--connections", "1"], 120 << 20).await;
-    killed(&["download", "snap", "disk.raw", "--connections", "1", "--force"], 5 << 20).await;
-    let mark = std::fs::read_to_string(path(&cloud, "disk.raw.partial.json")).unwrap();
-    assert!(mark.contains("\"whole_bytes\":0"), "{mark}");
+    killed(&["download", "snap", "disk.raw", "--connections", "1"], 120 << 20, &half).await;
+    killed(&["download", "snap", "disk.raw", "--connections", "1", "--force"], 5 << 20, &begun).await;
     cloud.run(&["download", "snap", "disk.raw", "--resume"]).await.ends(0, &["proven"]);
     assert!(std::fs::read(path(&cloud, "disk.raw")).unwrap() == cloud.raw);
     // again: there is nothing to do, and that is said
@@ -174,7 +189,7 @@ async fn what_was_kept_is_never_taken_for_what_it_is_not() {
     assert_eq!(files(&cloud), ["disk.raw"]);
     // a run that was killed early stands in nobody's way
     std::fs::remove_file(path(&cloud, "disk.raw")).unwrap();
-    killed(&["download", "snap", "disk.raw", "--connections", "1"], 5 << 20).await;
+    killed(&["download", "snap", "disk.raw", "--connections", "1"], 5 << 20, &begun).await;
     cloud.run(&["download", "snap", "disk.raw"]).await.ends(0, &["proven"]);
 }
 

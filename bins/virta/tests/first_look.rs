@@ -35,7 +35,7 @@ async fn doctor_tells_what_is_there_changes_nothing_and_is_quick() {
     cloud.service.faults(|faults| faults.latency = Duration::from_secs(3));
     let run = cloud.run(&["doctor"]).await;
     run.ends(0, &["the rest did not answer"]);
-    assert!(run.elapsed < Duration::from_secs(6), "{:?}", run.elapsed);
+    assert!(run.elapsed < Duration::from_secs(10), "{:?}", run.elapsed);
 }
 
 #[tokio::test(flavor = "multi_thread")]
