@@ -31,7 +31,7 @@ use crate::{
     convert::{
         JobError, Notices,
         report::{Access, HashReport},
-        to_stream::{PipeBroken, write_whole},
+        to_stream::write_part,
     },
     disk::{Left, OutputError, OutputFile, queue::WriteError},
     extent::{EXTENT_BYTES, Extent, Home, Payload, Place, Placed, PlacedRun},
@@ -174,16 +174,8 @@ impl Download {
 
     fn remote(&self) -> Remote {
         let told = Arc::clone(&self.notices);
-        Remote {
-            session: self.session.clone(),
-            image_id: self.image.id.clone(),
-            image_bytes: self.bytes(),
-            progress: self.progress.clone(),
-            retries: Retries::new(&self.progress, Arc::new(move |line| told.note(&line))),
-            patience: self.patience,
-            cancel: self.cancel.clone(),
-            again: false,
-        }
+        let retries = Retries::new(&self.progress, Arc::new(move |line| told.note(&line)));
+        Remote::of_image(&self.session, &self.image, &self.progress, retries, self.patience, &self.cancel)
     }
 
     fn begin(&self, destination: &str) {
@@ -683,11 +675,7 @@ impl BlockingStage for Forward {
                 }
             }
             for part in bytes.chunks(PIPE_BYTES) {
-                let result = write_whole(&mut self.output, part, &cx.cancel)?;
-                result.map_err(|source| {
-                    let (name, total) = (self.name.clone(), self.total);
-                    StageError::new(ErrorKind::Io, PipeBroken { name, written, total, source })
-                })?;
+                write_part(&mut self.output, part, (&self.name, written, self.total), &cx.cancel)?;
                 written += to_u64(part.len());
             }
             self.progress.add_surveyed(guest.bytes());

@@ -47,18 +47,27 @@ pub async fn confirm(what: &str, yes: bool, cancel: &CancelToken) -> Result<(), 
     if yes {
         return Ok(());
     }
-    if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
-        return Err(JobError::Usage(format!("{what}: nobody can be asked here, so add --yes")));
+    match asked(what, cancel).await? {
+        Some(true) => Ok(()),
+        Some(false) => Err(JobError::Refused("nothing was done: the answer was not yes".to_owned())),
+        None => Err(JobError::Usage(format!("{what}: nobody can be asked here, so add --yes"))),
     }
-    exit::ask(&format!("{what}? [y/N] "));
+}
+
+/// Asks a question on a terminal: was the answer yes? `None` where nobody can be asked.
+///
+/// # Errors
+/// [`JobError::Interrupted`] instead of an answer.
+pub async fn asked(question: &str, cancel: &CancelToken) -> Result<Option<bool>, JobError> {
+    if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+        return Ok(None);
+    }
+    exit::ask(&format!("{question}? [y/N] "));
     let mut answer = String::new();
     let mut stdin = tokio::io::BufReader::new(tokio::io::stdin());
     let reading = tokio::io::AsyncBufReadExt::read_line(&mut stdin, &mut answer);
     let _ = cancel.guard(reading).await.map_err(|_| JobError::interrupted())?;
-    if matches!(answer.trim(), "y" | "Y" | "yes") {
-        return Ok(());
-    }
-    Err(JobError::Refused("nothing was done: the answer was not yes".to_owned()))
+    Ok(Some(matches!(answer.trim(), "y" | "Y" | "yes")))
 }
 
 /// Is there an image of this name in the project already? Two of one name are not made by accident.

@@ -17,7 +17,7 @@ use stages::{
 };
 
 use crate::{
-    care::warn_without_record,
+    care::{asked, warn_without_record},
     cli::{CloudArgs, ConversionArgs, ConvertArgs, FormatChoice, OutputArgs, Tuning, VerifyChoice},
     display::{Display, Held},
     exit, receipt,
@@ -328,18 +328,11 @@ async fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
         job.notices.note(&format!("after verification will be deleted: {what}"));
         return Ok(());
     }
-    if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
-        return Err(JobError::Usage(format!("{what} would be deleted after verification, and nobody can be asked: add --yes")));
+    match asked(&format!("After the new image is verified, delete {what}"), &job.cancel).await? {
+        Some(true) => Ok(()),
+        Some(false) => Err(JobError::Interrupted("nothing was done: the answer was not yes".to_owned())),
+        None => Err(JobError::Usage(format!("{what} would be deleted after verification, and nobody can be asked: add --yes"))),
     }
-    exit::ask(&format!("After the new image is verified, delete {what}? [y/N] "));
-    let mut answer = String::new();
-    let mut stdin = tokio::io::BufReader::new(tokio::io::stdin());
-    let reading = tokio::io::AsyncBufReadExt::read_line(&mut stdin, &mut answer);
-    let _ = job.cancel.guard(reading).await.map_err(|_| JobError::interrupted())?;
-    if matches!(answer.trim(), "y" | "Y" | "yes") {
-        return Ok(());
-    }
-    Err(JobError::Interrupted("nothing was done: the answer was not yes".to_owned()))
 }
 
 /// stdout by one of its names is `-`: nothing but the image may go there.

@@ -1,6 +1,6 @@
 //! `virta doctor`: a first look that changes nothing.
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use clap::Args;
 use engine::CancelToken;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use stages::{
     convert::{JobError, budget, names::is_finished_conversion},
     disk::{IoMode, choose_backend},
-    glance::{ImageFile, Patience, Remote, Retries},
+    glance::ImageFile,
     openstack::{Compute, Image, Session, config::Surroundings},
     progress::Progress,
     text::{causes, printable, shell_word, size},
@@ -21,7 +21,7 @@ use crate::{
     display::Display,
     exit,
     image::counted,
-    inspect::{InspectFormat, in_glance},
+    inspect::{InspectFormat, in_glance, quiet_remote},
     runs::{self, Run},
     sign_in::sign_in,
 };
@@ -226,7 +226,7 @@ async fn look_at_images(session: &Session, images: &[Image], cloud: &str, found:
     let (ranges, inside) = tokio::join!(
         async {
             let image = probed?;
-            ImageFile::serves_ranges(&remote(session, image, &progress, cancel)).await.ok().flatten()
+            ImageFile::serves_ranges(&quiet_remote(session, image, &progress, cancel)).await.ok().flatten()
         },
         async { in_glance(session, candidate?, &progress, cancel).await.ok() }
     );
@@ -291,18 +291,5 @@ fn next<'a>(cloud: &str, candidate: Option<&Image>, raw: &[&Image], converted: i
             "no raw image waits. To make one: virta snapshot --convert SERVER NAME; to try it without a cloud: virta demo"
                 .to_owned()
         }
-    }
-}
-
-fn remote(session: &Session, image: &Image, progress: &Progress, cancel: &CancelToken) -> Remote {
-    Remote {
-        session: session.clone(),
-        image_id: image.id.clone(),
-        image_bytes: image.size.unwrap_or(0),
-        progress: progress.clone(),
-        retries: Retries::new(progress, Arc::new(|_| {})),
-        patience: Patience::default(),
-        cancel: cancel.clone(),
-        again: false,
     }
 }

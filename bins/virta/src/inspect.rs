@@ -125,6 +125,11 @@ async fn look(
     }
 }
 
+/// An image to look at; nobody is told of retries.
+pub fn quiet_remote(session: &Session, image: &Image, progress: &Progress, cancel: &CancelToken) -> Remote {
+    Remote::of_image(session, image, progress, Retries::new(progress, Arc::new(|_| {})), Patience::default(), cancel)
+}
+
 /// Looks into an image in Glance.
 pub async fn in_glance(
     session: &Session,
@@ -133,24 +138,14 @@ pub async fn in_glance(
     cancel: &CancelToken,
 ) -> Result<Inspection, JobError> {
     let (shown, id) = (image.shown(), image.shown_id());
-    let bytes = image.size.filter(|bytes| image.status == "active" && *bytes > 0).ok_or_else(|| {
+    image.size.filter(|bytes| image.status == "active" && *bytes > 0).ok_or_else(|| {
         JobError::Refused(format!(
             "image {shown} ({id}) is {}, with {}: there is nothing to look into",
             image.status,
             size(image.size.unwrap_or(0))
         ))
     })?;
-    let remote = Remote {
-        session: session.clone(),
-        image_id: image.id.clone(),
-        image_bytes: bytes,
-        progress: progress.clone(),
-        retries: Retries::new(progress, Arc::new(|_| {})),
-        patience: Patience::default(),
-        cancel: cancel.clone(),
-        again: false,
-    };
-    let peek = Peek::open(remote).await.map_err(|error| match error {
+    let peek = Peek::open(quiet_remote(session, image, progress, cancel)).await.map_err(|error| match error {
         ReadError::Cancelled => JobError::interrupted(),
         other => other.into(),
     })?;

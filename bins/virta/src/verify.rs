@@ -77,7 +77,7 @@ async fn open(
     cancel: &CancelToken,
 ) -> Result<Target, JobError> {
     let image = session.find_image(name).await?;
-    let bytes = image.size.filter(|_| image.status == "active").ok_or_else(|| {
+    image.size.filter(|_| image.status == "active").ok_or_else(|| {
         JobError::Refused(format!(
             "image {} ({}) is {}: only an active image has bytes to compare",
             image.shown(),
@@ -85,15 +85,5 @@ async fn open(
             image.status
         ))
     })?;
-    Target::glance(Remote {
-        session: session.clone(),
-        image_id: image.id.clone(),
-        image_bytes: bytes,
-        progress: progress.clone(),
-        retries: retries.clone(),
-        patience: Patience::default(),
-        cancel: cancel.clone(),
-        again: false,
-    })
-    .await
+    Target::glance(Remote::of_image(session, &image, progress, retries.clone(), Patience::default(), cancel)).await
 }

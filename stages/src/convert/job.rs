@@ -103,16 +103,8 @@ impl Job {
     /// An image as something to read for this job, beside what the conversion itself reads.
     #[must_use]
     pub fn remote(&self, session: &Session, image: &Image) -> Remote {
-        Remote {
-            session: session.clone(),
-            image_id: image.id.clone(),
-            image_bytes: image.size.unwrap_or(0),
-            progress: self.progress.clone(),
-            retries: self.retries.clone(),
-            patience: self.options.patience,
-            cancel: self.cancel.clone(),
-            again: true,
-        }
+        let (retries, patience) = (self.retries.clone(), self.options.patience);
+        Remote { again: true, ..Remote::of_image(session, image, &self.progress, retries, patience, &self.cancel) }
     }
 
     pub(super) fn codec(&self) -> Option<Codec> {

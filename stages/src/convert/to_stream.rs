@@ -108,11 +108,7 @@ impl BlockingStage for WritePipe {
                         }
                     }
                 }
-                let result = write_whole(&mut self.output, part, &cx.cancel)?;
-                result.map_err(|source| {
-                    let (name, total) = (self.name.clone(), self.total);
-                    StageError::new(ErrorKind::Io, PipeBroken { name, written, total, source })
-                })?;
+                write_part(&mut self.output, part, (&self.name, written, self.total), &cx.cancel)?;
                 written += to_u64(part.len());
                 self.progress.add_uploaded(to_u64(part.len()));
             }
@@ -122,8 +118,19 @@ impl BlockingStage for WritePipe {
     }
 }
 
+/// Writes a part; `place`: the pipe's name, bytes written before, bytes in all.
+pub(crate) fn write_part(
+    output: &mut File,
+    part: &[u8],
+    (name, written, total): (&str, u64, u64),
+    cancel: &CancelToken,
+) -> Result<(), StageError> {
+    let result = write_whole(output, part, cancel)?;
+    result.map_err(|source| StageError::new(ErrorKind::Io, PipeBroken { name: name.to_owned(), written, total, source }))
+}
+
 /// Waits until the pipe takes something, writes, until all is taken. Cancelled while it waits, it returns at once.
-pub(crate) fn write_whole(output: &mut File, mut bytes: &[u8], cancel: &CancelToken) -> Result<io::Result<()>, Cancelled> {
+fn write_whole(output: &mut File, mut bytes: &[u8], cancel: &CancelToken) -> Result<io::Result<()>, Cancelled> {
     while !bytes.is_empty() {
         cancel.check()?;
         let mut waiting = [PollFd::new(&*output, PollFlags::OUT)];

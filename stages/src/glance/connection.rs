@@ -15,7 +15,7 @@ use super::{
     retry::{PROGRESS_BYTES, Patience, Retries},
 };
 use crate::{
-    openstack::{ApiError, Session, config::Secret},
+    openstack::{ApiError, Image, Session, config::Secret},
     progress::Progress,
     units::{to_u64, to_usize},
 };
@@ -69,6 +69,30 @@ pub struct Remote {
     pub cancel: CancelToken,
     /// These bytes were, or will be, received once more than the conversion itself needs.
     pub again: bool,
+}
+
+impl Remote {
+    /// An image as something to read, by what its record says.
+    #[must_use]
+    pub fn of_image(
+        session: &Session,
+        image: &Image,
+        progress: &Progress,
+        retries: Retries,
+        patience: Patience,
+        cancel: &CancelToken,
+    ) -> Self {
+        Self {
+            session: session.clone(),
+            image_id: image.id.clone(),
+            image_bytes: image.size.unwrap_or(0),
+            progress: progress.clone(),
+            retries,
+            patience,
+            cancel: cancel.clone(),
+            again: false,
+        }
+    }
 }
 
 impl From<FetchError> for StageError {

@@ -76,7 +76,7 @@ pub fn identify(file: &impl ReadAt) -> Result<Identified, FormatError> {
 }
 
 /// Does a first sector look like a partition table's? A FAT file system ends its own in the same two bytes.
-fn is_boot_sector(sector: &[u8]) -> bool {
+pub(super) fn is_boot_sector(sector: &[u8]) -> bool {
     let is_fat = sector[0x10] == 2 && sector[0x15] == 0xf8;
     sector[510..512] == [0x55, 0xaa] && !is_fat
 }

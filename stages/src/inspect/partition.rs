@@ -4,7 +4,7 @@
 //! header claims (up to 2^32 of more than 100 bytes), gpt 4.1.0 asserts that an entry has 128 bytes, and what is looked at here was written by anybody. Sources: UEFI
 //! specification 2.10, section 5; Linux, `block/partitions/msdos.c` and `efi.c`.
 
-use super::looking::le;
+use super::{format::is_boot_sector, looking::le};
 use crate::{
     read_at::ReadAt,
     text::printable,
@@ -89,10 +89,9 @@ pub fn read(disk: &dyn ReadAt) -> Table {
     if disk.read_exact_at(0, &mut sector).is_err() {
         return none(vec!["the first sector cannot be read".to_owned()]);
     }
-    let is_fat = sector[0x10] == 2 && sector[0x15] == 0xf8;
     // file systems that begin with a boot sector of their own
-    let is_volume = is_fat || &sector[3..7] == b"NTFS" || &sector[3..11] == b"EXFAT   " || &sector[3..11] == b"-FVE-FS-";
-    if sector[510..] != [0x55, 0xaa] || is_volume {
+    let is_volume = &sector[3..7] == b"NTFS" || &sector[3..11] == b"EXFAT   " || &sector[3..11] == b"-FVE-FS-";
+    if !is_boot_sector(&sector) || is_volume {
         return none(Vec::new());
     }
     let mut table = match (0..4).any(|number| sector[446 + 16 * number + 4] == 0xee) {
