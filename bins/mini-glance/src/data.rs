@@ -71,7 +71,7 @@ impl BodyFault {
         Self {
             overlong: Faults::take(&mut faults.overlong_gets),
             changed: faults.changed_after_gets.is_some_and(|after| faults.gets_of_data > after),
-            cut_after: Faults::take(&mut faults.cut_gets).then_some(at),
+            cut_after: (Faults::take(&mut faults.cut_gets) | faults.cuts_this_one()).then_some(at),
             stall_after: Faults::take(&mut faults.stalling_gets).then_some((at, faults.stall)),
             corrupt: Faults::take(&mut faults.corrupt_gets),
         }

@@ -71,11 +71,31 @@ pub struct Faults {
     pub refused_properties: Vec<String>,
     /// Bytes that `/v2/info/usage` says are left; `None` for no such limit.
     pub quota_left_bytes: Option<u64>,
+    /// Bytes of data that the project may have in all: usage says what is left of them, and an upload beyond gets 413.
+    pub quota_bytes: Option<u64>,
+    /// Each so manieth transfer of data, in either direction, is cut off after `cut_after_bytes`; 0 for none.
+    pub cut_one_in: u32,
+    /// Each so manieth request with a token gets 503; 0 for none.
+    pub fail_one_in: u32,
+    /// Transfers and requests so far, for these.
+    pub counted: (u32, u32),
     /// A pause before each answer.
     pub latency: Duration,
 }
 
 impl Faults {
+    /// Is this one of the transfers that are cut?
+    pub(crate) fn cuts_this_one(&mut self) -> bool {
+        self.counted.0 += 1;
+        self.cut_one_in > 0 && self.counted.0.is_multiple_of(self.cut_one_in)
+    }
+
+    /// Is this one of the requests that fail?
+    pub(crate) fn fails_this_one(&mut self) -> bool {
+        self.counted.1 += 1;
+        self.fail_one_in > 0 && self.counted.1.is_multiple_of(self.fail_one_in)
+    }
+
     /// Uses up one of a counter.
     pub(crate) fn take(counter: &mut u32) -> bool {
         let any = *counter > 0;

@@ -1,6 +1,9 @@
 //! Image records: create, list, change, delete, with Glance's rules and words.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use hyper::{Response, StatusCode};
 use jiff::Timestamp;
@@ -106,9 +109,9 @@ fn encoded(value: &str) -> String {
     value.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
-/// All images, by id.
+/// All images, by id; and the ids of deleted ones, which stay taken.
 #[derive(Debug, Default)]
-pub struct Images(pub BTreeMap<String, Record>);
+pub struct Images(pub BTreeMap<String, Record>, BTreeSet<String>);
 
 fn now() -> Value {
     json!(Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
@@ -206,7 +209,7 @@ impl Images {
             },
             None => Uuid::new_v4().hyphenated().to_string(),
         };
-        if self.0.contains_key(&id) {
+        if self.0.contains_key(&id) || self.1.contains(&id) {
             return refuse(StatusCode::CONFLICT, format!("Image ID {id} already exists!"));
         }
         let mut shown = Map::new();
@@ -359,6 +362,7 @@ impl Images {
                 ),
             );
         }
+        self.1.insert(id.to_owned());
         if let Some(record) = self.0.remove(id)
             && let Some(path) = record.data
         {

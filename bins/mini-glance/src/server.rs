@@ -78,6 +78,15 @@ struct State {
     compute: Compute,
 }
 
+impl State {
+    /// What the project may still store, where there is a limit.
+    fn quota_left(&self, project: &str) -> Option<u64> {
+        let all = self.faults.quota_bytes?;
+        let own = self.images.0.values().filter(|record| record.is_owned_by(project));
+        Some(all.saturating_sub(own.filter_map(crate::images::Record::size).sum()))
+    }
+}
+
 pub(crate) struct Shared {
     state: Mutex<State>,
     base: String,
@@ -427,6 +436,9 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
             response.headers_mut().insert("www-authenticate", value);
             return Ok(response);
         };
+        if state.faults.fails_this_one() {
+            return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
+        }
         project
     };
     let unbox = |result: Result<Response<Body>, Box<Response<Body>>>| result.unwrap_or_else(|refusal| *refusal);
@@ -527,7 +539,10 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
             crate::compute::route(shared, request, &rest, project).await
         }
         (Method::GET, ["v2", "info", "usage"]) => {
-            let left = shared.state().faults.quota_left_bytes;
+            let left = {
+                let state = shared.state();
+                state.faults.quota_left_bytes.or(state.quota_left(project))
+            };
             let usage = match left {
                 Some(left) => json!({ "usage": { "image_size_total": { "limit": (left >> 20) + 1000, "usage": 1000 } } }),
                 None => json!({ "usage": {} }),
@@ -681,7 +696,7 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>, proj
         record.set("status", json!("saving"));
         let faults = &mut state.faults;
         let fate = PutFate {
-            cut: Faults::take(&mut faults.cut_puts),
+            cut: Faults::take(&mut faults.cut_puts) | faults.cuts_this_one(),
             dies: Faults::take(&mut faults.dying_puts),
             vanishes: Faults::take(&mut faults.vanishing_puts),
             stalls: Faults::take(&mut faults.stalling_puts),
@@ -739,7 +754,8 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>, proj
                 &format!("Image {id} could not be found after upload. The image may have been deleted during the upload."),
             ));
         }
-        if faults.quota_hit_mid_body && half {
+        let over = shared.state().quota_left(project).is_some_and(|left| storing.bytes() > left);
+        if faults.quota_hit_mid_body && half || over {
             back_to_queued(false);
             // what is unread resets the connection when it closes
             return Ok(html(

@@ -390,36 +390,18 @@ pub fn stdout() -> Result<std::fs::File, JobError> {
 async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str) -> Result<Option<Outcome>, JobError> {
     match check_name(session, taken, name, &job.source, job.options.force, job.options.after)? {
         NameCheck::AlreadyDone(image) => {
-            if job.options.verify == Verify::Readback && job.options.after == After::Keep {
-                job.notices.note("the image is there already: it is read and compared with the source");
-                if !convert::readback::prove(job, session, &image).await? {
-                    return Err(JobError::Verification(format!(
-                        "image {} does not show what the source shows",
-                        image.shown_id()
-                    )));
-                }
-            }
-            job.notices.note(&format!(
-                "made earlier, with the options of then ({}): for another one take another name, or --force",
-                image.line()
-            ));
-            // an earlier run may have been stopped between its verification and the rest
-            retire::after_conversion(job, session, &image.id, true).await?;
+            refuse_held(job, &image)?;
+            convert::names::go_on_with_finished(job, session, &image).await?;
             return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
         }
         NameCheck::Unproven(image) => {
-            job.notices.note(&format!(
-                "image {name} ({}) was made from this source and never verified since: it is read and compared now",
-                image.shown_id()
-            ));
-            if convert::readback::prove(job, session, &image).await? {
-                retire::after_conversion(job, session, &image.id, false).await?;
-                return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
-            }
-            return Err(convert::names::unproven(&image));
+            refuse_held(job, &image)?;
+            convert::names::go_on_with_unproven(job, session, &image).await?;
+            return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
         }
         NameCheck::Free { unfinished } => {
             for image in unfinished {
+                refuse_held(job, &image)?;
                 let id = image.shown_id();
                 let live = runs::all().into_iter().find(|found| found.record.images.contains(&image.id));
                 if let Some(live) = live.filter(|found| found.record.state == runs::State::Running) {
@@ -438,6 +420,11 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
         }
     }
     Ok(None)
+}
+
+/// Another run, a batch's, has claimed the source.
+fn refuse_held(job: &Job, image: &Image) -> Result<(), JobError> {
+    convert::claim::held(image, &*job.notices).map_or(Ok(()), Err)
 }
 
 async fn interruptible<T>(cancel: &CancelToken, work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {

@@ -16,7 +16,7 @@ use stages::{
     text::{printable, size},
 };
 
-use crate::{cli::ProgressChoice, exit, runs::Run};
+use crate::{cli::ProgressChoice, exit, runs::{self, Run}};
 
 /// How often bars are drawn.
 const DRAW_EVERY: Duration = Duration::from_millis(100);
@@ -118,6 +118,10 @@ impl Notices for Display {
 
     fn making(&self, image_id: &str) {
         self.run.making(image_id);
+    }
+
+    fn is_dead(&self, run: &str) -> bool {
+        runs::is_dead(run)
     }
 
     fn holding(&self, server: Option<&FoundServer>) -> bool {

@@ -301,6 +301,13 @@ pub fn dead() -> Vec<Found> {
     all().into_iter().filter(|found| over(found) && found.record.left_anything()).collect()
 }
 
+/// Is this a run of this machine that is over? `false` for one that lives, and for one of which nothing is known here.
+pub fn is_dead(run: &str) -> bool {
+    let known = uuid::Uuid::parse_str(run).is_ok(); // a name out of an image is no path before it is looked at
+    let found = runs_folder().filter(|_| known).and_then(|folder| read(&folder, run));
+    found.is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
+}
+
 fn host() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Instant,
 };
 
@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 use super::{
     JobError, Notices,
     report::HashReport,
+    making::Maker,
     sending::{Content, Sending},
 };
 use crate::{
@@ -221,18 +222,8 @@ pub async fn as_is(
     let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
     let run = upload.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
     let content = FileContent { file, shown: shown.clone(), identity };
-    let sending = Sending {
-        session,
-        content,
-        record: record(upload, &run),
-        droppable: Vec::new(),
-        patience: upload.patience,
-        progress,
-        cancel,
-        notices: &**notices,
-        retries: &retries,
-        made: Mutex::default(),
-    };
+    let maker = Maker::new(session, record(upload, &run), upload.patience, cancel, &**notices, &retries);
+    let sending = Sending { maker: &maker, content, progress, first: None };
     let sent = async {
         let active = sending.until_active().await?;
         let image_hash = sending.compare(&active.image, &active.emitted).await?;
@@ -240,9 +231,9 @@ pub async fn as_is(
     };
     let (id, image_hash) = match sent.await {
         Ok(sent) => sent,
-        Err(error) => return Err(sending.clean_up(error).await),
+        Err(error) => return Err(maker.clean_up(error).await),
     };
-    sending.remove_all_but(&id).await;
+    maker.remove_all_but(&id).await;
     progress.set_phase(Phase::Finishing);
     Ok(UploadReport {
         source: shown,

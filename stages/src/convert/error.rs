@@ -4,16 +4,38 @@ use std::io;
 
 use engine::{BoxError, ErrorKind, RunError, StageError};
 
+use reqwest::StatusCode;
+
 use super::budget::MemoryTooSmall;
 use crate::{
     compare::Difference,
     disk::{OutputError, SourceError, UringDenied},
-    glance::connection::{FetchError, ReadError},
+    glance::{
+        connection::{FetchError, ReadError},
+        upload::UploadError,
+    },
     hash::HashMismatch,
     openstack::{ApiError, ConfigError, image::ImageError, server::ServerError, session::SignInError},
     qcow2::Qcow2Error,
     store::{reread::SourceChanged, scratch::ScratchError},
 };
+
+/// What to do about a failure, for whoever has more than one thing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nature {
+    /// Another try may go better.
+    Transient,
+    /// It would fail again.
+    Permanent,
+    /// The project's quota for images is full.
+    Quota,
+    /// The credentials are not good, or not good any more.
+    Credentials,
+    /// Another run has the source.
+    Held,
+    /// Somebody stopped it.
+    Interrupted,
+}
 
 /// A conversion that did not happen. Nothing half-made is left behind.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +112,36 @@ pub enum JobError {
     /// What was made is not what it should be.
     #[error("verification failed: {0}")]
     Verification(String),
+    /// Another run converts this source just now.
+    #[error("run {run} converts this source just now (image {image}); others keep away until {until}")]
+    Held {
+        /// The image that it makes.
+        image: String,
+        /// The run.
+        run: String,
+        /// How long its claim is good, UTC.
+        until: String,
+    },
+    /// The image under construction was deleted by somebody else.
+    #[error("image {image}, which this run was making, was deleted by somebody else")]
+    Lost {
+        /// Its id.
+        image: String,
+    },
+    /// The new image does not fit beside the old one.
+    #[error("{0}")]
+    Quota(String),
+    /// Everything is proven, but the rest could not be done.
+    #[error("the new image {new_id} is there and verified, and so is the source: {what}")]
+    SourceKept {
+        /// The new image.
+        new_id: String,
+        /// What failed.
+        what: String,
+        /// What Glance said.
+        #[source]
+        error: ApiError,
+    },
     /// Everything was sent, and Glance does not get on with it.
     #[error("the whole image was sent, but Glance has image {id} as {status} after {seconds} s")]
     Stuck {
@@ -174,6 +226,67 @@ impl JobError {
     #[must_use]
     pub fn bug(what: &str) -> Self {
         Self::Refused(format!("this is a bug in virta: {what}"))
+    }
+
+    /// What Glance, or another service, answered at the bottom of it.
+    #[must_use]
+    pub fn api(&self) -> Option<&ApiError> {
+        match self {
+            Self::Api(error) | Self::Image(ImageError::Api(error)) | Self::SourceKept { error, .. } => Some(error),
+            Self::Fetch(FetchError::Api { source, .. } | FetchError::GaveUp { source, .. }) => Some(source),
+            Self::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. }) => Some(source),
+            Self::LeftBehind { error, .. } => error.api(),
+            Self::Stage { source, .. } | Self::Compare { source } => {
+                if let Some(FetchError::Api { source, .. } | FetchError::GaveUp { source, .. }) = source.downcast_ref() {
+                    return Some(source);
+                }
+                match source.downcast_ref() {
+                    Some(UploadError::Api { source, .. }) => Some(source),
+                    Some(UploadError::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. })) => Some(source),
+                    _ => None,
+                }
+            }
+            _ => None,
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn nature(&self) -> Nature {
+        match self {
+            Self::Interrupted(_) => return Nature::Interrupted,
+            Self::Held { .. } => return Nature::Held,
+            Self::Quota(_) => return Nature::Quota,
+            Self::Stuck { .. } | Self::Lost { .. } => return Nature::Transient,
+            Self::LeftBehind { error, .. } => return error.nature(),
+            _ => {}
+        }
+        let refused_to_sign_in = |error: &SignInError| matches!(error, SignInError::Refused { .. } | SignInError::Config(_));
+        let of_upload = match self {
+            Self::Stage { source, .. } => source.downcast_ref::<UploadError>(),
+            _ => None,
+        };
+        if matches!(self, Self::SignIn(error) if refused_to_sign_in(error))
+            || matches!(of_upload, Some(UploadError::SignIn(error)) if refused_to_sign_in(error))
+        {
+            return Nature::Credentials;
+        }
+        let Some(api) = self.api() else {
+            return if matches!(self, Self::Stage { kind: ErrorKind::Network, .. }) { Nature::Transient } else { Nature::Permanent };
+        };
+        match api {
+            ApiError::Status(error) if error.status == StatusCode::PAYLOAD_TOO_LARGE => {
+                // "Image exceeds the storage quota", and not "The incoming image is too large"
+                if error.text.contains("quota") { Nature::Quota } else { Nature::Permanent }
+            }
+            api if api.status() == Some(StatusCode::UNAUTHORIZED) => Nature::Credentials,
+            // answers that no API promises come from what stands between
+            ApiError::Answer { .. } => Nature::Transient,
+            // the image that was being made went away
+            _ if of_upload.is_some() && matches!(api.status(), Some(StatusCode::NOT_FOUND | StatusCode::GONE)) => Nature::Transient,
+            api if api.is_retryable() => Nature::Transient,
+            _ => Nature::Permanent,
+        }
     }
 
     /// Exit code: 1 failed, 2 usage, 3 verification failed, 130 interrupted.

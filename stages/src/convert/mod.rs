@@ -23,6 +23,8 @@
 //! | [`job`] | a conversion under way: survey and emission |
 //! | [`to_file`] | a source becomes a local file |
 //! | [`to_glance`] | a source becomes a new image in Glance |
+//! | `making` | the record of a new image, made and removed |
+//! | [`claim`] | one run at a time converts a source |
 //! | `sending` | an image's way into Glance, with its retries |
 //! | [`to_stream`] | a source becomes bytes on a pipe |
 //! | [`readback`] | what was made is read, decoded and compared |
@@ -30,8 +32,10 @@
 
 pub mod as_is;
 pub mod budget;
+pub mod claim;
 pub mod error;
 pub mod job;
+mod making;
 pub mod names;
 pub mod options;
 pub mod readback;

@@ -1,10 +1,15 @@
 //! Who has the new image's name already, and what that means.
 
-use super::{After, JobError, Source};
+use super::{
+    After, Job, JobError, Source, Verify,
+    claim::held,
+    readback::prove,
+    retire::{after_conversion, release},
+};
 use crate::{
     openstack::{
         Image, Session,
-        image::{SOURCE_HASH, SOURCE_ID, VERIFIED},
+        image::{CLAIM_UNTIL, RUN, SOURCE_HASH, SOURCE_ID, VERIFIED},
     },
     text::printable,
 };
@@ -90,6 +95,78 @@ pub fn check_name(
         printable(name),
         lines.concat()
     )))
+}
+
+/// What an earlier run made of this source, if anything: finished now, or found finished.
+///
+/// `made`: the images that name the source as theirs ([`SOURCE_ID`]), whatever they are called.
+///
+/// # Errors
+/// [`JobError::Held`] if another run is at it; what proving it, or what is left to do with the source, came to.
+pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>) -> Result<Option<Image>, JobError> {
+    let Source::Glance { image: source, .. } = &job.source else { return Ok(None) };
+    let mut ours = made;
+    ours.retain(|image| image.id != source.id && image.property(SOURCE_ID) == Some(&source.id));
+    ours.retain(|image| may_be_made_of(session, image, source));
+    let own_run = |image: &Image| job.options.run.as_deref().is_some_and(|run| image.property(RUN) == Some(run));
+    if let Some(held) = ours.iter().filter(|image| !own_run(image)).find_map(|image| held(image, &*job.notices)) {
+        return Err(held);
+    }
+    let active = |image: &&Image| image.status == "active";
+    if let Some(done) = ours.iter().filter(active).find(|image| may_be_finished(image)) {
+        go_on_with_finished(job, session, done).await?;
+        return Ok(Some(done.clone()));
+    }
+    if let Some(unproven) = ours.iter().find(active) {
+        go_on_with_unproven(job, session, unproven).await?;
+        return Ok(Some(unproven.clone()));
+    }
+    Ok(None)
+}
+
+/// A finished conversion is there: what is left to do with its source is done.
+///
+/// # Errors
+/// [`JobError`].
+pub async fn go_on_with_finished(job: &Job, session: &Session, image: &Image) -> Result<(), JobError> {
+    if job.options.verify == Verify::Readback && job.options.after == After::Keep {
+        job.notices.note("the image is there already: it is read and compared with the source");
+        if !prove(job, session, image).await? {
+            return Err(JobError::Verification(format!("image {} does not show what the source shows", image.shown_id())));
+        }
+    }
+    job.notices.note(&format!(
+        "made earlier, with the options of then ({}): for another one take another name, or --force",
+        image.line()
+    ));
+    // an earlier run may have been stopped between its verification and the rest
+    after_conversion(job, session, &image.id, true).await?;
+    release_if_claimed(session, image).await
+}
+
+/// An image says that it was made from this source, and was never verified: it is now.
+///
+/// # Errors
+/// [`JobError`]; a refusal if it is not what it says.
+pub async fn go_on_with_unproven(job: &Job, session: &Session, image: &Image) -> Result<(), JobError> {
+    job.notices.note(&format!(
+        "image {} ({}) was made from this source and never verified since: it is read and compared now",
+        image.shown(),
+        image.shown_id()
+    ));
+    if !prove(job, session, image).await? {
+        return Err(unproven(image));
+    }
+    after_conversion(job, session, &image.id, false).await?;
+    release_if_claimed(session, image).await
+}
+
+/// A claim that a dead run left on a finished image ends.
+async fn release_if_claimed(session: &Session, image: &Image) -> Result<(), JobError> {
+    if image.property(CLAIM_UNTIL).is_some() {
+        release(session, &image.id).await?;
+    }
+    Ok(())
 }
 
 /// The refusal of an image that claims to be this source's conversion and could not be proven to be.

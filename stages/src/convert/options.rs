@@ -61,6 +61,8 @@ pub struct Options {
     pub copy_members: bool,
     /// The new image goes into another cloud: ids of the source's cloud stay behind.
     pub elsewhere: bool,
+    /// The source is claimed before it is read, so that no other run converts it at the same time ([`super::claim`]).
+    pub claim: bool,
     /// The run's name, by which a half-made image is recognised; a random one if there is none.
     pub run: Option<String>,
     /// When to give up.
@@ -87,6 +89,7 @@ impl Default for Options {
             after: After::Keep,
             copy_members: false,
             elsewhere: false,
+            claim: false,
             run: None,
             patience: Patience::default(),
         }
@@ -106,6 +109,12 @@ pub trait Notices: Send + Sync {
     /// An image is made, or about to be: whoever keeps a record of runs writes its id down before the request leaves.
     fn making(&self, image_id: &str) {
         let _ = image_id;
+    }
+
+    /// Is this the name of a run that is known to be dead? Whoever keeps a record of this machine's runs knows; nobody knows of others.
+    fn is_dead(&self, run: &str) -> bool {
+        let _ = run;
+        false
     }
 
     /// A server is about to be changed; `None`: it is as it was found again. Whoever keeps a record of runs writes it down before the request

@@ -24,8 +24,8 @@ use super::{
 use crate::{
     glance::Remote,
     openstack::{
-        Image, Session,
-        image::{ImageError, REPLACES, REPLACES_NAME, SOURCE_ID, VERIFIED},
+        ApiError, Change, Image, Session,
+        image::{CLAIM_UNTIL, ImageError, REPLACES, REPLACES_NAME, SOURCE_ID, VERIFIED},
     },
     store::Survey,
     text::{causes, printable, shell_word, size},
@@ -137,7 +137,7 @@ pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, compar
                 Some(StatusCode::FORBIDDEN) => "the source may not be deleted",
                 _ => "deleting the source failed",
             };
-            return Err(failed(new_id, why, &error));
+            return Err(failed(new_id, why, error));
         }
     }
     if after == After::Replace {
@@ -150,8 +150,8 @@ pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, compar
     Ok(())
 }
 
-fn failed(new_id: &str, what: &str, error: &dyn std::error::Error) -> JobError {
-    JobError::Refused(format!("the new image {new_id} is there and verified, and so is the source: {what}: {}", causes(error)))
+fn failed(new_id: &str, what: &str, error: ApiError) -> JobError {
+    JobError::SourceKept { new_id: new_id.to_owned(), what: what.to_owned(), error }
 }
 
 fn kept(new_id: &str) -> JobError {
@@ -166,13 +166,13 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
     if after == After::Replace {
         for (key, value) in [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())] {
             let value = json!(value.chars().take(255).collect::<String>());
-            session.set_property(new_id, key, &value).await.map_err(|error| failed(new_id, "marking the new image", &error))?;
+            session.set_property(new_id, key, &value).await.map_err(|error| failed(new_id, "marking the new image", error))?;
         }
     }
     let visibility = source.visibility.as_deref().unwrap_or("private");
     if job.options.copy_members || (after == After::Replace && visibility != "private") {
         let set = session.set_property(new_id, "visibility", &json!(visibility)).await;
-        set.map_err(|error| failed(new_id, &format!("making the new image {visibility}"), &error))?;
+        set.map_err(|error| failed(new_id, &format!("making the new image {visibility}"), error))?;
     }
     // asked for again: somebody may have been added meanwhile
     let members =
@@ -180,7 +180,7 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
     if job.options.copy_members {
         for member in &members {
             let added = session.add_member(new_id, member).await;
-            added.map_err(|error| failed(new_id, &format!("sharing the new image with {}", printable(member)), &error))?;
+            added.map_err(|error| failed(new_id, &format!("sharing the new image with {}", printable(member)), error))?;
         }
         job.notices.note(&format!("the new image is shared with {} projects, which have to accept it", members.len()));
     }
@@ -196,7 +196,7 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
     }
     job.check_unchanged().await.map_err(|error| match error {
         JobError::Api(error) => {
-            failed(new_id, "the source could not be looked at again (another run may have deleted it)", &error)
+            failed(new_id, "the source could not be looked at again (another run may have deleted it)", error)
         }
         error => error,
     })?;
@@ -242,6 +242,19 @@ pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<bo
         error => error,
     })?;
     Ok(true)
+}
+
+/// Takes the claim off a finished image, and the protection that kept others from deleting it while its source went.
+///
+/// # Errors
+/// [`ApiError`].
+pub async fn release(session: &Session, image_id: &str) -> Result<(), ApiError> {
+    let changes = [Change::Remove(CLAIM_UNTIL.to_owned()), Change::Set("protected".to_owned(), json!(false))];
+    match session.change_image(image_id, &changes).await {
+        // somebody has released it already
+        Err(error) if matches!(error.status(), Some(StatusCode::CONFLICT | StatusCode::NOT_FOUND)) => Ok(()),
+        other => other.map(|_| ()),
+    }
 }
 
 /// The last steps of a replacement.

@@ -1,20 +1,21 @@
 //! A source becomes a new image in Glance: survey, layout, emit.
 //!
-//! The image is made (POST) only after the survey, when its exact length is known and compared with the quota, and its id
-//! is chosen here, so that it can be removed even if the answer to the POST is lost. It counts as done, and gets
+//! The image is made (POST) only after the survey, when its exact length is known and compared with the quota (before it where the source
+//! is claimed: `claim.rs`), and its id is chosen here, so that it can be removed even if the answer to the POST is lost. It counts as done, and gets
 //! `virta_verified`, only when the source's hash agreed, Glance's size and hash of it are ours, and, where asked for, what Glance
 //! serves decodes to the source's bytes. Anything else, an interrupt included, deletes it.
 //!
 //! How uploads that fail are mended: `sending.rs`.
 
-use std::sync::Mutex;
-
 use engine::{CancelToken, ErrorKind, Pipeline, ReportHandle, RunError};
+use reqwest::StatusCode;
 use serde_json::json;
 
 use super::{
     After, Job, JobError, Report, Source, Verify,
+    claim::Claim,
     job::{ReportOf, Surveyed, cause_of},
+    making::Maker,
     names::verified_mark,
     readback::{Target, against_survey},
     report::HashReport,
@@ -25,38 +26,92 @@ use crate::{
     glance::ImageFile,
     hash::Hasher,
     openstack::{
-        Image, Session,
-        image::{VERIFIED, check_properties, converted_record},
+        Change, Image, Session,
+        image::{CLAIM_UNTIL, VERIFIED, check_properties, converted_record},
     },
     store::{Chunk, EmitReport},
-    text::{printable, shell_word, size},
+    qcow2::Geometry,
+    text::{causes, printable, shell_word, size},
 };
 
-/// Converts the job's source into a new image called `name`.
+/// Converts the job's source into a new image called `name`. Where the options say so, the source is claimed first.
 ///
 /// # Errors
-/// [`JobError`]; no image is left behind then, or the error says which.
+/// [`JobError`]; no image is left behind then, or the error says which. [`JobError::Held`]: another run has claimed the source.
 ///
 /// # Cancel safety
 /// Cancel with the job's token: the half-made image is deleted before this returns. If the future is dropped instead, the image
 /// stays, `queued` or `saving`, with `virta_run` in it.
 pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Report, JobError> {
     check_properties(&job.options.properties).map_err(JobError::Usage)?;
+    let Some((source_bytes, claim)) = claim_of(job, session)? else {
+        let surveyed = survey_within_quota(job, session, name).await?;
+        let maker = maker(job, session, name, surveyed.layout.placement().geometry.virtual_bytes());
+        return emit(job, &maker, None, surveyed).await;
+    };
+    let virtual_bytes = Geometry::new(source_bytes, job.options.cluster_bits)?.virtual_bytes();
+    let mut maker = maker(job, session, name, virtual_bytes);
+    maker.claim = Some(claim);
+    let claiming = async {
+        let id = maker.create_or_stop().await?;
+        if let Some(claim) = &maker.claim {
+            claim.keep(session, &id, &job.cancel);
+        }
+        Ok((id, survey_within_quota(job, session, name).await?))
+    };
+    match claiming.await {
+        Ok((id, surveyed)) => emit(job, &maker, Some(id), surveyed).await,
+        Err(error) => Err(given_up(&maker, error).await),
+    }
+}
+
+/// The claim that the options ask for, and the source's size.
+fn claim_of(job: &Job, session: &Session) -> Result<Option<(u64, Claim)>, JobError> {
+    let Source::Glance { image, bytes, .. } = &job.source else { return Ok(None) };
+    if !job.options.claim {
+        return Ok(None);
+    }
+    let Some(project) = &session.whoami().project_id else {
+        return Err(JobError::Refused("a source can only be claimed for a project, and this sign-in has none".to_owned()));
+    };
+    Ok(Some((*bytes, Claim::new(&image.id, project, job.options.patience.claim))))
+}
+
+fn maker<'a>(job: &'a Job, session: &'a Session, name: &str, virtual_bytes: u64) -> Maker<'a> {
+    let source = match &job.source {
+        Source::Glance { image, .. } => Some(&**image),
+        Source::Local(_) | Source::Pipe(_) => None,
+    };
+    let options = &job.options;
+    let run = options.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
+    let record = converted_record(source, name, virtual_bytes, &run, &options.properties, options.elsewhere);
+    // policies differ between clouds: what a source has is not always ours to set
+    let given = |key: &&String| options.properties.iter().any(|(name, _)| name == *key);
+    let droppable = source.into_iter().flat_map(|image| image.properties.keys()).filter(|key| !given(key)).cloned().collect();
+    let mut maker = Maker::new(session, record, options.patience, &job.cancel, &*job.notices, &job.retries);
+    maker.droppable = droppable;
+    maker
+}
+
+/// Surveys, and compares the exact length with what the quota has left.
+async fn survey_within_quota(job: &Job, session: &Session, name: &str) -> Result<Surveyed, JobError> {
     let quota = tokio::spawn({
         let session = session.clone();
         async move { session.quota_left_bytes().await }
     });
     let mut surveyed = job.survey(&format!("new image {}", printable(name))).await?;
     let image_bytes = surveyed.layout.file_bytes();
-    let running = surveyed.running.take().ok_or_else(|| JobError::bug("a survey runs once"))?;
     let quota_left = match job.cancel.guard(quota).await {
         Ok(left) => left.unwrap_or(None),
-        Err(_) => return Err(cause_of(JobError::interrupted(), running).await),
+        Err(_) => {
+            let running = surveyed.running.take().ok_or_else(|| JobError::bug("a survey runs once"))?;
+            return Err(cause_of(JobError::interrupted(), running).await);
+        }
     };
     if let Some(left) = quota_left
         && image_bytes > left
     {
-        return Err(JobError::Refused(format!(
+        return Err(JobError::Quota(format!(
             "the quota for images has {} left, and the new one needs {} beside the old. The way out: convert to a local file \
              (virta convert {} {}.qcow2), check it, delete the raw image, then upload the file",
             size(left),
@@ -65,7 +120,16 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
             shell_word(name),
         )));
     }
-    let emission = Emission::new(job, session, &surveyed, name);
+    Ok(surveyed)
+}
+
+/// Sends what was surveyed, into `first` if that is made already, and proves it; then the source goes, if it shall.
+async fn emit(job: &Job, maker: &Maker<'_>, first: Option<String>, mut surveyed: Surveyed) -> Result<Report, JobError> {
+    let image_bytes = surveyed.layout.file_bytes();
+    let running = surveyed.running.take().ok_or_else(|| JobError::bug("a survey runs once"))?;
+    let content = SurveyedImage { job, surveyed: &surveyed };
+    let emission =
+        Emission { job, surveyed: &surveyed, maker, sending: Sending { maker, content, progress: &job.progress, first } };
     let emitting = async {
         let result = emission.sending.until_active().await;
         // where the job is cancelled already, its own cause is on its way, and nothing may come before it
@@ -84,10 +148,14 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
     };
     let made = match done {
         Ok(made) => made,
-        Err(error) => return Err(emission.sending.clean_up(error).await),
+        Err(error) => return Err(given_up(maker, error).await),
     };
-    emission.sending.remove_all_but(&made.id).await;
-    retire::after_conversion(job, session, &made.id, false).await?;
+    maker.remove_all_but(&made.id).await;
+    let retired = retire::after_conversion(job, maker.session, &made.id, false).await;
+    if maker.claim.is_some() && job.options.after != After::Keep {
+        emission.release(&made.id).await;
+    }
+    retired?;
     Ok(job.report(ReportOf {
         destination: format!("glance:{}", made.id),
         virtual_bytes: surveyed.layout.placement().geometry.virtual_bytes(),
@@ -101,6 +169,19 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
         image_hash: made.image_hash,
         stages: made.stages,
     }))
+}
+
+/// Nothing comes of it: what was made goes. An image that somebody else deleted is the cause of whatever followed.
+async fn given_up(maker: &Maker<'_>, error: JobError) -> JobError {
+    let lost = maker.claim.as_ref().is_some_and(Claim::is_lost);
+    if let Some(claim) = &maker.claim {
+        claim.leave().await;
+    }
+    let error = maker.clean_up(error).await;
+    match error {
+        JobError::Interrupted(_) if lost => JobError::Lost { image: maker.last_made() },
+        error => error,
+    }
 }
 
 /// A survey's image as something to send.
@@ -127,6 +208,7 @@ impl Content for SurveyedImage<'_> {
 struct Emission<'a> {
     job: &'a Job,
     surveyed: &'a Surveyed,
+    maker: &'a Maker<'a>,
     sending: Sending<'a, SurveyedImage<'a>>,
 }
 
@@ -139,34 +221,7 @@ struct Proven {
     stages: Stages,
 }
 
-impl<'a> Emission<'a> {
-    fn new(job: &'a Job, session: &'a Session, surveyed: &'a Surveyed, name: &str) -> Self {
-        let source = match &job.source {
-            Source::Glance { image, .. } => Some(&**image),
-            Source::Local(_) | Source::Pipe(_) => None,
-        };
-        let options = &job.options;
-        let run = options.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
-        let virtual_bytes = surveyed.layout.placement().geometry.virtual_bytes();
-        let record = converted_record(source, name, virtual_bytes, &run, &options.properties, options.elsewhere);
-        // policies differ between clouds: what a source has is not always ours to set
-        let given = |key: &&String| options.properties.iter().any(|(name, _)| name == *key);
-        let droppable = source.into_iter().flat_map(|image| image.properties.keys()).filter(|key| !given(key)).cloned().collect();
-        let sending = Sending {
-            session,
-            content: SurveyedImage { job, surveyed },
-            record,
-            droppable,
-            patience: options.patience,
-            progress: &job.progress,
-            cancel: &job.cancel,
-            notices: &*job.notices,
-            retries: &job.retries,
-            made: Mutex::default(),
-        };
-        Self { job, surveyed, sending }
-    }
-
+impl Emission<'_> {
     async fn guard<T>(&self, work: impl Future<Output = T>) -> Result<T, JobError> {
         self.job.cancel.guard(work).await.map_err(|_| JobError::interrupted())
     }
@@ -190,10 +245,10 @@ impl<'a> Emission<'a> {
             (Some(algorithm), _) if image_hash.checked => format!("{algorithm} of what was sent"),
             _ => format!("size:{}", emitted.bytes),
         };
-        self.guard(self.sending.session.set_property(&image.id, VERIFIED, &json!(verified))).await??;
+        self.mark(&image.id, &verified).await?;
         if let Source::Glance { image: source, .. } = &self.job.source
             && source.protected == Some(true)
-            && let Err(error) = self.guard(self.sending.session.set_property(&image.id, "protected", &json!(true))).await?
+            && let Err(error) = self.guard(self.maker.session.set_property(&image.id, "protected", &json!(true))).await?
         {
             self.job.notices.warn(&format!("the source is protected, the new image could not be: {error}"));
         }
@@ -201,9 +256,37 @@ impl<'a> Emission<'a> {
         Ok(Proven { id: image.id, image_hash, read_back, read_twice, stages })
     }
 
+    /// Marks the image as verified, and ends the claim, unless the source is still to go: then nobody may delete the image any more.
+    async fn mark(&self, image_id: &str, verified: &str) -> Result<(), JobError> {
+        let mut changes = vec![Change::Set(VERIFIED.to_owned(), json!(verified))];
+        match &self.maker.claim {
+            Some(claim) if self.job.options.after == After::Keep => {
+                claim.leave().await;
+                changes.push(Change::Remove(CLAIM_UNTIL.to_owned()));
+            }
+            Some(_) => changes.push(Change::Set("protected".to_owned(), json!(true))),
+            None => {}
+        }
+        match self.guard(self.maker.session.change_image(image_id, &changes)).await? {
+            Ok(_) => Ok(()),
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Err(JobError::Lost { image: image_id.to_owned() }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.
+    async fn release(&self, image_id: &str) {
+        if let Some(claim) = &self.maker.claim {
+            claim.leave().await;
+        }
+        if let Err(error) = retire::release(self.maker.session, image_id).await {
+            self.job.notices.warn(&format!("image {image_id} stays protected: {}; virta image set --unprotected {image_id}", causes(&error)));
+        }
+    }
+
     async fn read_back(&self, image: &Image) -> Result<(), JobError> {
         let job = self.job;
-        let remote = job.remote(self.sending.session, image);
+        let remote = job.remote(self.maker.session, image);
         job.notices.note(&format!("reading {} back and comparing it with what was read of the source", size(remote.image_bytes)));
         let access = ImageFile::access(&remote).await?;
         let target = Target::Glance { remote, access };

@@ -224,6 +224,7 @@ impl Connection {
             *place += bytes;
             let place = *place;
             self.arrived(place, bytes);
+            self.remote.cancel.guard(self.remote.session.pace(bytes)).await?;
             if skip == 0 {
                 buf[*filled..*filled + chunk.len()].copy_from_slice(&chunk);
                 *filled += chunk.len();

@@ -34,6 +34,8 @@ pub struct Patience {
     pub tries: u32,
     /// Uploads of one image.
     pub uploads: u32,
+    /// How long a claim on a source is good each time it is renewed; others wait so long after whoever made it died.
+    pub claim: Duration,
     /// How long removing what is half made may take after an interrupt.
     pub clean_up: Duration,
 }
@@ -50,6 +52,7 @@ impl Default for Patience {
             pause: Duration::from_millis(500),
             tries: 6,
             uploads: 5,
+            claim: Duration::from_secs(600),
             clean_up: Duration::from_secs(4),
         }
     }

@@ -150,6 +150,7 @@ impl Stage for Upload {
             loop {
                 starved.store(true, Relaxed);
                 let Some(Chunk(chunk)) = inlet.recv().await? else { break };
+                self.session.pace(to_u64(chunk.len())).await;
                 starved.store(false, Relaxed);
                 if feed.send(chunk).await.is_err() {
                     break; // the request has ended: its answer says why

@@ -22,6 +22,9 @@ pub const RUN: &str = "virta_run";
 /// Property that is there only once the image was verified.
 pub const VERIFIED: &str = "virta_verified";
 
+/// Property that says until when (UTC) whoever makes this image has to be left alone with its source.
+pub const CLAIM_UNTIL: &str = "virta_claim_until";
+
 /// Property that names the image that this one takes the place of, while it does.
 pub const REPLACES: &str = "virta_replaces";
 /// Property that holds that image's name, for a run that finds it gone.

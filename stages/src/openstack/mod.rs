@@ -7,6 +7,7 @@
 //! | [`http`] | clients: trust store, `OS_CACERT`, proxies, no total time-out |
 //! | [`session`] | a token that renews itself, the catalog, requests with it |
 //! | [`image`] | images: find, create, change, delete; what carries over to a converted one |
+//! | [`rate`] | a limit for image data, shared by all transfers |
 //! | [`member`] | sharing: an image's members, and their side of it |
 //! | [`server`] | Nova: servers, and images of them |
 //! | [`error`] | what a service answered, ready to paste into a support ticket |
@@ -26,6 +27,7 @@ pub mod error;
 pub mod http;
 pub mod image;
 pub mod member;
+pub mod rate;
 pub mod server;
 pub mod session;
 pub mod surroundings;

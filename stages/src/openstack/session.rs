@@ -12,6 +12,7 @@ use super::{
     config::{CloudConfig, ConfigError, Identity, Project, Secret, User},
     error::ApiError,
     http::{CALL_TIMEOUT, Clients},
+    rate::RateLimit,
 };
 
 /// A token with less than this left is renewed first (keystoneauth, `MIN_TOKEN_LIFE_SECONDS`).
@@ -121,7 +122,7 @@ struct Inner {
 
 /// A signed-in session. Clones are the same session.
 #[derive(Clone)]
-pub struct Session(Arc<Inner>);
+pub struct Session(Arc<Inner>, Option<RateLimit>);
 
 /// What Keystone answered.
 struct SignedIn {
@@ -149,7 +150,29 @@ impl Session {
             image_url,
             compute_url,
             whoami: signed_in.whoami,
-        })))
+        }), None))
+    }
+
+    /// The same session, whose image data, both ways and of all clones together, is moved no faster than this.
+    #[must_use]
+    pub fn limited_to(&self, bytes_per_s: u64) -> Self {
+        Self(Arc::clone(&self.0), Some(RateLimit::new(bytes_per_s)))
+    }
+
+    /// The limit for image data, if there is one.
+    #[must_use]
+    pub fn rate_bytes_per_s(&self) -> Option<u64> {
+        self.1.as_ref().map(RateLimit::bytes_per_s)
+    }
+
+    /// Waits until so many bytes of image data may be moved.
+    ///
+    /// # Cancel safety
+    /// Safe; the bytes count as moved.
+    pub async fn pace(&self, bytes: u64) {
+        if let Some(limit) = &self.1 {
+            limit.take(bytes).await;
+        }
     }
 
     /// Who is signed in, and where.

@@ -1,0 +1,209 @@
+//! Claims: a source is converted by one run at a time, on whatever machine, and Glance is the only judge.
+//!
+//! # How
+//! The claim is the POST that makes the new image. Its id follows from the source: UUIDv5 of source id, project and generation. Glance
+//! answers 409 to whoever comes second, and also where an image of that id was deleted (glance/db/sqlalchemy: ids of deleted images stay
+//! taken). So of two runs that want generation `g`, one gets it; and whoever takes a dead one over deletes `g` and makes `g + 1`, which
+//! again only one can.
+//!
+//! ```text
+//! POST g ── 201 ── survey (claim renewed) ── claim set far ahead ── PUT ── active (renewed) ── proven ── source goes ── claim off
+//!   └── 409: gone ─> g + 1 · claim good: held by another · claim over, queued or saving: DELETE g, POST g + 1
+//! ```
+//! `virta_claim_until` says how long others have to keep away. It is renewed while the image is `queued` or `active`; a change while it is
+//! `saving` is lost, so before the PUT it is set to an hour or four times the estimate from then on, whichever is more.
+//!
+//! # What cannot happen
+//! - *Two conversions of one source*: two POSTs of one id do not both succeed.
+//! - *A takeover that deletes the only copy*: an image whose source is about to be deleted is `protected` first, so a DELETE that was on its
+//!   way is refused (403); and if it came before, the source's run finds its image gone and lets the source be.
+//! - *Two owners*: a run whose image was deleted under it gets 404 or 410 to whatever it asks next, and ends.
+//!
+//! Clocks of machines may differ by [`GRACE_S`]; a clock that is more wrong makes somebody lose work, never data.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use engine::{CancelToken, Cause};
+use jiff::{SignedDuration, Timestamp};
+use reqwest::StatusCode;
+use serde_json::json;
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+
+use super::{JobError, Notices};
+use crate::openstack::{
+    Image, Session,
+    image::{CLAIM_UNTIL, RUN},
+};
+
+/// How far clocks of machines may be apart, seconds.
+pub const GRACE_S: i64 = 60;
+/// The least time that a claim is set ahead before an upload.
+const UPLOAD_MIN: Duration = Duration::from_secs(3600);
+/// An upload is expected to be at least so fast, bytes a second.
+const UPLOAD_BYTES_PER_S: u64 = 10 << 20;
+
+/// A claim on a source, from before its image is made until nothing is left to do.
+pub(super) struct Claim {
+    source: String,
+    project: String,
+    /// How long it is good each time it is renewed.
+    life: Duration,
+    renewing: Mutex<Option<JoinHandle<()>>>,
+    /// Its image was deleted by somebody else.
+    lost: Arc<AtomicBool>,
+}
+
+/// The id of the image that claims `source` for `project`, at its `generation`th try.
+#[must_use]
+pub fn claimed_id(source: &str, project: &str, generation: u32) -> String {
+    let space = Uuid::new_v5(&Uuid::NAMESPACE_OID, b"virta claim");
+    Uuid::new_v5(&space, format!("{source}/{project}/{generation}").as_bytes()).hyphenated().to_string()
+}
+
+fn text(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+fn ahead(by: Duration) -> String {
+    let by = SignedDuration::try_from(by).unwrap_or(SignedDuration::from_hours(1));
+    text(Timestamp::now().checked_add(by).unwrap_or(Timestamp::MAX))
+}
+
+/// Until when the claim on an image is good; `None` for one that has none, or none any more.
+#[must_use]
+pub fn good_until(image: &Image) -> Option<Timestamp> {
+    let until: Timestamp = image.property(CLAIM_UNTIL)?.parse().ok()?;
+    let grace = SignedDuration::from_secs(GRACE_S);
+    (until.checked_add(grace).unwrap_or(Timestamp::MAX) > Timestamp::now()).then_some(until)
+}
+
+/// The refusal of an image that another run, which may live, has claimed. A run of this machine that is known to be dead has none.
+#[must_use]
+pub fn held(image: &Image, notices: &dyn Notices) -> Option<JobError> {
+    let until = good_until(image)?;
+    let run = image.property(RUN).unwrap_or("unknown");
+    (!notices.is_dead(run)).then(|| JobError::Held { image: image.id.clone(), run: run.to_owned(), until: text(until) })
+}
+
+impl Claim {
+    /// `life`: how long it is good each time.
+    pub(super) fn new(source: &str, project: &str, life: Duration) -> Self {
+        let (source, project) = (source.to_owned(), project.to_owned());
+        Self { source, project, life, renewing: Mutex::default(), lost: Arc::default() }
+    }
+
+    pub(super) fn image_id(&self, generation: u32) -> String {
+        claimed_id(&self.source, &self.project, generation)
+    }
+
+    /// The end of a claim that is made or renewed now.
+    pub(super) fn next_end(&self) -> String {
+        ahead(self.life)
+    }
+
+    /// Was the image taken away by somebody else?
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(SeqCst)
+    }
+
+    /// Renews it again and again; when the image is gone, the job is cancelled.
+    pub(super) fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken) {
+        let (session, id, cancel) = (session.clone(), image_id.to_owned(), cancel.clone());
+        let (life, lost) = (self.life, Arc::clone(&self.lost));
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(life / 4).await;
+                match session.set_property(&id, CLAIM_UNTIL, &json!(ahead(life))).await {
+                    Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
+                        lost.store(true, SeqCst);
+                        cancel.cancel(Cause::Requested(format!("image {id} was deleted by somebody else")));
+                        return;
+                    }
+                    // a service that stumbles is asked again; until it gets up, the claim is still good for a while
+                    Ok(()) | Err(_) => {}
+                }
+            }
+        });
+        if let Some(before) = self.renewing.lock().unwrap_or_else(PoisonError::into_inner).replace(task) {
+            before.abort();
+        }
+    }
+
+    /// Stops renewing it. No renewal is under way when this returns.
+    pub(super) async fn leave(&self) {
+        let task = self.renewing.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            task.abort();
+            let _ = task.await;
+        }
+    }
+
+    /// Before a PUT of `bytes`: while it lasts, nothing can be renewed.
+    pub(super) async fn set_ahead(&self, session: &Session, image_id: &str, bytes: u64) -> Result<(), JobError> {
+        self.leave().await;
+        let rate = session.rate_bytes_per_s().unwrap_or(u64::MAX).clamp(1, UPLOAD_BYTES_PER_S);
+        let expected = Duration::from_secs(bytes / rate);
+        let until = ahead(UPLOAD_MIN.max(expected * 4));
+        Ok(session.set_property(image_id, CLAIM_UNTIL, &json!(until)).await?)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(task) = self.renewing.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            task.abort();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(until: &str) -> Image {
+        serde_json::from_value(json!({ "id": "i", "status": "queued", CLAIM_UNTIL: until, RUN: "r" })).unwrap()
+    }
+
+    #[test]
+    fn ids_follow_from_source_project_and_generation_alone() {
+        let id = claimed_id("s", "p", 0);
+        assert_eq!(id, claimed_id("s", "p", 0));
+        for other in [claimed_id("s", "p", 1), claimed_id("s", "q", 0), claimed_id("t", "p", 0)] {
+            assert_ne!(id, other);
+        }
+        assert_eq!(Uuid::parse_str(&id).unwrap().get_version_num(), 5);
+    }
+
+    #[test]
+    fn a_claim_is_good_until_its_end_and_a_minute_for_clocks_that_differ() {
+        let seconds = |by: i64| text(Timestamp::now().checked_add(SignedDuration::from_secs(by)).unwrap());
+        assert!(good_until(&image(&seconds(5))).is_some());
+        assert!(good_until(&image(&seconds(5 - GRACE_S))).is_some());
+        assert!(good_until(&image(&seconds(-5 - GRACE_S))).is_none());
+        assert!(good_until(&image("soon")).is_none());
+    }
+
+    struct Dead;
+
+    impl Notices for Dead {
+        fn note(&self, _: &str) {}
+
+        fn is_dead(&self, run: &str) -> bool {
+            run == "r"
+        }
+    }
+
+    #[test]
+    fn a_run_that_is_known_to_be_dead_holds_nothing() {
+        let until = ahead(Duration::from_secs(600));
+        assert!(matches!(held(&image(&until), &()), Some(JobError::Held { .. })));
+        assert!(held(&image(&until), &Dead).is_none());
+    }
+}

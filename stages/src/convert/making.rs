@@ -1,0 +1,255 @@
+//! Records of new images: made under an id that is known before the request leaves, and removed if nothing comes of them.
+//!
+//! The id is random, or it is a [`Claim`]'s: then the POST itself is what keeps others away.
+
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicU32, Ordering::SeqCst},
+};
+
+use engine::CancelToken;
+use reqwest::StatusCode;
+use serde_json::{Map, Value, json};
+
+use super::{
+    JobError, Notices,
+    claim::{self, Claim},
+};
+use crate::{
+    glance::{Patience, Retries},
+    openstack::{
+        ApiError, Image, Session,
+        error::now_utc,
+        image::{CLAIM_UNTIL, RUN},
+    },
+    text::{causes, printable},
+};
+
+/// Images of one claim that were made and deleted before this one; more than that is no accident.
+const GENERATIONS_MAX: u32 = 10_000;
+
+/// Makes one image, several times if it has to.
+pub(super) struct Maker<'a> {
+    pub(super) session: &'a Session,
+    /// The image's record, without its id.
+    pub(super) record: Map<String, Value>,
+    /// Properties that stay behind where Glance refuses them.
+    pub(super) droppable: Vec<String>,
+    pub(super) patience: Patience,
+    pub(super) cancel: &'a CancelToken,
+    pub(super) notices: &'a dyn Notices,
+    pub(super) retries: &'a Retries,
+    /// The source is claimed by making the image.
+    pub(super) claim: Option<Claim>,
+    /// Ids of images that were made, or that were about to be.
+    made: Mutex<Vec<String>>,
+    generation: AtomicU32,
+}
+
+/// What a POST came to.
+enum Posted {
+    Made,
+    /// The id is taken, or was.
+    Taken,
+}
+
+impl<'a> Maker<'a> {
+    pub(super) fn new(
+        session: &'a Session,
+        record: Map<String, Value>,
+        patience: Patience,
+        cancel: &'a CancelToken,
+        notices: &'a dyn Notices,
+        retries: &'a Retries,
+    ) -> Self {
+        let (droppable, claim, made) = (Vec::new(), None, Mutex::default());
+        Self { session, record, droppable, patience, cancel, notices, retries, claim, made, generation: AtomicU32::new(0) }
+    }
+
+    fn run(&self) -> &str {
+        self.record.get(RUN).and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// Makes the image; when the run is cancelled meanwhile, its answer is still waited for, for a while: the image that it
+    /// makes has to be there before it can be deleted.
+    pub(super) async fn create_or_stop(&self) -> Result<String, JobError> {
+        let create = self.create();
+        tokio::pin!(create);
+        tokio::select! {
+            result = &mut create => result,
+            () = self.cancel.cancelled() => {
+                let _ = tokio::time::timeout(self.patience.clean_up / 2, create).await;
+                Err(JobError::interrupted())
+            }
+        }
+    }
+
+    async fn create(&self) -> Result<String, JobError> {
+        let Some(claim) = &self.claim else {
+            let id = uuid::Uuid::new_v4().hyphenated().to_string();
+            return match self.post(&id).await? {
+                Posted::Made => Ok(id),
+                Posted::Taken => Err(JobError::Refused(format!("image id {id}, chosen at random, is taken: this cannot be"))),
+            };
+        };
+        loop {
+            let generation = self.generation.fetch_add(1, SeqCst);
+            if generation > GENERATIONS_MAX {
+                return Err(JobError::Refused(format!("{generation} conversions of this source were made and deleted already")));
+            }
+            let id = claim.image_id(generation);
+            if let Posted::Made = self.post(&id).await? {
+                return Ok(id);
+            }
+            self.not_ours(&id);
+            match self.session.image(&id).await {
+                Ok(image) => self.take_over(&image).await?,
+                // made once, and deleted: its id is spent
+                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// An image has the claimed id already. Returns if it was removed because nobody needs it; the next generation is free then.
+    async fn take_over(&self, image: &Image) -> Result<(), JobError> {
+        // an earlier try of this very run left it, and this run works on a source once at a time
+        let own = image.property(RUN) == Some(self.run());
+        if !own && let Some(held) = claim::held(image, self.notices) {
+            return Err(held);
+        }
+        if !matches!(image.status.as_str(), "queued" | "saving" | "killed") {
+            return Err(JobError::Held {
+                image: image.id.clone(),
+                run: image.property(RUN).unwrap_or("unknown").to_owned(),
+                until: now_utc(),
+            });
+        }
+        self.session.delete_image(&image.id).await?;
+        self.notices.note(&format!(
+            "image {} of a run that is over ({}) was {}: it is removed, and its source taken over",
+            image.shown_id(),
+            printable(image.property(RUN).unwrap_or("unknown")),
+            printable(&image.status)
+        ));
+        Ok(())
+    }
+
+    /// Somebody else has this id: it is not ours to clean up.
+    fn not_ours(&self, id: &str) {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).retain(|made| made != id);
+    }
+
+    async fn post(&self, id: &str) -> Result<Posted, JobError> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).push(id.to_owned());
+        self.notices.making(id);
+        let mut record = self.record.clone();
+        record.insert("id".to_owned(), json!(id));
+        if let Some(claim) = &self.claim {
+            record.insert(CLAIM_UNTIL.to_owned(), json!(claim.next_end()));
+        }
+        let mut lost = false;
+        loop {
+            let error = match self.session.create_image(&record).await {
+                Ok(_) => return Ok(Posted::Made),
+                Err(error) => error,
+            };
+            // a property that is not ours to set here (policies differ between clouds) stays behind
+            if let Some(key) = self.refused_property(&error, &record) {
+                record.remove(&key);
+                self.notices.warn(&format!("property {} was not taken over: {}", printable(&key), causes(&error)));
+                continue;
+            }
+            let taken = error.status() == Some(StatusCode::CONFLICT);
+            // The answer may have been lost on its way: the run's name in the image tells whose it is.
+            let ours = async || {
+                let found = self.session.image(id).await;
+                found.is_ok_and(|image| image.property(RUN) == Some(self.run()) && image.status == "queued")
+            };
+            if taken && lost && ours().await {
+                return Ok(Posted::Made);
+            }
+            if taken && self.claim.is_some() {
+                return Ok(Posted::Taken);
+            }
+            if !error.is_retryable() || lost {
+                return Err(error.into());
+            }
+            if ours().await {
+                return Ok(Posted::Made);
+            }
+            lost = true;
+            self.retries.note(format!("making the image tried again: {}", causes(&error)));
+        }
+    }
+
+    /// The property that Glance's refusal names, if it names one that may stay behind.
+    fn refused_property(&self, error: &ApiError, record: &Map<String, Value>) -> Option<String> {
+        let ApiError::Status(refusal) = error else { return None };
+        if !matches!(refusal.status, StatusCode::FORBIDDEN | StatusCode::BAD_REQUEST) {
+            return None;
+        }
+        let named = |key: &&String| {
+            let quoted = [format!("'{key}'"), format!("\"{key}\""), format!(" {key} ")];
+            quoted.iter().any(|quoted| refusal.text.contains(quoted.as_str()))
+        };
+        self.droppable.iter().filter(|key| record.contains_key(*key)).find(named).cloned()
+    }
+
+    /// The id of the image that was made last.
+    pub(super) fn last_made(&self) -> String {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).last().cloned().unwrap_or_default()
+    }
+
+    /// Removes images that were made on the way, but for the one that counts.
+    pub(super) async fn remove_all_but(&self, id: &str) {
+        let others = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for other in others.iter().filter(|other| *other != id) {
+            if let Err(error) = self.session.delete_image(other).await {
+                let cause = causes(&error);
+                self.notices.warn(&format!(
+                    "an earlier try left image {other} half made, and deleting it failed ({cause}); remove it: virta image delete {other}"
+                ));
+            }
+        }
+    }
+
+    /// Removes everything that was made, whatever happened, and says so if even that fails.
+    pub(super) async fn clean_up(&self, error: JobError) -> JobError {
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if made.is_empty() {
+            return error;
+        }
+        let deleting = async {
+            let mut left = Vec::new();
+            for id in &made {
+                if let Err(error) = self.session.delete_image(id).await {
+                    left.push((id.clone(), error));
+                }
+            }
+            // a POST that was still on its way may land behind the DELETE
+            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+            if let Some(id) = made.last()
+                && let Err(error) = self.session.delete_image(id).await
+                && left.iter().all(|(known, _)| known != id)
+            {
+                left.push((id.clone(), error));
+            }
+            left
+        };
+        // an interrupt is answered within seconds; otherwise a service that stumbles gets the time to get up again
+        let within = match error {
+            JobError::Interrupted(_) => self.patience.clean_up,
+            _ => self.patience.silence.max(self.patience.clean_up),
+        };
+        match tokio::time::timeout(within, deleting).await {
+            Ok(left) if left.is_empty() => error,
+            Ok(mut left) => {
+                let ids: Vec<String> = left.iter().map(|(id, _)| id.clone()).collect();
+                let first = left.swap_remove(0).1;
+                JobError::LeftBehind { id: ids.join(" "), error: Box::new(error), left: Some(first) }
+            }
+            Err(_) => JobError::LeftBehind { id: made.join(" "), error: Box::new(error), left: None::<ApiError> },
+        }
+    }
+}
