@@ -22,10 +22,11 @@
 //! | [`glance::Upload`] | [`store::Chunk`] | – | network | – |
 //! | [`compare::Compare`] | – | – | threads | two buffers a worker |
 //!
-//! Beside them: [`inspect`], which looks into images, [`convert`], which joins the stages into the main job, [`download`], and [`snapshot`], which makes an image of a server.
+//! Beside them: [`inspect`], which looks into images, [`batch`], which converts many, [`convert`], which joins the stages into the main job, [`download`], and [`snapshot`], which makes an image of a server.
 //!
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
+pub mod batch;
 pub mod compare;
 pub mod compress;
 pub mod convert;

@@ -201,6 +201,12 @@ pub fn is_finished_conversion(session: &Session, made: &Image, source: &Image) -
         && may_be_finished(made)
 }
 
+/// Is the mark of verification this very image's own, so that it is somebody's finished conversion?
+#[must_use]
+pub fn carries_its_own_proof(image: &Image) -> bool {
+    may_be_finished(image)
+}
+
 /// Nova copies an image's properties onto the snapshots of servers that boot from it, and so the marks, too: only the hash of the very
 /// image that carries it proves anything.
 pub(super) fn may_be_finished(image: &Image) -> bool {

@@ -152,11 +152,11 @@ impl<C: Content> Sending<'_, C> {
     async fn send(&self, id: &str) -> Result<(EmitReport, bool, Stages), JobError> {
         let progress = self.progress;
         progress.set_phase(Phase::Uploading);
-        let attempt = self.maker.cancel.child();
-        let (pipeline, emitted) = self.content.emission(&attempt, Hasher::sha512()).await?;
         if let Some(claim) = &self.maker.claim {
             self.guard(claim.set_ahead(self.maker.session, id, self.content.bytes())).await??;
         }
+        let attempt = self.maker.cancel.child();
+        let (pipeline, emitted) = self.content.emission(&attempt, Hasher::sha512()).await?;
         let upload = Upload {
             session: self.maker.session.clone(),
             image_id: id.to_owned(),

@@ -1,0 +1,218 @@
+//! Wishes out of a file: one a line, CSV with a head line, or JSON (an array, or an object a line).
+//!
+//! Which it is, its first bytes tell: `[` or `{` is JSON, a first line that names the column `image` is CSV, anything else is a name or an
+//! id a line. A `#` begins a comment line in a plain list.
+
+use super::Wish;
+
+/// More than that in one list is a mistake, or an attack.
+pub const WISHES_MAX: usize = 100_000;
+
+/// What is wrong with a list, and where.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("line {line}: {what}")]
+pub struct ListError {
+    /// Counted from 1.
+    pub line: usize,
+    /// What is wrong there.
+    pub what: String,
+}
+
+fn at(line: usize, what: impl Into<String>) -> ListError {
+    ListError { line, what: what.into() }
+}
+
+/// Reads a list.
+///
+/// # Errors
+/// [`ListError`]; nothing of a list with an error is used.
+pub fn parse(text: &str) -> Result<Vec<Wish>, ListError> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let wishes = match text.trim_start().chars().next() {
+        Some('[') => array(text)?,
+        Some('{') => objects(text)?,
+        _ if is_csv(text) => csv(text)?,
+        _ => lines(text),
+    };
+    if wishes.len() > WISHES_MAX {
+        return Err(at(WISHES_MAX + 1, format!("more than {WISHES_MAX} images")));
+    }
+    Ok(wishes)
+}
+
+/// One wish: JSON, or a name or an id. The form in which engines hand it over.
+///
+/// # Errors
+/// [`ListError`].
+pub fn parse_one(text: &str) -> Result<Wish, ListError> {
+    let mut wishes = match text.trim_start().chars().next() {
+        // a JSON string is what HyperQueue makes of a plain item
+        Some('"') => vec![Wish::of(&serde_json::from_str::<String>(text.trim()).map_err(|error| at(1, error.to_string()))?)],
+        Some('{') => objects(text)?,
+        _ => lines(text),
+    };
+    match wishes.len() {
+        1 => Ok(wishes.remove(0)),
+        0 => Err(at(1, "it is empty, where an image was expected")),
+        more => Err(at(2, format!("{more} images, where one was expected"))),
+    }
+}
+
+fn checked(wish: Wish, line: usize) -> Result<Wish, ListError> {
+    if wish.image.trim().is_empty() { Err(at(line, "image is empty")) } else { Ok(wish) }
+}
+
+fn lines(text: &str) -> Vec<Wish> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.map(Wish::of).collect()
+}
+
+fn array(text: &str) -> Result<Vec<Wish>, ListError> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Item {
+        Word(String),
+        Wish(Wish),
+    }
+    // element by element, so that an error says more than that no variant fits
+    let items: Vec<&serde_json::value::RawValue> = serde_json::from_str(text).map_err(|error| at(error.line(), error.to_string()))?;
+    let mut wishes = Vec::with_capacity(items.len());
+    let mut line = 1;
+    let mut passed = 0;
+    for item in items {
+        let start = item.get().as_ptr() as usize - text.as_ptr() as usize;
+        line += text[passed..start].matches('\n').count();
+        passed = start;
+        let wish = match item.get().starts_with('{') {
+            true => serde_json::from_str(item.get()).map(Item::Wish),
+            false => serde_json::from_str(item.get()).map(Item::Word),
+        };
+        let wish = match wish.map_err(|error| at(line, error.to_string()))? {
+            Item::Word(word) => Wish::of(&word),
+            Item::Wish(wish) => wish,
+        };
+        wishes.push(checked(wish, line)?);
+    }
+    Ok(wishes)
+}
+
+fn objects(text: &str) -> Result<Vec<Wish>, ListError> {
+    let mut wishes = Vec::new();
+    for (line, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
+        let wish = serde_json::from_str(text).map_err(|error| at(line + 1, error.to_string()))?;
+        wishes.push(checked(wish, line + 1)?);
+    }
+    Ok(wishes)
+}
+
+fn is_csv(text: &str) -> bool {
+    let head = text.lines().next().unwrap_or_default();
+    head.contains(',') && head.split(',').any(|column| column.trim().trim_matches('"').eq_ignore_ascii_case("image"))
+}
+
+fn csv(text: &str) -> Result<Vec<Wish>, ListError> {
+    let wrong = |error: &::csv::Error, what: String| {
+        let line = error.position().map_or(1, |position| usize::try_from(position.line()).unwrap_or(1));
+        at(line, what)
+    };
+    let mut reader = ::csv::ReaderBuilder::new().trim(::csv::Trim::All).from_reader(text.as_bytes());
+    let head = reader.headers().map_err(|error| wrong(&error, error.to_string()))?.clone();
+    let mut wishes = Vec::new();
+    for record in reader.records() {
+        let record = record.map_err(|error| match error.kind() {
+            ::csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
+                wrong(&error, format!("{len} columns, where the first line has {expected_len}"))
+            }
+            _ => wrong(&error, error.to_string()),
+        })?;
+        let line = record.position().map_or(1, |position| usize::try_from(position.line()).unwrap_or(1));
+        let mut wish = Wish::default();
+        for (column, value) in head.iter().zip(record.iter()) {
+            set(&mut wish, column, value).map_err(|what| at(line, what))?;
+        }
+        wishes.push(checked(wish, line)?);
+    }
+    Ok(wishes)
+}
+
+/// One cell. An empty one says nothing.
+fn set(wish: &mut Wish, column: &str, value: &str) -> Result<(), String> {
+    let yes = |value: &str| match value.to_ascii_lowercase().as_str() {
+        "yes" | "true" | "1" => Ok(Some(true)),
+        "no" | "false" | "0" => Ok(Some(false)),
+        other => Err(format!("{column} has to be yes or no, not {other:?}")),
+    };
+    let lower = column.to_ascii_lowercase();
+    let text = || Some(value.to_owned());
+    match lower.as_str() {
+        "image" => value.clone_into(&mut wish.image),
+        _ if value.is_empty() => {}
+        "name" => wish.name = text(),
+        "compress" => wish.compress = text(),
+        "verify" => wish.verify = text(),
+        "compress_level" => {
+            wish.compress_level = Some(value.parse().map_err(|_| format!("compress_level has to be a number, not {value:?}"))?);
+        }
+        "delete_source" => wish.delete_source = yes(value)?,
+        "replace" => wish.replace = yes(value)?,
+        "copy_members" => wish.copy_members = yes(value)?,
+        _ => {
+            let key = column.strip_prefix("property:").or_else(|| column.strip_prefix("property."));
+            let Some(key) = key.filter(|key| !key.is_empty()) else {
+                return Err(format!(
+                    "column {column:?} is not known; there are image, name, compress, compress_level, verify, delete_source, replace, \
+                     copy_members and property:KEY"
+                ));
+            };
+            wish.properties.insert(key.to_owned(), value.to_owned());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_forms_of_a_list_say_the_same() {
+        let plain = vec![Wish::of("a b"), Wish::of("c")];
+        assert_eq!(parse("# mine\na b\n\n  c\n").unwrap(), plain);
+        assert_eq!(parse("[\"a b\", {\"image\": \"c\"}]").unwrap(), plain);
+        assert_eq!(parse("{\"image\":\"a b\"}\n{\"image\":\"c\"}\n").unwrap(), plain);
+        assert_eq!(parse("name,image\n,a b\n,c\n").unwrap(), plain);
+        assert_eq!(parse("").unwrap(), []);
+        let full = Wish {
+            name: Some("new, with a comma".into()),
+            properties: [("os_distro".to_owned(), "debian".to_owned())].into(),
+            compress: Some("zstd".into()),
+            delete_source: Some(true),
+            ..Wish::of("c")
+        };
+        let csv = "image,name,property:os_distro,compress,delete_source\nc,\"new, with a comma\",debian,zstd,yes\n";
+        assert_eq!(parse(csv).unwrap(), [full.clone()]);
+        let json = serde_json::to_string(&full).unwrap();
+        assert_eq!(parse(&json).unwrap(), [full.clone()]);
+        assert_eq!(parse_one(&json).unwrap(), full);
+        assert_eq!(parse_one("\"a b\"").unwrap(), Wish::of("a b"));
+        assert_eq!(parse_one("a b").unwrap(), Wish::of("a b"));
+    }
+
+    #[test]
+    fn errors_say_which_line_and_what() {
+        for (text, line, what) in [
+            ("image,colour\nx,red\n", 2, "colour"),
+            ("image,verify\nx,hash\ny\n", 3, "1 columns"),
+            ("image,delete_source\nx,maybe\n", 2, "maybe"),
+            ("[\"a\",\n {\"image\": \"b\", \"colour\": 1}]", 2, "colour"),
+            ("{\"image\":\"a\"}\n{\"name\":\"b\"}\n", 2, "image"),
+            ("image,name\n,n\n", 2, "empty"),
+            ("[\"a\",\n", 2, "EOF"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.line, line, "{text:?}: {error}");
+            assert!(error.to_string().contains(what), "{text:?}: {error}");
+        }
+        assert!(parse_one("a\nb").is_err() && parse_one("  ").is_err());
+    }
+}

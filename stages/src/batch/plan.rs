@@ -1,0 +1,381 @@
+//! What becomes of each wish, told before anything is done.
+//!
+//! It is made of one list of the project's images, the journal, and nothing else: a hundred images cost a request or two.
+
+use std::collections::HashMap;
+
+use super::{Journal, Wish};
+use crate::{
+    convert::{
+        After, JobError, Options,
+        names::{carries_its_own_proof, is_finished_conversion},
+    },
+    openstack::{Image, Session, image::SOURCE_ID},
+    text::printable,
+};
+
+/// The largest page that Glance gives (`api_limit_max`).
+const PAGE: &str = "1000";
+
+/// What is to be done about a wish.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Convert it.
+    Convert,
+    /// Converted already; its source is still to go.
+    Finish {
+        /// The conversion.
+        made: String,
+    },
+    /// Nothing is left to do.
+    Done {
+        /// The conversion.
+        made: String,
+    },
+    /// Not a thing to convert.
+    Skip {
+        /// Why.
+        reason: String,
+    },
+    /// It cannot be done.
+    Fail {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A wish, its image, and what is to be done about it.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// What was typed, or the id that a filter chose.
+    pub wish: Wish,
+    /// The image, if there is one.
+    pub image: Option<Image>,
+    /// The new image's name.
+    pub new_name: String,
+    /// The options for this one.
+    pub options: Options,
+    /// What is to be done.
+    pub verdict: Verdict,
+}
+
+impl Entry {
+    /// Its size, bytes; 0 where it has none.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.image.as_ref().and_then(|image| image.size).unwrap_or(0)
+    }
+
+    /// Is there anything to do?
+    #[must_use]
+    pub const fn is_work(&self) -> bool {
+        matches!(self.verdict, Verdict::Convert | Verdict::Finish { .. })
+    }
+
+    /// Its name for people.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        self.image.as_ref().map_or_else(|| printable(&self.wish.image), Image::shown)
+    }
+}
+
+/// A plan.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// In the order of the wishes.
+    pub entries: Vec<Entry>,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// All images that the project may see, for [`Plan::make`] and [`super::select`].
+///
+/// # Errors
+/// [`JobError`].
+pub async fn images_of_project(session: &Session) -> Result<Vec<Image>, JobError> {
+    Ok(session.images_matching(&[("limit", PAGE)]).await?)
+}
+
+/// Fills a name template: `{name}`, `{id}`, `{date}` (of the source, `YYYY-MM-DD`).
+///
+/// # Errors
+/// A text that names the field that is not known.
+pub fn fill_template(template: &str, image: &Image) -> Result<String, String> {
+    let mut text = String::new();
+    let mut rest = template;
+    while let Some(start) = rest.find('{') {
+        text.push_str(&rest[..start]);
+        let end = rest[start..].find('}').ok_or_else(|| format!("the name template {template:?} has a {{ without its }}"))?;
+        match &rest[start + 1..start + end] {
+            "name" => text.push_str(image.name.as_deref().filter(|name| !name.is_empty()).unwrap_or(&image.id)),
+            "id" => text.push_str(&image.id),
+            "date" => text.push_str(image.created_at.as_deref().unwrap_or_default().get(..10).unwrap_or_default()),
+            other => return Err(format!("the name template knows {{name}}, {{id}} and {{date}}, not {{{other}}}")),
+        }
+        rest = &rest[start + end + 1..];
+    }
+    text.push_str(rest);
+    Ok(text)
+}
+
+struct Project<'a> {
+    session: &'a Session,
+    by_id: HashMap<&'a str, &'a Image>,
+    by_name: HashMap<&'a str, Vec<&'a Image>>,
+    by_source: HashMap<&'a str, Vec<&'a Image>>,
+}
+
+impl<'a> Project<'a> {
+    fn new(session: &'a Session, images: &'a [Image]) -> Self {
+        let (mut by_id, mut by_name, mut by_source) =
+            (HashMap::new(), HashMap::<_, Vec<_>>::new(), HashMap::<_, Vec<_>>::new());
+        for image in images {
+            by_id.insert(image.id.as_str(), image);
+            if let Some(name) = image.name.as_deref() {
+                by_name.entry(name).or_default().push(image);
+            }
+            if let Some(source) = image.property(SOURCE_ID) {
+                by_source.entry(source).or_default().push(image);
+            }
+        }
+        Self { session, by_id, by_name, by_source }
+    }
+
+    fn conversions<'b>(&'b self, source: &'b str) -> impl Iterator<Item = &'a Image> + 'b {
+        self.by_source.get(source).into_iter().flatten().copied().filter(move |image| image.id != source)
+    }
+}
+
+impl Plan {
+    /// Makes a plan for `wishes` out of `images`.
+    ///
+    /// `options` are those for all; `template` names what has no name of its own.
+    ///
+    /// # Errors
+    /// [`JobError::Usage`] for a wish that contradicts itself, or a template that makes no sense.
+    pub fn make(
+        session: &Session,
+        images: &[Image],
+        wishes: Vec<Wish>,
+        options: &Options,
+        template: &str,
+        journal: Option<&Journal>,
+    ) -> Result<Self, JobError> {
+        let project = Project::new(session, images);
+        let mut plan = Self::default();
+        let mut ids: HashMap<String, usize> = HashMap::new();
+        let mut new_names: HashMap<String, usize> = HashMap::new();
+        for wish in wishes {
+            let word = wish.image.clone();
+            let usage = |what: String| JobError::Usage(format!("{}: {what}", printable(&word)));
+            let own = wish.options(options).map_err(usage)?;
+            let found = project.find(&wish, template, journal, &mut plan.notes);
+            let (image, mut verdict) = match found {
+                Ok(image) => (Some(image), None),
+                Err(verdict) => (None, Some(verdict)),
+            };
+            let new_name = match (&wish.name, image) {
+                (Some(name), _) => name.clone(),
+                (None, Some(image)) => fill_template(template, image).map_err(usage)?,
+                (None, None) => String::new(),
+            };
+            if let Some(image) = image {
+                if let Some(first) = ids.insert(image.id.clone(), plan.entries.len()) {
+                    ids.insert(image.id.clone(), first);
+                    verdict = Some(skip("it is in the list twice"));
+                }
+                let judged = || project.judge(image, &new_name, &own);
+                let judged = verdict.unwrap_or_else(judged);
+                verdict = Some(match judged {
+                    Verdict::Convert => match new_names.get(&new_name) {
+                        Some(other) => {
+                            let other: &Entry = &plan.entries[*other];
+                            let id = other.image.as_ref().map(Image::shown_id).unwrap_or_default();
+                            Verdict::Fail {
+                                reason: format!(
+                                    "its new name, {}, is also that of the conversion of {id}: put {{id}} or {{date}} into --name-template",
+                                    printable(&new_name)
+                                ),
+                            }
+                        }
+                        None => {
+                            new_names.insert(new_name.clone(), plan.entries.len());
+                            Verdict::Convert
+                        }
+                    },
+                    other => other,
+                });
+            }
+            let verdict = verdict.unwrap_or(Verdict::Fail { reason: "there is no such image".to_owned() });
+            plan.entries.push(Entry { wish, image: image.cloned(), new_name, options: own, verdict });
+        }
+        Ok(plan)
+    }
+
+    /// Indices of what is to be done, in the order in which it is begun: the largest and the smallest by turns, the smallest first
+    /// where `smallest_first`.
+    #[must_use]
+    pub fn order(&self, smallest_first: bool) -> Vec<usize> {
+        let mut work: Vec<usize> = (0..self.entries.len()).filter(|index| self.entries[*index].is_work()).collect();
+        work.sort_by_key(|index| (self.entries[*index].bytes(), *index));
+        if smallest_first {
+            return work;
+        }
+        let mut order = Vec::with_capacity(work.len());
+        let (mut small, mut large) = (0, work.len());
+        while small < large {
+            large -= 1;
+            order.push(work[large]);
+            if small < large {
+                order.push(work[small]);
+                small += 1;
+            }
+        }
+        order
+    }
+
+    /// Bytes that are to be read.
+    #[must_use]
+    pub fn work_bytes(&self) -> u64 {
+        self.entries.iter().filter(|entry| entry.is_work()).map(Entry::bytes).sum()
+    }
+
+    /// Does any source go?
+    #[must_use]
+    pub fn deletes(&self) -> bool {
+        self.entries.iter().any(|entry| entry.is_work() && entry.options.after != After::Keep)
+    }
+}
+
+fn skip(reason: &str) -> Verdict {
+    Verdict::Skip { reason: reason.to_owned() }
+}
+
+impl<'a> Project<'a> {
+    /// The image that a wish means; else what is to be said of it.
+    fn find(
+        &self,
+        wish: &Wish,
+        template: &str,
+        journal: Option<&Journal>,
+        notes: &mut Vec<String>,
+    ) -> Result<&'a Image, Verdict> {
+        let word = wish.image.strip_prefix("glance:").unwrap_or(&wish.image);
+        if let Ok(id) = uuid::Uuid::parse_str(word) {
+            let id = id.hyphenated().to_string();
+            if let Some(image) = self.by_id.get(id.as_str()) {
+                self.tell_renamed(image, journal, notes);
+                return Ok(image);
+            }
+            if let Some(gone) = self.gone(&id, journal) {
+                return Err(gone);
+            }
+        }
+        // of two of one name, one that was made of another is not what was meant
+        let mut named = self.by_name.get(word).cloned().unwrap_or_default();
+        if named.len() > 1 && named.iter().any(|image| image.property(SOURCE_ID).is_none()) {
+            named.retain(|image| image.property(SOURCE_ID).is_none());
+        }
+        match named.as_slice() {
+            [image] => return Ok(image),
+            [] => {}
+            several => {
+                let ids: Vec<String> = several.iter().map(|image| image.shown_id()).collect();
+                let reason = format!("there are {} images of that name: use an id ({})", several.len(), ids.join(", "));
+                return Err(Verdict::Fail { reason });
+            }
+        }
+        // nothing is called so now: what did it mean when this batch began?
+        if let Some(id) = journal.and_then(|journal| journal.meaning(word)) {
+            if let Some(image) = self.by_id.get(id) {
+                self.tell_renamed(image, journal, notes);
+                return Ok(image);
+            }
+            if let Some(gone) = self.gone(id, journal) {
+                return Err(gone);
+            }
+        }
+        // without a journal: an image of the name that the conversion would have, whose source is gone
+        let new_name = wish.name.clone().unwrap_or_else(|| template.replace("{name}", word));
+        let made = self.by_name.get(new_name.as_str()).into_iter().flatten().find(|made| {
+            let source = made.property(SOURCE_ID);
+            source.is_some_and(|source| !self.by_id.contains_key(source)) && carries_its_own_proof(made)
+        });
+        match made {
+            Some(made) => Err(Verdict::Done { made: made.id.clone() }),
+            None => Err(Verdict::Fail { reason: "there is no image of that name or id in this project".to_owned() }),
+        }
+    }
+
+    fn tell_renamed(&self, image: &Image, journal: Option<&Journal>, notes: &mut Vec<String>) {
+        let before = journal.and_then(|journal| journal.known(&image.id)?.name.clone());
+        if let Some(before) = before.filter(|before| Some(before) != image.name.as_ref()) {
+            notes.push(format!(
+                "image {} is called {} now; it was {} when this batch began",
+                image.shown_id(),
+                image.shown(),
+                printable(&before)
+            ));
+        }
+    }
+
+    /// An image that is not there: was it converted, or did somebody delete it? `None`: nobody knows of it.
+    fn gone(&self, id: &str, journal: Option<&Journal>) -> Option<Verdict> {
+        let made = self.conversions(id).find(|made| made.status == "active" && carries_its_own_proof(made));
+        let known = journal.and_then(|journal| journal.known(id));
+        if let Some(made) = made.map(|made| made.id.clone()).or_else(|| known?.made.clone()) {
+            return Some(Verdict::Done { made });
+        }
+        let name = known?.name.clone().unwrap_or_else(|| "without a name".to_owned());
+        Some(Verdict::Fail { reason: format!("it is gone; when this batch began it was called {}", printable(&name)) })
+    }
+
+    fn judge(&self, image: &Image, new_name: &str, options: &Options) -> Verdict {
+        let fail = |reason: String| Verdict::Fail { reason };
+        if image.is_volume_backed() {
+            return skip("the snapshot of a volume-backed server: it has no bytes of its own");
+        }
+        if image.disk_format.as_deref() == Some("qcow2") {
+            return skip("already qcow2");
+        }
+        match image.status.as_str() {
+            "active" => {}
+            other => return skip(&format!("it is {}, not active", printable(other))),
+        }
+        if image.disk_format.as_deref() != Some("raw") || image.container_format.as_deref() != Some("bare") {
+            let format = |format: &Option<String>| printable(format.as_deref().unwrap_or("unset"));
+            return skip(&format!("it is {} in a {} container, not a raw disk", format(&image.disk_format), format(&image.container_format)));
+        }
+        if image.size.unwrap_or(0) == 0 {
+            return skip("it is empty");
+        }
+        let goes = options.after != After::Keep;
+        if let Some(made) = self.conversions(&image.id).find(|made| is_finished_conversion(self.session, made, image)) {
+            let made = made.id.clone();
+            if goes && image.protected != Some(true) {
+                return Verdict::Finish { made };
+            }
+            return Verdict::Done { made };
+        }
+        if goes && image.protected == Some(true) {
+            return skip("it is protected, and would have to be deleted");
+        }
+        let project = &self.session.whoami().project_id;
+        if goes && project.is_some() && image.owner != *project {
+            return skip("it belongs to another project, and would have to be deleted");
+        }
+        if new_name.is_empty() || new_name.chars().count() > 255 || uuid::Uuid::parse_str(new_name).is_ok() {
+            return fail(format!("{} cannot be the new image's name", printable(new_name)));
+        }
+        let own = |other: &&&Image| project.is_none() || other.owner == *project;
+        let taken = self.by_name.get(new_name).map(Vec::as_slice).unwrap_or_default();
+        let others = taken.iter().filter(own).filter(|other| other.status == "active" && other.property(SOURCE_ID) != Some(&image.id));
+        let replaced = |other: &&&Image| options.after == After::Replace && other.id == image.id;
+        if let Some(other) = others.filter(|other| !replaced(other)).next()
+            && !options.force
+        {
+            return fail(format!("an image called {} is there already ({})", printable(new_name), other.shown_id()));
+        }
+        Verdict::Convert
+    }
+}
