@@ -3,6 +3,7 @@
 use std::{num::NonZeroUsize, path::PathBuf};
 
 use crate::{
+    batch::BatchArgs,
     complete::{CompletionsArgs, ManArgs, path_or_image},
     doctor::DoctorArgs,
     download::DownloadArgs,
@@ -35,6 +36,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Convert a raw image to qcow2: from Glance, a file or a pipe, to Glance, a file or a pipe
     Convert(Box<ConvertArgs>),
+    /// Convert many: a list, or all snapshots; the same command goes on after a kill
+    Batch(Box<BatchArgs>),
     /// Make an image of a server: stop it, take the snapshot, start it again; --convert goes on to qcow2
     Snapshot(Box<SnapshotArgs>),
     /// Put a disk image or an ISO into Glance: checked first, a raw one becomes qcow2 on the way

@@ -25,8 +25,9 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// How often a JSON line is written.
 const JSON_EVERY: Duration = Duration::from_secs(1);
 
+/// How a run is shown.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
     Bars,
     Plain,
     Json,
@@ -85,6 +86,16 @@ impl Display {
     /// The server that is not in the state that it was found in, for whoever stops the process.
     pub fn held(&self) -> Held {
         Arc::clone(&self.held)
+    }
+
+    /// How it is shown.
+    pub const fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The bars, where there are any, for whoever has more of them.
+    pub fn bars(&self) -> Option<&MultiProgress> {
+        (self.kind == Kind::Bars).then_some(&self.bars)
     }
 
     /// Warnings so far.

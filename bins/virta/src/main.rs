@@ -1,5 +1,6 @@
 //! The command line of Virta.
 
+mod batch;
 mod care;
 mod cli;
 mod complete;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
             cli::Command::Completions(_) | cli::Command::Man(_) => ExitCode::SUCCESS,
             cli::Command::Convert(arguments) => convert::run(*arguments).await,
             cli::Command::Verify(arguments) => verify::run(arguments).await,
+            cli::Command::Batch(arguments) => batch::run(*arguments).await,
             cli::Command::Snapshot(arguments) => snapshot::run(*arguments).await,
             cli::Command::Upload(arguments) => upload::run(*arguments).await,
             cli::Command::Download(arguments) => download::run(*arguments).await,

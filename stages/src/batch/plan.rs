@@ -7,10 +7,14 @@ use std::collections::HashMap;
 use super::{Journal, Wish};
 use crate::{
     convert::{
-        After, JobError, Options,
+        After, JobError, Notices, Options, claim,
         names::{carries_its_own_proof, is_finished_conversion},
+        retire,
     },
-    openstack::{Image, Session, image::SOURCE_ID},
+    openstack::{
+        Image, Session,
+        image::{REPLACES, SOURCE_ID},
+    },
     text::printable,
 };
 
@@ -94,6 +98,25 @@ pub struct Plan {
 /// [`JobError`].
 pub async fn images_of_project(session: &Session) -> Result<Vec<Image>, JobError> {
     Ok(session.images_matching(&[("limit", PAGE)]).await?)
+}
+
+/// Replacements that a dead run left between the deletion of the source and the new name: they are finished.
+///
+/// Returns whether there were any.
+///
+/// # Errors
+/// [`JobError`].
+pub async fn finish_replacements(session: &Session, images: &[Image], notices: &dyn Notices) -> Result<bool, JobError> {
+    let own = |image: &&Image| image.owner == session.whoami().project_id && image.status == "active";
+    let mut any = false;
+    for image in images.iter().filter(own) {
+        let Some(replaced) = image.property(REPLACES) else { continue };
+        let there = images.iter().any(|image| image.id == replaced);
+        if !there && carries_its_own_proof(image) && claim::held(image, notices).is_none() {
+            any |= retire::finish_replacing(session, replaced, notices).await?.is_some();
+        }
+    }
+    Ok(any)
 }
 
 /// Fills a name template: `{name}`, `{id}`, `{date}` (of the source, `YYYY-MM-DD`).

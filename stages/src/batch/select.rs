@@ -63,7 +63,7 @@ pub fn snapshots(session: &Session, images: &[Image], filter: &Filter) -> Select
 impl Filter {
     fn takes(&self, image: &Image, now: Timestamp) -> bool {
         let large = self.larger_than.is_none_or(|bytes| image.size.unwrap_or(0) > bytes);
-        let named = self.name.as_ref().is_none_or(|text| image.name.as_deref().unwrap_or_default().contains(text.as_str()));
+        let named = self.name.as_ref().is_none_or(|text| image.name.as_deref().unwrap_or_default().to_lowercase().contains(&text.to_lowercase()));
         let of_server = self.instance.as_ref().is_none_or(|server| image.property("instance_uuid") == Some(server));
         let old = self.older_than.is_none_or(|age| {
             let made: Option<Timestamp> = image.created_at.as_deref().and_then(|at| at.parse().ok());
@@ -108,7 +108,8 @@ mod tests {
         assert!(takes(Filter { older_than: Some(parse_age("9d").unwrap()), ..Filter::default() }));
         assert!(!takes(Filter { older_than: Some(parse_age("2w").unwrap()), ..Filter::default() }));
         assert!(takes(Filter { name: Some("web".into()), ..Filter::default() }));
-        assert!(!takes(Filter { name: Some("Web".into()), ..Filter::default() }));
+        assert!(takes(Filter { name: Some("Web".into()), ..Filter::default() }));
+        assert!(!takes(Filter { name: Some("db".into()), ..Filter::default() }));
         assert!(!takes(Filter { instance: Some("t".into()), ..Filter::default() }));
     }
 

@@ -1,0 +1,721 @@
+//! `virta batch`: many images, one command.
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`display`] | what is shown of it, on a terminal, in a log, to a program |
+//! | [`engines`] | files and commands for HyperQueue and Slurm |
+//! | [`task`] | one image, handed over by an engine |
+
+mod display;
+mod engines;
+mod task;
+
+use std::{io::Read, num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use clap::Args;
+use engine::CancelToken;
+use jiff::SignedDuration;
+use stages::{
+    batch::{
+        Batch, Event, Journal, Outcome, Plan, Summary, Verdict, Wish, list,
+        plan::{finish_replacements, images_of_project},
+        run::Limits,
+        select::{Filter, parse_age, snapshots},
+    },
+    convert::{After, JobError, Notices, Options, Verify},
+    glance::connection::{Asking, Connection},
+    openstack::{Compute, Image, Session, config::Surroundings},
+    progress::Progress,
+    text::{causes, printable, shell_word, size},
+};
+
+use crate::{
+    care::{chosen_cloud, confirm, warn_without_record},
+    cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs, count, parse_size},
+    complete::image_names,
+    convert::{job_options, proven, watch_signals, write_report},
+    display::Display,
+    exit, receipt,
+    runs::{self, Run},
+    sign_in::sign_in,
+    status,
+    table::{Cell, Column, ListFlags, ListFormat, print_rows},
+};
+use display::BatchDisplay;
+pub use engines::Engine;
+
+/// Names of images that a question lists.
+const ASKED_MAX: usize = 12;
+/// Failed images that a command to retry them names; more go into a file.
+const RETRY_IDS_MAX: usize = 12;
+/// How much is read to tell how fast Glance is, and for how long.
+const MEASURE_BYTES: usize = 64 << 20;
+const MEASURE_FOR: Duration = Duration::from_secs(3);
+
+#[derive(Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct BatchArgs {
+    /// Images to convert: names or ids
+    #[arg(add = image_names())]
+    pub images: Vec<String>,
+    /// A list of images, - for stdin: a name or an id a line; or CSV or JSON, with a name, properties and flags for each
+    #[arg(long, value_name = "FILE")]
+    pub from: Option<String>,
+    /// All snapshots that this user made of this project's servers
+    #[arg(long, conflicts_with_all = ["from", "images"])]
+    pub all_snapshots: bool,
+    /// With --all-snapshots: those of the project's other users, too
+    #[arg(long, requires = "all_snapshots")]
+    pub all_users: bool,
+    /// With --all-snapshots: only larger ones, SIZE
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "all_snapshots")]
+    pub larger_than: Option<u64>,
+    /// With --all-snapshots: only older ones: 90d, 2w, 36h
+    #[arg(long, value_name = "AGE", value_parser = parse_age, requires = "all_snapshots")]
+    pub older_than: Option<SignedDuration>,
+    /// With --all-snapshots: only those that have this in their name
+    #[arg(long, value_name = "TEXT", requires = "all_snapshots")]
+    pub name: Option<String>,
+    /// With --all-snapshots: only those of this server, a name or an id
+    #[arg(long, value_name = "SERVER", requires = "all_snapshots")]
+    pub instance: Option<String>,
+    /// What the new images are called; {name}, {id} and {date} are the source's
+    #[arg(long, value_name = "TEMPLATE", default_value = "{name}-qcow2")]
+    pub name_template: String,
+    /// Show the plan, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Conversions at once. Memory, connections, workers and scratch are those of all together
+    #[arg(short = 'j', long, value_name = "N", default_value = "4", value_parser = count)]
+    pub jobs: NonZeroUsize,
+    /// Image data a second, both ways and all together, SIZE [default: as fast as it goes]
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub rate_limit: Option<u64>,
+    /// Where it is written down what happened [default: one for each command, in the state folder]
+    #[arg(long, value_name = "FILE")]
+    pub journal: Option<PathBuf>,
+    /// Tries of each image; what fails for the moment comes again at the end
+    #[arg(long, value_name = "N", default_value = "3", value_parser = count)]
+    pub tries: NonZeroUsize,
+    /// Begin no more once so many have failed
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub max_failures: Option<NonZeroUsize>,
+    /// Do not wait for images that another run converts
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Delete each source once its new image is verified (by readback, unless --verify hash says otherwise). Asks first
+    #[arg(long, conflicts_with = "replace")]
+    pub delete_source: bool,
+    /// Each new image takes its source's name and visibility, and the source is deleted
+    #[arg(long)]
+    pub replace: bool,
+    /// Share the new images with the projects that their sources are shared with
+    #[arg(long)]
+    pub copy_members: bool,
+    /// Do not ask before deleting
+    #[arg(long)]
+    pub yes: bool,
+    /// Make second images of names that are taken; delete sources that servers were built from
+    #[arg(long)]
+    pub force: bool,
+    /// Convert the one image that an engine hands over: HQ_ENTRY, or line SLURM_ARRAY_TASK_ID (from 1) or JOB_COMPLETION_INDEX (from 0) of --from
+    #[arg(long, conflicts_with_all = ["all_snapshots", "images", "dry_run", "plan"])]
+    pub task_from_env: bool,
+    /// Write files for an engine that runs the batch on many machines, and show the command that submits it
+    #[arg(long, value_name = "ENGINE")]
+    pub plan: Option<Engine>,
+    /// Where these files go
+    #[arg(long, value_name = "DIR", default_value = "virta-plan", requires = "plan")]
+    pub plan_dir: PathBuf,
+    #[command(flatten)]
+    pub cloud: CloudArgs,
+    #[command(flatten)]
+    pub conversion: ConversionArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  virta batch --all-snapshots --dry-run
+      what there is, what would be done with it, and about how long that takes
+  virta batch --all-snapshots --larger-than 20G --compress zstd
+      convert them; after anything that can happen in between, the same command goes on
+  virta batch --delete-source web-1 web-2 0a1b2c3d-0000-0000-0000-000000000000
+  virta batch --from images.csv --jobs 8 --memory 2G --rate-limit 200M --report report.json
+      images.csv has a head line: image,name,property:os_distro,compress,verify,delete_source
+  virta batch --all-snapshots --plan hyperqueue
+      files and the command for many machines
+
+What became of an image is in Glance (virta_source_id, virta_verified), so the same command on another machine, or without its journal, comes to
+the same. A source is claimed by making its new image, under an id that follows from the source's: two batches at once never convert the
+same image twice. A claim that a dead run left ends after 10 minutes, or an hour and more if it was uploading; on the dead run's own machine at
+once.
+Exit status: 0 all done, 1 failed, 2 wrong usage, 4 some are not done (a table says why, with the command for just those), 130 interrupted.
+With --task-from-env: 0 done, now or before, 75 try again, 64 wrong usage, 65 never worth another try.";
+
+fn parse_rate(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if bytes < 256 << 10 {
+        return Err("less than 256K a second: connections would be taken for dead".to_owned());
+    }
+    Ok(bytes)
+}
+
+impl BatchArgs {
+    fn after(&self) -> After {
+        match (self.delete_source, self.replace) {
+            (_, true) => After::Replace,
+            (true, false) => After::Delete,
+            (false, false) => After::Keep,
+        }
+    }
+
+    /// The options for all.
+    fn options(&self, run: &Run) -> Result<Options, String> {
+        let usual = job_options(&self.conversion)?;
+        let after = self.after();
+        let verify = self.conversion.verify.map_or(if after == After::Keep { Verify::Hash } else { Verify::Readback }, Into::into);
+        if after != After::Keep && verify == Verify::None {
+            return Err("a source is deleted only after verification: leave --verify none out".to_owned());
+        }
+        Ok(Options { after, verify, force: self.force, copy_members: self.copy_members, run: run.id(), ..usual })
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            jobs: self.jobs,
+            tries: u32::try_from(self.tries.get()).unwrap_or(u32::MAX),
+            max_failures: self.max_failures.map(NonZeroUsize::get),
+            wait: !self.no_wait,
+            ..Limits::default()
+        }
+    }
+
+    /// What tells this command from another one, for the name of its journal.
+    fn selection(&self, wishes: &[Wish]) -> String {
+        if self.all_snapshots {
+            let Self { all_users, larger_than, older_than, name, instance, .. } = self;
+            return format!("snapshots {all_users} {larger_than:?} {older_than:?} {name:?} {instance:?} {}", self.name_template);
+        }
+        format!("{} {}", serde_json::to_string(wishes).unwrap_or_default(), self.name_template)
+    }
+}
+
+/// Reads a list of wishes; `-` is stdin.
+fn read_list(path: &str) -> Result<String, JobError> {
+    let mut text = String::new();
+    let read = match path {
+        "-" => std::io::stdin().lock().read_to_string(&mut text).map(|_| ()),
+        path => std::fs::read_to_string(path).map(|found| text = found),
+    };
+    read.map_err(|error| JobError::Usage(format!("--from {}: {error}", printable(path))))?;
+    Ok(text)
+}
+
+fn wishes(arguments: &BatchArgs) -> Result<Vec<Wish>, JobError> {
+    let mut wishes: Vec<Wish> = arguments.images.iter().map(|word| Wish::of(word)).collect();
+    if arguments.task_from_env {
+        wishes.push(task::wish(arguments.from.as_deref())?);
+    } else if let Some(path) = &arguments.from {
+        let listed = list::parse(&read_list(path)?);
+        wishes.extend(listed.map_err(|error| JobError::Usage(format!("--from {}, {error}", printable(path))))?);
+    }
+    if wishes.is_empty() && !arguments.all_snapshots {
+        return Err(JobError::Usage("which images? Name them, or give --from FILE or --all-snapshots".to_owned()));
+    }
+    Ok(wishes)
+}
+
+/// What a batch came to.
+enum Came {
+    /// It ran.
+    Summary(Box<Summary>, Option<PathBuf>),
+    /// There was something to show.
+    Shown,
+}
+
+/// Runs the command.
+pub async fn run(arguments: BatchArgs) -> ExitCode {
+    let as_task = arguments.task_from_env;
+    let wishes = match wishes(&arguments) {
+        Ok(wishes) => wishes,
+        Err(error) => return ended_early(&error, as_task),
+    };
+    let only_shows = arguments.dry_run || arguments.plan.is_some();
+    let run = if only_shows { Run::default() } else { Run::begin(&described(&arguments, &wishes), &arguments.name_template) };
+    let options = match arguments.options(&run) {
+        Ok(options) => options,
+        Err(text) => return ended_early(&JobError::Usage(text), as_task),
+    };
+    let display = Display::start(arguments.output.progress, &Progress::default(), run.clone());
+    let cancel = CancelToken::new();
+    watch_signals(&cancel, display.held());
+    if !only_shows {
+        warn_without_record(&run, &display);
+    }
+    let result = batch(&arguments, wishes, options, &display, &run, &cancel).await;
+    display.finish().await;
+    match result {
+        Ok(Came::Shown) => ExitCode::SUCCESS,
+        Ok(Came::Summary(summary, journal)) => {
+            let failed = summary.count(|outcome| matches!(outcome, Outcome::Failed { .. }));
+            let code = summary.exit_code();
+            let done = summary.count(Outcome::is_good);
+            run.end_with(code, &format!("{done} of {} done", summary.items.len()), failed > 0);
+            if as_task { task::conclude(&summary) } else { conclude(&arguments, &summary, journal) }
+        }
+        Err(error) => {
+            run.end(error.exit_code(), &printable(&causes(&error)));
+            ended_early(&error, as_task)
+        }
+    }
+}
+
+fn ended_early(error: &JobError, as_task: bool) -> ExitCode {
+    if as_task { task::failed(error) } else { exit::failure(error, error.exit_code()) }
+}
+
+fn described(arguments: &BatchArgs, wishes: &[Wish]) -> String {
+    match wishes {
+        [wish] => format!("batch of glance:{}", wish.image),
+        _ if arguments.all_snapshots => "batch of all snapshots".to_owned(),
+        _ => format!("batch of {} images", wishes.len()),
+    }
+}
+
+async fn batch(
+    arguments: &BatchArgs,
+    wishes: Vec<Wish>,
+    options: Options,
+    display: &Display,
+    run: &Run,
+    cancel: &CancelToken,
+) -> Result<Came, JobError> {
+    let (planned, journal) = match cancel.guard(prepare(arguments, wishes, &options, display, run, cancel)).await {
+        Ok(result) => result?,
+        Err(_) => return Err(JobError::interrupted()),
+    };
+    let Prepared { session, plan, left_out } = &planned;
+    plan.notes.iter().for_each(|note| display.note(note));
+    if let Some(engine) = arguments.plan {
+        engines::write(engine, arguments, plan, display)?;
+        return Ok(Came::Shown);
+    }
+    if arguments.dry_run {
+        show_plan(arguments, session, plan, left_out, display, cancel).await?;
+        return Ok(Came::Shown);
+    }
+    left_out.iter().for_each(|line| display.note(line));
+    ask(arguments, session, plan, cancel).await?;
+    let journal_path = journal.as_ref().map(|journal| journal.path().to_owned());
+    if let Some(path) = &journal_path {
+        display.note(&format!("journal: {}", path.display()));
+    }
+    let session = match arguments.rate_limit {
+        Some(rate) => session.limited_to(rate),
+        None => session.clone(),
+    };
+    let shown = BatchDisplay::start(display, &planned.plan, run.clone());
+    let batch = Batch {
+        session,
+        plan: planned.plan,
+        options,
+        limits: arguments.limits(),
+        journal,
+        notices: Arc::new(display.clone()),
+        listener: {
+            let (shown, display) = (shown.clone(), display.clone());
+            Arc::new(move |event: &Event<'_>| {
+                if let Event::Ended { outcome: Outcome::Done { report }, .. } = event
+                    && let Err(error) = receipt::write(report, &proven(report))
+                {
+                    display.warn(&format!("a receipt could not be written: {error}"));
+                }
+                shown.tell(event);
+            })
+        },
+        cancel: cancel.clone(),
+    };
+    let summary = batch.run().await.map_err(|error| JobError::Usage(error.to_string()));
+    shown.finish().await;
+    Ok(Came::Summary(Box::new(summary?), journal_path))
+}
+
+struct Prepared {
+    session: Session,
+    plan: Plan,
+    /// What the filters left out, a line each.
+    left_out: Vec<String>,
+}
+
+/// Signs in, looks, plans.
+async fn prepare(
+    arguments: &BatchArgs,
+    mut wishes: Vec<Wish>,
+    options: &Options,
+    display: &Display,
+    run: &Run,
+    cancel: &CancelToken,
+) -> Result<(Prepared, Option<Journal>), JobError> {
+    let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+    let changes = !arguments.dry_run && arguments.plan.is_none();
+    if changes {
+        run.in_cloud(&session);
+        status::clean_up_before(&session, display).await?;
+    }
+    let mut images = images_of_project(&session).await?;
+    if changes && options.after == After::Replace && finish_replacements(&session, &images, display).await? {
+        images = images_of_project(&session).await?;
+    }
+    let mut left_out = Vec::new();
+    let selection = arguments.selection(&wishes);
+    if arguments.all_snapshots {
+        let instance = match &arguments.instance {
+            Some(server) => Some(Compute::connect(&session).await?.find(server).await?.id),
+            None => None,
+        };
+        let filter = Filter {
+            all_users: arguments.all_users,
+            larger_than: arguments.larger_than,
+            older_than: arguments.older_than,
+            name: arguments.name.clone(),
+            instance,
+        };
+        let mut selected = snapshots(&session, &images, &filter);
+        // grouped by user where there are several
+        selected.images.sort_by(|a, b| {
+            let key = |image: &Image| (image.property("user_id").map(str::to_owned), image.name.clone(), image.id.clone());
+            key(a).cmp(&key(b))
+        });
+        if selected.of_others > 0 {
+            left_out.push(format!("{} of other users of this project are left out: --all-users takes them", snapshots_counted(selected.of_others)));
+        }
+        if selected.filtered > 0 {
+            left_out.push(format!("{} left out by the filters", snapshots_counted(selected.filtered)));
+        }
+        wishes = selected.images.iter().map(|image| Wish::of(&image.id)).collect();
+        if wishes.is_empty() {
+            display.note("there is no snapshot to convert");
+        }
+    } else {
+        // an image that lists do not show, for it is hidden or shared by another project, is found by its id
+        for wish in &wishes {
+            let id = wish.image.strip_prefix("glance:").unwrap_or(&wish.image);
+            if uuid::Uuid::parse_str(id).is_ok()
+                && !images.iter().any(|image| image.id.eq_ignore_ascii_case(id))
+                && let Ok(image) = session.image(id).await
+            {
+                images.push(image);
+            }
+        }
+    }
+    let journal = match (&arguments.journal, changes && !arguments.task_from_env) {
+        (_, false) if arguments.journal.is_none() => None,
+        (Some(path), _) => Some(path.clone()),
+        (None, _) => default_journal(&session, &selection),
+    };
+    let journal = match journal.filter(|_| changes || arguments.journal.as_ref().is_some_and(|path| path.exists())) {
+        None => None,
+        Some(path) => match Journal::open(&path, run.id().as_deref().unwrap_or("plan")) {
+            Ok(journal) => Some(journal),
+            Err(error) if arguments.journal.is_some() => return Err(JobError::Usage(causes(&error))),
+            Err(error) => {
+                display.warn(&format!("{}: this run goes on without one", causes(&error)));
+                None
+            }
+        },
+    };
+    let plan = Plan::make(&session, &images, wishes, options, &arguments.name_template, journal.as_ref())?;
+    Ok((Prepared { session, plan, left_out }, journal))
+}
+
+fn snapshots_counted(number: usize) -> String {
+    if number == 1 { "1 snapshot".to_owned() } else { format!("{number} snapshots") }
+}
+
+/// One journal for each command and project.
+fn default_journal(session: &Session, selection: &str) -> Option<PathBuf> {
+    let project = session.whoami().project_id.clone().unwrap_or_default();
+    let key = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, format!("{project} {selection}").as_bytes());
+    Some(runs::state_folder()?.join("batches").join(format!("{key}.jsonl")))
+}
+
+/// Whatever deletes images asks on a terminal, naming what and where.
+async fn ask(arguments: &BatchArgs, session: &Session, plan: &Plan, cancel: &CancelToken) -> Result<(), JobError> {
+    let going: Vec<_> = plan.entries.iter().filter(|entry| entry.is_work() && entry.options.after != After::Keep).collect();
+    if going.is_empty() {
+        return Ok(());
+    }
+    let who = session.whoami();
+    let bytes = going.iter().map(|entry| entry.bytes()).sum();
+    let mut names: Vec<String> = going.iter().take(ASKED_MAX).map(|entry| entry.shown()).collect();
+    if going.len() > ASKED_MAX {
+        names.push(format!("and {} more", going.len() - ASKED_MAX));
+    }
+    let what = format!(
+        "After each new image is verified, delete its source: {} images ({}) in cloud {}, project {}: {}",
+        going.len(),
+        size(bytes),
+        who.cloud,
+        who.project,
+        names.join(", ")
+    );
+    confirm(&what, arguments.yes, cancel).await
+}
+
+const COLUMNS: [Column; 8] = [
+    Column { key: "id", heading: "ID", usual: true, right: false },
+    Column { key: "name", heading: "Name", usual: true, right: false },
+    Column { key: "user_id", heading: "User", usual: false, right: false },
+    Column { key: "bytes", heading: "Size", usual: true, right: true },
+    Column { key: "new_name", heading: "New name", usual: true, right: false },
+    Column { key: "plan", heading: "Plan", usual: true, right: false },
+    Column { key: "reason", heading: "Why", usual: true, right: false },
+    Column { key: "image", heading: "Image", usual: false, right: false },
+];
+
+/// `--dry-run`.
+async fn show_plan(
+    arguments: &BatchArgs,
+    session: &Session,
+    plan: &Plan,
+    left_out: &[String],
+    display: &Display,
+    cancel: &CancelToken,
+) -> Result<(), JobError> {
+    let row = |entry: &stages::batch::Entry| {
+        let (word, reason, made) = match &entry.verdict {
+            Verdict::Convert => ("convert", "", ""),
+            Verdict::Finish { made } => ("finish", "converted already; its source is still to go", made.as_str()),
+            Verdict::Done { made } => ("done", "converted already", made.as_str()),
+            Verdict::Skip { reason } => ("skip", reason.as_str(), ""),
+            Verdict::Fail { reason } => ("cannot", reason.as_str(), ""),
+        };
+        let image = entry.image.as_ref();
+        let text = |text: Option<&str>| Cell::plain(text.map(str::to_owned));
+        vec![
+            text(image.map(|image| image.id.as_str())),
+            text(image.map_or(Some(entry.wish.image.as_str()), |image| image.name.as_deref())),
+            text(image.and_then(|image| image.property("user_id"))),
+            Cell::shown(entry.bytes(), size(entry.bytes())),
+            Cell::plain(if matches!(entry.verdict, Verdict::Convert) { entry.new_name.clone() } else { String::new() }),
+            Cell::plain(word),
+            Cell::plain(reason),
+            Cell::plain(made),
+        ]
+    };
+    let rows: Vec<Vec<Cell>> = plan.entries.iter().map(row).collect();
+    let format = match arguments.output.format {
+        FormatChoice::Table => ListFormat::Table,
+        FormatChoice::Json => ListFormat::Json,
+        FormatChoice::Value => ListFormat::Value,
+    };
+    let mut columns = COLUMNS;
+    columns.iter_mut().filter(|column| column.key == "user_id").for_each(|column| column.usual = arguments.all_users);
+    print_rows(&columns, &rows, &ListFlags { format, columns: Vec::new() })?;
+    left_out.iter().for_each(|line| display.note(line));
+    let work: Vec<_> = plan.entries.iter().filter(|entry| entry.is_work()).collect();
+    let (all, bytes) = (plan.entries.len(), plan.work_bytes());
+    display.note(&format!("{} of {all} images would be converted: {} to read; what is sent depends on what is in them", work.len(), size(bytes)));
+    let Some(largest) = work.iter().max_by_key(|entry| entry.bytes()).and_then(|entry| entry.image.as_ref()) else {
+        return Ok(());
+    };
+    let measured = measure(session, largest, cancel).await?;
+    let rate = arguments.rate_limit.map_or(measured, |limit| limit.min(measured)).max(1);
+    display.note(&format!(
+        "reading takes about {} at {}/s, {}; verification by readback, and sending, come on top",
+        duration(bytes / rate),
+        size(rate),
+        if rate < measured { "the limit" } else { "which one connection gave just now" }
+    ));
+    if let Some(left) = session.quota_left_bytes().await {
+        display.note(&format!("the quota for images has {} left; new images need room beside the old ones until those go", size(left)));
+    }
+    Ok(())
+}
+
+/// Bytes a second of one connection, by reading the beginning of an image.
+async fn measure(session: &Session, image: &Image, cancel: &CancelToken) -> Result<u64, JobError> {
+    let progress = Progress::default();
+    let retries = stages::glance::Retries::new(&progress, Arc::new(|_| {}));
+    let remote =
+        stages::glance::Remote::of_image(session, image, &progress, retries, stages::glance::Patience::default(), cancel);
+    let bytes = usize::try_from(remote.image_bytes).unwrap_or(usize::MAX).min(MEASURE_BYTES);
+    let mut connection = Connection::new(remote, Asking::Whole);
+    let mut buffer = vec![0; 1 << 20];
+    let started = std::time::Instant::now();
+    let mut read = 0;
+    while read < bytes && started.elapsed() < MEASURE_FOR {
+        let part = (bytes - read).min(buffer.len());
+        let at = u64::try_from(read).unwrap_or(u64::MAX);
+        connection.read(at, at + u64::try_from(part).unwrap_or(0), &mut buffer[..part]).await?;
+        read += part;
+    }
+    let millis = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+    Ok(u64::try_from(read).unwrap_or(0).saturating_mul(1000) / millis)
+}
+
+/// `2 h 10 min`, `45 s`.
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..90 => format!("{seconds} s"),
+        90..5400 => format!("{} min", seconds.div_ceil(60)),
+        _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+/// The last lines, the report, and the exit code.
+fn conclude(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> ExitCode {
+    let json = serde_json::to_string_pretty(summary).unwrap_or_default();
+    let mut code = summary.exit_code();
+    let written = match arguments.output.format {
+        FormatChoice::Table => exit::print(&told(arguments, summary, journal)),
+        FormatChoice::Json => exit::print(&json),
+        FormatChoice::Value => summary.items.iter().fold(true, |good, line| match &line.outcome {
+            Outcome::Done { report } => {
+                good & exit::print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)))
+            }
+            Outcome::Earlier { image } => good & exit::print(&printable(image)),
+            _ => good,
+        }),
+    };
+    if !written {
+        exit::say("virta: the batch is over, but stdout could not be written");
+        code = code.max(1);
+    }
+    if let Some(path) = &arguments.output.report
+        && let Err(error) = write_report(path, &json)
+    {
+        exit::say(&format!("virta: the batch is over, but its report could not be written to {}: {error}", path.display()));
+        code = code.max(1);
+    }
+    ExitCode::from(code)
+}
+
+fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> String {
+    let count = |wanted: fn(&Outcome) -> bool| summary.count(wanted);
+    let done = count(|outcome| matches!(outcome, Outcome::Done { .. }));
+    let mut parts = vec![format!("{done} converted")];
+    for (number, word) in [
+        (count(|outcome| matches!(outcome, Outcome::Earlier { .. })), "done before"),
+        (count(|outcome| matches!(outcome, Outcome::Skipped { .. })), "skipped"),
+        (count(|outcome| matches!(outcome, Outcome::Failed { .. })), "failed"),
+        (count(|outcome| matches!(outcome, Outcome::Held { .. })), "held by other runs"),
+        (count(|outcome| matches!(outcome, Outcome::NotTried { .. })), "not tried"),
+    ] {
+        if number > 0 {
+            parts.push(format!("{number} {word}"));
+        }
+    }
+    let mut lines = vec![format!("{} in {}", parts.join(", "), duration(float_seconds(summary.elapsed_s)))];
+    if done > 0 {
+        let saved = summary.converted_bytes.saturating_sub(summary.made_bytes);
+        let millis = float_seconds(summary.elapsed_s * 1000.0).max(1);
+        lines.push(format!(
+            "{} became {}: {} saved; fetched {}, sent {}, {}/s of disk; memory at most {}",
+            size(summary.converted_bytes),
+            size(summary.made_bytes),
+            size(saved),
+            size(summary.fetched_bytes),
+            size(summary.uploaded_bytes),
+            size(summary.converted_bytes.saturating_mul(1000) / millis),
+            size(summary.rss_peak_bytes)
+        ));
+    }
+    if let Some(why) = &summary.stopped {
+        lines.push(format!("stopped before the end: {why}"));
+    }
+    for line in summary.items.iter().filter(|line| matches!(line.outcome, Outcome::Skipped { .. })) {
+        lines.push(format!("skipped {}: {}", named(line), line.outcome.why().unwrap_or_default()));
+    }
+    let left: Vec<_> = summary.left().collect();
+    if !left.is_empty() {
+        lines.push(String::new());
+        let width = left.iter().map(|line| named(line).chars().count()).max().unwrap_or(0).min(40);
+        for line in &left {
+            let why = printable(line.outcome.why().unwrap_or_default());
+            lines.push(format!("{:<11} {:<width$}  {why}", line.outcome.word(), named(line)));
+        }
+        lines.push(String::new());
+        lines.push(match retry_command(arguments, &left, journal.as_deref()) {
+            Ok(command) => format!("just these again: {command}"),
+            Err(error) => format!("the same command goes on (the list of just these could not be written: {error})"),
+        });
+    }
+    if let Some(path) = journal {
+        lines.push(format!("journal: {}", path.display()));
+    }
+    lines.join("\n")
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a wall time, shown to people
+fn float_seconds(seconds: f64) -> u64 {
+    seconds.max(0.0).round() as u64
+}
+
+fn named(line: &stages::batch::outcome::Line) -> String {
+    let name = line.name.as_deref().filter(|name| !name.is_empty());
+    match (name, &line.id) {
+        (Some(name), Some(id)) => printable(&format!("{name} ({id})")),
+        (None, Some(id)) => printable(id),
+        _ => printable(&line.word),
+    }
+}
+
+/// The command that tries just these again. Many, and those with flags of their own, go into a file beside the journal.
+fn retry_command(
+    arguments: &BatchArgs,
+    left: &[&stages::batch::outcome::Line],
+    journal: Option<&std::path::Path>,
+) -> std::io::Result<String> {
+    use clap::CommandFactory;
+    let command = crate::cli::Cli::command();
+    let batch = command.find_subcommand("batch");
+    let mut kept: Vec<String> = Vec::new();
+    let mut typed = std::env::args().skip_while(|word| word != "batch").skip(1).peekable();
+    let selecting = ["--from", "--all-snapshots", "--all-users", "--larger-than", "--older-than", "--name", "--instance"];
+    while let Some(word) = typed.next() {
+        let (flag, with_value) = word.split_once('=').map_or((word.as_str(), false), |(flag, _)| (flag, true));
+        let known = batch.into_iter().flat_map(clap::Command::get_arguments).find(|argument| {
+            let long = argument.get_long().map(|long| format!("--{long}"));
+            let short = argument.get_short().map(|short| format!("-{short}"));
+            long.as_deref() == Some(flag) || short.as_deref() == Some(flag)
+        });
+        let value = known.is_some_and(|known| known.get_action().takes_values()) && !with_value;
+        if selecting.contains(&flag) {
+            if value {
+                typed.next();
+            }
+        } else if word.starts_with('-') && word != "-" && word != "--" {
+            kept.push(shell_word(&word));
+            if value && let Some(value) = typed.next() {
+                kept.push(shell_word(&value));
+            }
+        }
+    }
+    let plain = arguments.from.is_none() && left.len() <= RETRY_IDS_MAX;
+    let which = if plain {
+        left.iter().map(|line| shell_word(&printable(line.id.as_deref().unwrap_or(&line.word)))).collect::<Vec<_>>().join(" ")
+    } else {
+        let path = journal.map_or_else(|| PathBuf::from("virta-batch.retry"), |path| path.with_extension("retry"));
+        let text = match &arguments.from {
+            // with the flags that each had
+            Some(from) if from != "-" => list::parse(&std::fs::read_to_string(from)?).unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        let lines = left.iter().map(|line| {
+            let wish = text.iter().find(|wish| wish.image == line.word).cloned();
+            let wish = Wish {
+                image: line.id.clone().unwrap_or_else(|| line.word.clone()),
+                ..wish.unwrap_or_else(|| Wish { name: line.new_name.clone(), ..Wish::default() })
+            };
+            serde_json::to_string(&wish).unwrap_or_default() + "\n"
+        });
+        std::fs::write(&path, lines.collect::<String>())?;
+        format!("--from {}", shell_word(&path.display().to_string()))
+    };
+    let flags: String = kept.iter().map(|word| format!("{word} ")).collect();
+    let cloud = if kept.iter().any(|word| word.starts_with("--os-cloud")) { String::new() } else { chosen_cloud(&arguments.cloud) };
+    Ok(format!("virta batch {cloud}{flags}{which}"))
+}
