@@ -79,11 +79,27 @@ pub struct Faults {
     pub fail_one_in: u32,
     /// Transfers and requests so far, for these.
     pub counted: (u32, u32),
+    /// The request after so many others is never answered: neither done (`false`), or done (`true`). For tests that kill a client at a
+    /// place that they choose.
+    pub hold_at: Option<(usize, bool)>,
+    /// That request has come.
+    pub held: bool,
     /// A pause before each answer.
     pub latency: Duration,
 }
 
 impl Faults {
+    /// Is this the request that is never answered? Is it done?
+    pub(crate) fn holds_this_one(&mut self) -> Option<bool> {
+        let (left, done) = self.hold_at.as_mut()?;
+        let done = *done;
+        if let Some(fewer) = left.checked_sub(1) {
+            *left = fewer;
+            return None;
+        }
+        self.hold_at = None;
+        Some(done)
+    }
     /// Is this one of the transfers that are cut?
     pub(crate) fn cuts_this_one(&mut self) -> bool {
         self.counted.0 += 1;

@@ -202,6 +202,12 @@ impl MiniGlance {
         change(&mut self.shared.state().faults);
     }
 
+    /// Has the request come that is never answered?
+    #[must_use]
+    pub fn held(&self) -> bool {
+        self.shared.state().faults.held
+    }
+
     /// Requests so far: method, path, range.
     #[must_use]
     pub fn requests(&self) -> Vec<String> {
@@ -388,16 +394,26 @@ pub(crate) async fn read_json(request: Request<Incoming>) -> io::Result<Value> {
 async fn handle(shared: &Arc<Shared>, request: Request<Incoming>) -> Answer {
     let path = request.uri().path().trim_end_matches('/').to_owned();
     let range = request.headers().get("range").and_then(|range| range.to_str().ok()).unwrap_or_default().to_owned();
-    let latency = {
+    let (latency, hold) = {
         let mut state = shared.state();
         state.requests.push(format!("{} {path} {range}", request.method()).trim_end().to_owned());
-        state.faults.latency
+        let hold = if path.starts_with("/v3") { None } else { state.faults.holds_this_one() };
+        state.faults.held |= hold == Some(false);
+        (state.faults.latency, hold)
     };
+    if hold == Some(false) {
+        // as long as the client lives; when it is gone, this future goes with its connection
+        std::future::pending::<()>().await;
+    }
     if !latency.is_zero() {
         tokio::time::sleep(latency).await;
     }
     let id_header = HeaderValue::from_str(&format!("req-{}", uuid::Uuid::new_v4())).map_err(io::Error::other)?;
     let mut response = route(shared, request, &path, &range).await?;
+    if hold == Some(true) {
+        shared.state().faults.held = true;
+        std::future::pending::<()>().await;
+    }
     response.headers_mut().insert("x-openstack-request-id", id_header);
     Ok(response)
 }
