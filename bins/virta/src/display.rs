@@ -16,7 +16,11 @@ use stages::{
     text::{printable, size},
 };
 
-use crate::{cli::ProgressChoice, exit, runs::{self, Run}};
+use crate::{
+    cli::ProgressChoice,
+    exit,
+    runs::{self, Run},
+};
 
 /// How often bars are drawn.
 const DRAW_EVERY: Duration = Duration::from_millis(100);

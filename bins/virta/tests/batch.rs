@@ -107,7 +107,8 @@ impl Place {
     /// A conversion shows a guest what its source showed.
     fn assert_shows(&self, source: &str, made: &Value) {
         let (seed, bytes) = self.disks[source];
-        let image = Qcow2::open(std::fs::File::open(self.service.data_path(made["id"].as_str().unwrap()).unwrap()).unwrap()).unwrap();
+        let image =
+            Qcow2::open(std::fs::File::open(self.service.data_path(made["id"].as_str().unwrap()).unwrap()).unwrap()).unwrap();
         assert_eq!(verify::check(&image).unwrap().leaked_clusters, 0);
         assert_eq!(image.virtual_bytes(), u64::try_from(bytes.next_multiple_of(512)).unwrap());
         let raw = disk(seed, bytes);
@@ -145,9 +146,16 @@ async fn each_image_gets_its_answer_and_the_same_command_again_does_nothing_twic
     for (seed, name) in [(1, "web"), (2, "db"), (3, "mail")] {
         place.add(name, seed, 9 * MIB + 512);
     }
-    let qcow2 = place.service.add_image(&json!({ "name": "done", "disk_format": "qcow2", "container_format": "bare" }), |s| s.write(b"QFI\xfb")).unwrap();
-    let empty = place.service.add_image(&json!({ "name": "empty", "disk_format": "raw", "container_format": "bare" }), |_| Ok(())).unwrap();
-    let volume = json!({ "name": "volume", "disk_format": "raw", "container_format": "bare", "block_device_mapping": "[{\"x\":1}]" });
+    let qcow2 = place
+        .service
+        .add_image(&json!({ "name": "done", "disk_format": "qcow2", "container_format": "bare" }), |s| s.write(b"QFI\xfb"))
+        .unwrap();
+    let empty = place
+        .service
+        .add_image(&json!({ "name": "empty", "disk_format": "raw", "container_format": "bare" }), |_| Ok(()))
+        .unwrap();
+    let volume =
+        json!({ "name": "volume", "disk_format": "raw", "container_format": "bare", "block_device_mapping": "[{\"x\":1}]" });
     place.service.add_image(&volume, |_| Ok(())).unwrap();
     let words = ["web", "db", "mail", "done", "empty", "volume", "nothing-of-that-name", "web"];
     let mut arguments = words.to_vec();
@@ -157,7 +165,9 @@ async fn each_image_gets_its_answer_and_the_same_command_again_does_nothing_twic
     let report = place.report();
     let outcomes = |word: &str| -> Vec<String> {
         let items = report["items"].as_array().unwrap().iter().filter(|item| item["word"] == word);
-        items.map(|item| format!("{} {}", item["outcome"].as_str().unwrap(), item["reason"].as_str().unwrap_or_default())).collect()
+        items
+            .map(|item| format!("{} {}", item["outcome"].as_str().unwrap(), item["reason"].as_str().unwrap_or_default()))
+            .collect()
     };
     assert_eq!(outcomes("web"), ["done ", "skipped it is in the list twice"]);
     assert_eq!(outcomes("done"), ["skipped already qcow2"]);
@@ -178,7 +188,11 @@ async fn each_image_gets_its_answer_and_the_same_command_again_does_nothing_twic
     let before = place.service.requests().len();
     place.run(&["web", "db", "mail"]).await.ends(0, &["3 done before"]);
     let requests = place.service.requests();
-    assert!(requests[before..].iter().all(|request| request.starts_with("GET") || request.contains("/v3/")), "{:?}", &requests[before..]);
+    assert!(
+        requests[before..].iter().all(|request| request.starts_with("GET") || request.contains("/v3/")),
+        "{:?}",
+        &requests[before..]
+    );
 
     // another machine has no journal and comes to the same
     let output = place.command("elsewhere", &["web", "db", "mail"]).output().await.unwrap();
@@ -195,7 +209,17 @@ async fn a_plan_is_shown_and_nothing_is_done() {
     let other = place.service.add_image(&other, |storing| storing.write(&disk(3, MIB))).unwrap();
     place.service.set(&other, "user_id", json!("somebody"));
     let run = place.run(&["--all-snapshots", "--dry-run", "--larger-than", "3M", "--name-template", "{date}-{name}"]).await;
-    run.ends(0, &["-web", "convert", "5.0 MiB to read", "1 snapshot of other users", "1 snapshot left out by the filters", "reading takes about"]);
+    run.ends(
+        0,
+        &[
+            "-web",
+            "convert",
+            "5.0 MiB to read",
+            "1 snapshot of other users",
+            "1 snapshot left out by the filters",
+            "reading takes about",
+        ],
+    );
     place.run(&["--all-snapshots", "--all-users", "--dry-run"]).await.ends(0, &["somebody", "3 of 3 images"]);
     let json = place.run(&["--all-snapshots", "--dry-run", "-f", "json"]).await;
     let plan: Value = serde_json::from_str(&json.stdout).unwrap();
@@ -251,7 +275,14 @@ async fn renamed_and_vanished_sources_are_told() {
         .unwrap();
     assert!(deleted.status.success(), "{deleted:?}");
     place.disks.remove(&db);
-    place.run(&arguments).await.ends(4, &["is called web-old now; it was web when this batch began", "1 converted", "it is gone; when this batch began it was called db"]);
+    place.run(&arguments).await.ends(
+        4,
+        &[
+            "is called web-old now; it was web when this batch began",
+            "1 converted",
+            "it is gone; when this batch began it was called db",
+        ],
+    );
     place.assert_all_converted(false);
     let journal = std::fs::read_to_string(place.folder.path().join("journal.jsonl")).unwrap();
     let events: Vec<Value> = journal.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -408,7 +439,12 @@ async fn two_batches_at_once_convert_each_image_once_and_lose_none() {
         Run::new(output, Duration::ZERO).ends(0, &["24"]);
     }
     place.assert_all_converted(true);
-    let puts = place.service.requests().iter().filter(|request| request.starts_with("PUT /v2/images") && request.ends_with("/file")).count();
+    let puts = place
+        .service
+        .requests()
+        .iter()
+        .filter(|request| request.starts_with("PUT /v2/images") && request.ends_with("/file"))
+        .count();
     assert_eq!(puts, 24, "no image was sent twice");
 }
 
@@ -469,7 +505,8 @@ async fn a_hundred_images_under_faults_all_come_to_the_right_end_within_the_budg
     let was_deleted = gone.status.success();
     while child.try_wait().unwrap().is_none() {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        let rss =
+            status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
         peaks.extend(rss.map(|kib| kib * 1024));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -596,7 +633,8 @@ async fn slurm_gets_a_script_that_runs() {
     for seed in 1..=3 {
         place.add(&format!("vm{seed}"), seed, 2 * MIB);
     }
-    let run = place.run(&["--all-snapshots", "--plan", "slurm", "--plan-dir", "a plan", "--jobs", "2", "--compress", "zlib"]).await;
+    let run =
+        place.run(&["--all-snapshots", "--plan", "slurm", "--plan-dir", "a plan", "--jobs", "2", "--compress", "zlib"]).await;
     run.ends(0, &["sbatch ", "3 tasks"]);
     assert!(place.conversions().is_empty());
     let script = place.folder.path().join("a plan/virta.sbatch");
@@ -605,7 +643,11 @@ async fn slurm_gets_a_script_that_runs() {
     for task in ["1", "2", "3"] {
         // as Slurm runs it: the environment, and no arguments
         let mut command = Command::new("bash");
-        command.arg(&script).current_dir(place.folder.path()).env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command
+            .arg(&script)
+            .current_dir(place.folder.path())
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default());
         command.env("HOME", place.folder.path()).env("SLURM_ARRAY_TASK_ID", task);
         Run::new(command.output().await.unwrap(), Duration::ZERO).ends(0, &["made glance:"]);
     }

@@ -110,7 +110,11 @@ fn claims_hold_on_a_real_glance_and_a_batch_goes_on_after_a_kill() {
     // a run that is killed leaves its claim; another machine keeps away, its own takes it over
     let c = place.upload("batch-c", 3, 260);
     place.images.ids.extend((0..4).map(|generation| claimed(&c, generation)));
-    let mut slow = place.command("one", &["batch-c", "--delete-source", "--yes", "--rate-limit", "20M"]).stderr(Stdio::null()).spawn().unwrap();
+    let mut slow = place
+        .command("one", &["batch-c", "--delete-source", "--yes", "--rate-limit", "20M"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     while !is_there(&claimed(&c, 0)) {
         std::thread::sleep(Duration::from_millis(100));
         assert!(slow.try_wait().unwrap().is_none(), "it is over already");

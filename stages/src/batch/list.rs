@@ -75,7 +75,8 @@ fn array(text: &str) -> Result<Vec<Wish>, ListError> {
         Wish(Wish),
     }
     // element by element, so that an error says more than that no variant fits
-    let items: Vec<&serde_json::value::RawValue> = serde_json::from_str(text).map_err(|error| at(error.line(), error.to_string()))?;
+    let items: Vec<&serde_json::value::RawValue> =
+        serde_json::from_str(text).map_err(|error| at(error.line(), error.to_string()))?;
     let mut wishes = Vec::with_capacity(items.len());
     let mut line = 1;
     let mut passed = 0;
@@ -97,6 +98,10 @@ fn array(text: &str) -> Result<Vec<Wish>, ListError> {
 }
 
 fn objects(text: &str) -> Result<Vec<Wish>, ListError> {
+    // a single one may be spread over lines
+    if let Ok(wish) = serde_json::from_str(text) {
+        return Ok(vec![checked(wish, 1)?]);
+    }
     let mut wishes = Vec::new();
     for (line, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
         let wish = serde_json::from_str(text).map_err(|error| at(line + 1, error.to_string()))?;
@@ -181,6 +186,7 @@ mod tests {
         assert_eq!(parse("[\"a b\", {\"image\": \"c\"}]").unwrap(), plain);
         assert_eq!(parse("{\"image\":\"a b\"}\n{\"image\":\"c\"}\n").unwrap(), plain);
         assert_eq!(parse("name,image\n,a b\n,c\n").unwrap(), plain);
+        assert_eq!(parse("{\n  \"image\": \"c\"\n}\n").unwrap(), [Wish::of("c")]);
         assert_eq!(parse("").unwrap(), []);
         let full = Wish {
             name: Some("new, with a comma".into()),
@@ -190,9 +196,9 @@ mod tests {
             ..Wish::of("c")
         };
         let csv = "image,name,property:os_distro,compress,delete_source\nc,\"new, with a comma\",debian,zstd,yes\n";
-        assert_eq!(parse(csv).unwrap(), [full.clone()]);
+        assert_eq!(parse(csv).unwrap(), std::slice::from_ref(&full));
         let json = serde_json::to_string(&full).unwrap();
-        assert_eq!(parse(&json).unwrap(), [full.clone()]);
+        assert_eq!(parse(&json).unwrap(), std::slice::from_ref(&full));
         assert_eq!(parse_one(&json).unwrap(), full);
         assert_eq!(parse_one("\"a b\"").unwrap(), Wish::of("a b"));
         assert_eq!(parse_one("a b").unwrap(), Wish::of("a b"));

@@ -150,8 +150,7 @@ struct Project<'a> {
 
 impl<'a> Project<'a> {
     fn new(session: &'a Session, images: &'a [Image]) -> Self {
-        let (mut by_id, mut by_name, mut by_source) =
-            (HashMap::new(), HashMap::<_, Vec<_>>::new(), HashMap::<_, Vec<_>>::new());
+        let (mut by_id, mut by_name, mut by_source) = (HashMap::new(), HashMap::<_, Vec<_>>::new(), HashMap::<_, Vec<_>>::new());
         for image in images {
             by_id.insert(image.id.as_str(), image);
             if let Some(name) = image.name.as_deref() {
@@ -367,7 +366,11 @@ impl<'a> Project<'a> {
         }
         if image.disk_format.as_deref() != Some("raw") || image.container_format.as_deref() != Some("bare") {
             let format = |format: &Option<String>| printable(format.as_deref().unwrap_or("unset"));
-            return skip(&format!("it is {} in a {} container, not a raw disk", format(&image.disk_format), format(&image.container_format)));
+            return skip(&format!(
+                "it is {} in a {} container, not a raw disk",
+                format(&image.disk_format),
+                format(&image.container_format)
+            ));
         }
         if image.size.unwrap_or(0) == 0 {
             return skip("it is empty");
@@ -392,9 +395,10 @@ impl<'a> Project<'a> {
         }
         let own = |other: &&&Image| project.is_none() || other.owner == *project;
         let taken = self.by_name.get(new_name).map(Vec::as_slice).unwrap_or_default();
-        let others = taken.iter().filter(own).filter(|other| other.status == "active" && other.property(SOURCE_ID) != Some(&image.id));
+        let mut others =
+            taken.iter().filter(own).filter(|other| other.status == "active" && other.property(SOURCE_ID) != Some(&image.id));
         let replaced = |other: &&&Image| options.after == After::Replace && other.id == image.id;
-        if let Some(other) = others.filter(|other| !replaced(other)).next()
+        if let Some(other) = others.find(|other| !replaced(other))
             && !options.force
         {
             return fail(format!("an image called {} is there already ({})", printable(new_name), other.shown_id()));

@@ -30,6 +30,7 @@ use crate::{
     },
     openstack::{
         Image, Session,
+        error::now_utc,
         image::{CLAIM_UNTIL, SOURCE_ID},
     },
     progress::Progress,
@@ -215,16 +216,14 @@ impl Batch {
     pub async fn run(self) -> Result<Summary, TooSmall> {
         let shares = Shares::new(&self.options, self.limits.jobs)?;
         let started = Instant::now();
-        let near_quota = self.plan.deletes()
-            && self.session.quota_left_bytes().await.is_some_and(|left| left < self.plan.work_bytes());
+        let near_quota =
+            self.plan.deletes() && self.session.quota_left_bytes().await.is_some_and(|left| left < self.plan.work_bytes());
         let queue = self.plan.order(near_quota).into();
         let outcomes = self.plan.entries.iter().map(|entry| match &entry.verdict {
             Verdict::Convert | Verdict::Finish { .. } => None,
             Verdict::Done { made } => Some(Outcome::Earlier { image: made.clone() }),
             Verdict::Skip { reason } => Some(Outcome::Skipped { reason: reason.clone() }),
-            Verdict::Fail { reason } => {
-                Some(Outcome::Failed { error: reason.clone(), tries: 0, transient: false, exit_code: 1 })
-            }
+            Verdict::Fail { reason } => Some(Outcome::Failed { error: reason.clone(), tries: 0, transient: false, exit_code: 1 }),
         });
         let outcomes: Vec<_> = outcomes.collect();
         let failures = outcomes.iter().flatten().filter(|outcome| !outcome.is_good()).count();
@@ -286,12 +285,15 @@ impl Runner {
         let Ok(images) = session.images_matching(&[("limit", "1000")]).await else { return };
         let own = |image: &&Image| image.owner == session.whoami().project_id;
         for image in images.iter().filter(own).filter(|image| image.status == "active" && image.property(CLAIM_UNTIL).is_some()) {
-            let source_there = images.iter().any(|source| image.property(SOURCE_ID) == Some(&source.id) && source.id != image.id);
-            if source_there || !carries_its_own_proof(image) || crate::convert::claim::held(image, &*self.batch.notices).is_some() {
+            if !carries_its_own_proof(image) || crate::convert::claim::held(image, &*self.batch.notices).is_some() {
                 continue;
             }
             if let Err(error) = retire::release(session, &image.id).await {
-                self.tell(&format!("warning: image {} keeps the mark of a run that is over: {}", image.shown_id(), causes(&error)));
+                self.tell(&format!(
+                    "warning: image {} keeps the mark of a run that is over: {}",
+                    image.shown_id(),
+                    causes(&error)
+                ));
             }
         }
     }
@@ -323,7 +325,8 @@ impl Runner {
                 let Some(at) = self.later.iter().position(|later| later.due <= now) else { return };
                 (self.later[at].index, self.later[at].tries)
             };
-            let waiting = self.queue.len().saturating_sub(1) + self.later.iter().filter(|later| later.nature != Nature::Held).count();
+            let waiting =
+                self.queue.len().saturating_sub(1) + self.later.iter().filter(|later| later.nature != Nature::Held).count();
             let Some(grant) = self.shares.grant(self.batch.plan.entries[index].bytes(), waiting) else { return };
             if self.queue.front() == Some(&index) {
                 self.queue.pop_front();
@@ -402,11 +405,13 @@ impl Runner {
         let limits = self.batch.limits;
         let freed_later = self.under_way.values().any(|(_, _, goes)| *goes);
         let last_try = tries >= limits.tries;
+        // a claim that is over may be found once, when its image has just been finished
+        let is_claimed = !matches!(error, JobError::Held { until, .. } if *until <= now_utc());
         let again = match nature {
             Nature::Transient => !last_try,
             // room may come from what still runs and deletes its source
             Nature::Quota => freed_later,
-            Nature::Held => limits.wait,
+            Nature::Held => limits.wait && (is_claimed || !last_try),
             Nature::Permanent | Nature::Credentials | Nature::Interrupted => false,
         };
         if self.batch.cancel.is_cancelled() {
@@ -419,7 +424,7 @@ impl Runner {
             };
             (self.batch.listener)(&Event::Later { index, error: &text });
             // waiting for others, or for room, is no try
-            let tries = if nature == Nature::Transient { tries } else { tries - 1 };
+            let tries = if nature == Nature::Transient || !is_claimed { tries } else { tries - 1 };
             self.later.push(Later { index, tries, due: Instant::now() + pause, error: text, nature });
             return None;
         }
@@ -432,7 +437,12 @@ impl Runner {
             Nature::Credentials => self.stop("the credentials are not good any more"),
             Nature::Permanent | Nature::Transient => {}
         }
-        Some(Outcome::Failed { error: text, tries: tries.min(limits.tries), transient: is_transient(nature), exit_code: error.exit_code() })
+        Some(Outcome::Failed {
+            error: text,
+            tries: tries.min(limits.tries),
+            transient: is_transient(nature),
+            exit_code: error.exit_code(),
+        })
     }
 
     fn stop(&mut self, why: &str) {
@@ -541,7 +551,11 @@ async fn convert_one(
                     made.property(SOURCE_ID) == Some(&image.id) && made.status == "active" && carries_its_own_proof(made)
                 });
                 done.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
-                    JobError::Refused(format!("image {} ({}) is gone: somebody deleted it meanwhile", image.shown(), image.shown_id()))
+                    JobError::Refused(format!(
+                        "image {} ({}) is gone: somebody deleted it meanwhile",
+                        image.shown(),
+                        image.shown_id()
+                    ))
                 })
             }
             _ => Err(error),
@@ -562,15 +576,17 @@ async fn convert_found(
     let until_cancelled = async |work: std::pin::Pin<Box<dyn Future<Output = Result<Option<Ended>, JobError>> + Send + '_>>| {
         cancel.guard(work).await.unwrap_or_else(|_| Err(JobError::interrupted()))
     };
-    let source = cancel.guard(Source::glance(session, id)).await.map_err(|_| JobError::interrupted())??;
-    let job = Job::new(source, options, progress, notices, cancel);
+    // three questions at once: each may wait behind somebody's transfer
+    let asking = async {
+        tokio::join!(Source::glance(session, id), session.images_where(SOURCE_ID, id), images_of_name(session, new_name))
+    };
+    let (source, made, taken) = cancel.guard(asking).await.map_err(|_| JobError::interrupted())?;
+    let (job, made, taken) = (Job::new(source?, options, progress, notices, cancel), made?, taken?);
     let looking = async {
         retire::check(&job, job.options.force).await?;
-        let made = session.images_where(SOURCE_ID, id).await?;
         if let Some(done) = finish_earlier(&job, session, made).await? {
             return Ok(Some(Ended::Earlier(done.id)));
         }
-        let taken = images_of_name(session, new_name).await?;
         match check_name(session, taken, new_name, &job.source, job.options.force, job.options.after)? {
             NameCheck::AlreadyDone(done) => Ok(Some(Ended::Earlier(done.id))),
             NameCheck::Unproven(image) => Err(crate::convert::names::unproven(&image)),

@@ -43,7 +43,9 @@ pub fn snapshots(session: &Session, images: &[Image], filter: &Filter) -> Select
     let mut selected = Selected::default();
     let own = |image: &&Image| who.project_id.is_none() || image.owner == who.project_id;
     // what virta made is no candidate, and a hundred lines that say so help nobody
-    let made = |image: &Image| image.disk_format.as_deref() == Some("qcow2") && image.property(crate::openstack::image::SOURCE_ID).is_some();
+    let made = |image: &Image| {
+        image.disk_format.as_deref() == Some("qcow2") && image.property(crate::openstack::image::SOURCE_ID).is_some()
+    };
     for image in images.iter().filter(own).filter(|image| is_snapshot(image) && !made(image)) {
         let mine = match (image.property("user_id"), &who.user_id) {
             (Some(user), Some(me)) => user == me,
@@ -63,7 +65,10 @@ pub fn snapshots(session: &Session, images: &[Image], filter: &Filter) -> Select
 impl Filter {
     fn takes(&self, image: &Image, now: Timestamp) -> bool {
         let large = self.larger_than.is_none_or(|bytes| image.size.unwrap_or(0) > bytes);
-        let named = self.name.as_ref().is_none_or(|text| image.name.as_deref().unwrap_or_default().to_lowercase().contains(&text.to_lowercase()));
+        let named = self
+            .name
+            .as_ref()
+            .is_none_or(|text| image.name.as_deref().unwrap_or_default().to_lowercase().contains(&text.to_lowercase()));
         let of_server = self.instance.as_ref().is_none_or(|server| image.property("instance_uuid") == Some(server));
         let old = self.older_than.is_none_or(|age| {
             let made: Option<Timestamp> = image.created_at.as_deref().and_then(|at| at.parse().ok());

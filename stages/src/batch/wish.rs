@@ -77,7 +77,9 @@ impl Wish {
             };
         }
         match (self.delete_source, self.replace) {
-            (Some(true), Some(true)) => return Err("delete_source and replace exclude each other: replace deletes it, too".to_owned()),
+            (Some(true), Some(true)) => {
+                return Err("delete_source and replace exclude each other: replace deletes it, too".to_owned());
+            }
             (_, Some(true)) => options.after = After::Replace,
             (Some(true), _) => options.after = After::Delete,
             (Some(false), _) if options.after == After::Delete => options.after = After::Keep,
@@ -128,6 +130,9 @@ mod tests {
         assert!(bad(Wish { compress_level: Some(3), ..Wish::of("x") }).contains("compress_level needs"));
         assert!(bad(Wish { delete_source: Some(true), verify: Some("none".into()), ..Wish::of("x") }).contains("verification"));
         assert!(bad(Wish { delete_source: Some(true), replace: Some(true), ..Wish::of("x") }).contains("exclude"));
-        assert!(bad(Wish { properties: [("disk_format".to_owned(), "raw".to_owned())].into(), ..Wish::of("x") }).contains("disk_format"));
+        assert!(
+            bad(Wish { properties: [("disk_format".to_owned(), "raw".to_owned())].into(), ..Wish::of("x") })
+                .contains("disk_format")
+        );
     }
 }

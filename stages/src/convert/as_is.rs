@@ -14,8 +14,8 @@ use serde_json::{Map, Value, json};
 
 use super::{
     JobError, Notices,
-    report::HashReport,
     making::Maker,
+    report::HashReport,
     sending::{Content, Sending},
 };
 use crate::{

@@ -46,6 +46,8 @@ use crate::openstack::{
 pub const GRACE_S: i64 = 60;
 /// The least time that a claim is set ahead before an upload.
 const UPLOAD_MIN: Duration = Duration::from_secs(3600);
+/// How long a renewal that is under way is waited for.
+const LEAVE_WITHIN: Duration = Duration::from_secs(20);
 /// An upload is expected to be at least so fast, bytes a second.
 const UPLOAD_BYTES_PER_S: u64 = 10 << 20;
 
@@ -55,9 +57,15 @@ pub(super) struct Claim {
     project: String,
     /// How long it is good each time it is renewed.
     life: Duration,
-    renewing: Mutex<Option<JoinHandle<()>>>,
+    renewing: Mutex<Option<Renewing>>,
     /// Its image was deleted by somebody else.
     lost: Arc<AtomicBool>,
+}
+
+/// The task that renews a claim.
+struct Renewing {
+    task: JoinHandle<()>,
+    stop: CancelToken,
 }
 
 /// The id of the image that claims `source` for `project`, at its `generation`th try.
@@ -117,9 +125,10 @@ impl Claim {
     pub(super) fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken) {
         let (session, id, cancel) = (session.clone(), image_id.to_owned(), cancel.clone());
         let (life, lost) = (self.life, Arc::clone(&self.lost));
+        let stop = CancelToken::new();
+        let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(life / 4).await;
+            while stopped.guard(tokio::time::sleep(life / 4)).await.is_ok() {
                 match session.set_property(&id, CLAIM_UNTIL, &json!(ahead(life))).await {
                     Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                         lost.store(true, SeqCst);
@@ -131,17 +140,19 @@ impl Claim {
                 }
             }
         });
-        if let Some(before) = self.renewing.lock().unwrap_or_else(PoisonError::into_inner).replace(task) {
-            before.abort();
+        if let Some(before) = self.renewing.lock().unwrap_or_else(PoisonError::into_inner).replace(Renewing { task, stop }) {
+            before.task.abort();
         }
     }
 
-    /// Stops renewing it. No renewal is under way when this returns.
+    /// Stops renewing it. A renewal that is under way is waited for: landing behind what comes next, it would undo it.
     pub(super) async fn leave(&self) {
-        let task = self.renewing.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(task) = task {
-            task.abort();
-            let _ = task.await;
+        let renewing = self.renewing.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Renewing { mut task, stop }) = renewing {
+            stop.cancel(Cause::Requested("the claim is left".to_owned()));
+            if tokio::time::timeout(LEAVE_WITHIN, &mut task).await.is_err() {
+                task.abort();
+            }
         }
     }
 
@@ -157,8 +168,8 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        if let Some(task) = self.renewing.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
-            task.abort();
+        if let Some(renewing) = self.renewing.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            renewing.task.abort();
         }
     }
 }

@@ -242,7 +242,9 @@ impl JobError {
                 }
                 match source.downcast_ref() {
                     Some(UploadError::Api { source, .. }) => Some(source),
-                    Some(UploadError::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. })) => Some(source),
+                    Some(UploadError::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. })) => {
+                        Some(source)
+                    }
                     _ => None,
                 }
             }
@@ -272,7 +274,11 @@ impl JobError {
             return Nature::Credentials;
         }
         let Some(api) = self.api() else {
-            return if matches!(self, Self::Stage { kind: ErrorKind::Network, .. }) { Nature::Transient } else { Nature::Permanent };
+            return if matches!(self, Self::Stage { kind: ErrorKind::Network, .. }) {
+                Nature::Transient
+            } else {
+                Nature::Permanent
+            };
         };
         match api {
             ApiError::Status(error) if error.status == StatusCode::PAYLOAD_TOO_LARGE => {
@@ -283,7 +289,9 @@ impl JobError {
             // answers that no API promises come from what stands between
             ApiError::Answer { .. } => Nature::Transient,
             // the image that was being made went away
-            _ if of_upload.is_some() && matches!(api.status(), Some(StatusCode::NOT_FOUND | StatusCode::GONE)) => Nature::Transient,
+            _ if of_upload.is_some() && matches!(api.status(), Some(StatusCode::NOT_FOUND | StatusCode::GONE)) => {
+                Nature::Transient
+            }
             api if api.is_retryable() => Nature::Transient,
             _ => Nature::Permanent,
         }

@@ -118,7 +118,14 @@ impl<'a> Maker<'a> {
         if !own && let Some(held) = claim::held(image, self.notices) {
             return Err(held);
         }
+        if image.status == "deactivated" {
+            return Err(JobError::Refused(format!(
+                "image {} would be this source's conversion, and is deactivated: an administrator knows why",
+                image.shown_id()
+            )));
+        }
         if !matches!(image.status.as_str(), "queued" | "saving" | "killed") {
+            // another run has just come to its end: the next look finds out what it came to
             return Err(JobError::Held {
                 image: image.id.clone(),
                 run: image.property(RUN).unwrap_or("unknown").to_owned(),

@@ -140,8 +140,7 @@ pub async fn go_on_with_finished(job: &Job, session: &Session, image: &Image) ->
         image.line()
     ));
     // an earlier run may have been stopped between its verification and the rest
-    after_conversion(job, session, &image.id, true).await?;
-    release_if_claimed(session, image).await
+    retire_source(job, session, image, true).await
 }
 
 /// An image says that it was made from this source, and was never verified: it is now.
@@ -157,16 +156,21 @@ pub async fn go_on_with_unproven(job: &Job, session: &Session, image: &Image) ->
     if !prove(job, session, image).await? {
         return Err(unproven(image));
     }
-    after_conversion(job, session, &image.id, false).await?;
-    release_if_claimed(session, image).await
+    retire_source(job, session, image, false).await
 }
 
-/// A claim that a dead run left on a finished image ends.
-async fn release_if_claimed(session: &Session, image: &Image) -> Result<(), JobError> {
-    if image.property(CLAIM_UNTIL).is_some() {
-        release(session, &image.id).await?;
+/// The source goes, if it shall, and a claim that a dead run left on the finished image ends. A run that took the dead one over may have seen
+/// the image half made, and its DELETE be on the way: so the image is protected before.
+async fn retire_source(job: &Job, session: &Session, image: &Image, compare_first: bool) -> Result<(), JobError> {
+    let claimed = image.property(CLAIM_UNTIL).is_some();
+    if claimed && job.options.after != After::Keep {
+        session.set_property(&image.id, "protected", &serde_json::json!(true)).await?;
     }
-    Ok(())
+    let retired = after_conversion(job, session, &image.id, compare_first).await;
+    if claimed && let Err(error) = release(session, &image.id).await {
+        job.notices.warn(&format!("image {} keeps a mark of the run that made it: {error}", image.shown_id()));
+    }
+    retired
 }
 
 /// The refusal of an image that claims to be this source's conversion and could not be proven to be.

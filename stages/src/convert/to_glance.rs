@@ -29,8 +29,8 @@ use crate::{
         Change, Image, Session,
         image::{CLAIM_UNTIL, VERIFIED, check_properties, converted_record},
     },
-    store::{Chunk, EmitReport},
     qcow2::Geometry,
+    store::{Chunk, EmitReport},
     text::{causes, printable, shell_word, size},
 };
 
@@ -280,7 +280,9 @@ impl Emission<'_> {
             claim.leave().await;
         }
         if let Err(error) = retire::release(self.maker.session, image_id).await {
-            self.job.notices.warn(&format!("image {image_id} stays protected: {}; virta image set --unprotected {image_id}", causes(&error)));
+            self.job
+                .notices
+                .warn(&format!("image {image_id} stays protected: {}; virta image set --unprotected {image_id}", causes(&error)));
         }
     }
 

@@ -33,7 +33,9 @@ impl RateLimit {
     /// # Cancel safety
     /// Safe; the bytes count as taken.
     pub async fn take(&self, bytes: u64) {
-        let cost = Duration::from_nanos(u64::try_from(u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_s)).unwrap_or(u64::MAX));
+        let cost = Duration::from_nanos(
+            u64::try_from(u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_s)).unwrap_or(u64::MAX),
+        );
         let until = {
             let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
             *free_at = (*free_at).max(Instant::now()) + cost;

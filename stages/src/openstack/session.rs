@@ -142,15 +142,18 @@ impl Session {
         let image_url = versioned(image_endpoint(&cloud, &signed_in.catalog)?);
         // a cloud without servers is a cloud, too
         let compute_url = endpoint(&cloud, &signed_in.catalog, "compute").ok();
-        Ok(Self(Arc::new(Inner {
-            cloud,
-            clients,
-            token: RwLock::new(signed_in.token),
-            renewing: Mutex::new(()),
-            image_url,
-            compute_url,
-            whoami: signed_in.whoami,
-        }), None))
+        Ok(Self(
+            Arc::new(Inner {
+                cloud,
+                clients,
+                token: RwLock::new(signed_in.token),
+                renewing: Mutex::new(()),
+                image_url,
+                compute_url,
+                whoami: signed_in.whoami,
+            }),
+            None,
+        ))
     }
 
     /// The same session, whose image data, both ways and of all clones together, is moved no faster than this.

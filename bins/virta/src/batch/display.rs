@@ -144,7 +144,11 @@ impl BatchDisplay {
                 let again = if *tries > 1 { format!(", try {tries}") } else { String::new() };
                 let line = format!("started: {}, {}{again}", name(index), size(shared.bytes[*index]));
                 // bars show that by themselves
-                if shared.display.kind() == Kind::Plain { shared.display.note(&line) } else { shared.run.log(&line) }
+                if shared.display.kind() == Kind::Plain {
+                    shared.display.note(&line)
+                } else {
+                    shared.run.log(&line)
+                }
                 let bar = shared.display.bars().map(|bars: &MultiProgress| {
                     let bar = bars.add(ProgressBar::new(1));
                     if let Ok(style) = ProgressStyle::with_template("  {msg}") {
@@ -206,7 +210,9 @@ impl BatchDisplay {
                 "event": "started", "item": index, "name": shared.names[*index], "bytes": shared.bytes[*index], "try": tries,
                 "memory_bytes": grant.memory_bytes, "connections": grant.connections, "workers": grant.workers,
             }),
-            Event::Later { index, error } => json!({ "event": "later", "item": index, "name": shared.names[*index], "error": error }),
+            Event::Later { index, error } => {
+                json!({ "event": "later", "item": index, "name": shared.names[*index], "error": error })
+            }
             Event::Ended { index, outcome, elapsed_s } => {
                 let mut value = json!({ "event": "ended", "item": index, "name": shared.names[*index], "elapsed_s": elapsed_s });
                 value["outcome"] = json!(outcome.word());

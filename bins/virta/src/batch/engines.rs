@@ -32,8 +32,26 @@ fn task_flags(arguments: &BatchArgs) -> Vec<String> {
     let command = crate::cli::Cli::command();
     let batch = command.find_subcommand("batch");
     let dropped = [
-        "--from", "--all-snapshots", "--all-users", "--larger-than", "--older-than", "--name", "--instance", "--plan", "--plan-dir",
-        "--name-template", "--jobs", "-j", "--journal", "--max-failures", "--progress", "--report", "-f", "--format", "--dry-run", "--yes",
+        "--from",
+        "--all-snapshots",
+        "--all-users",
+        "--larger-than",
+        "--older-than",
+        "--name",
+        "--instance",
+        "--plan",
+        "--plan-dir",
+        "--name-template",
+        "--jobs",
+        "-j",
+        "--journal",
+        "--max-failures",
+        "--progress",
+        "--report",
+        "-f",
+        "--format",
+        "--dry-run",
+        "--yes",
     ];
     let mut flags = Vec::new();
     let mut typed = std::env::args().skip_while(|word| word != "batch").skip(1);
@@ -114,7 +132,8 @@ pub fn write(engine: Engine, arguments: &BatchArgs, plan: &Plan, display: &Displ
             let text = serde_json::to_string_pretty(&wishes).unwrap_or_default() + "\n";
             write_file(&items, &text, 0o600).map_err(failed)?;
             // --task-dir is what makes HyperQueue look for the error text
-            let mut hq: Vec<String> = ["hq", "submit", "--name", "virta", "--task-dir", "--crash-limit", "5", "--cpus"].map(str::to_owned).into();
+            let mut hq: Vec<String> =
+                ["hq", "submit", "--name", "virta", "--task-dir", "--crash-limit", "5", "--cpus"].map(str::to_owned).into();
             hq.extend([cpus.to_string(), "--from-json".to_owned(), items.display().to_string()]);
             if let Some(most) = arguments.max_failures {
                 hq.extend(["--max-fails".to_owned(), most.to_string()]);
@@ -131,9 +150,12 @@ pub fn write(engine: Engine, arguments: &BatchArgs, plan: &Plan, display: &Displ
             write_file(&items, &text, 0o600).map_err(failed)?;
             words.extend(["--from".to_owned(), items.display().to_string()]);
             let script = folder.join("virta.sbatch");
-            write_file(&script, &slurm_script(wishes.len(), arguments.jobs.get(), cpus, &quoted(&words)), 0o700).map_err(failed)?;
+            write_file(&script, &slurm_script(wishes.len(), arguments.jobs.get(), cpus, &quoted(&words)), 0o700)
+                .map_err(failed)?;
             display.note(&format!("{} tasks in {}, {} at once", wishes.len(), items.display(), arguments.jobs));
-            display.note("what failed: sacct -j JOB --state FAILED -o JobID,ExitCode; again, what is done stays done: the same command");
+            display.note(
+                "what failed: sacct -j JOB --state FAILED -o JobID,ExitCode; again, what is done stays done: the same command",
+            );
             quoted(&["sbatch".to_owned(), script.display().to_string()])
         }
     };

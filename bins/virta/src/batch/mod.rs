@@ -175,7 +175,8 @@ impl BatchArgs {
     fn options(&self, run: &Run) -> Result<Options, String> {
         let usual = job_options(&self.conversion)?;
         let after = self.after();
-        let verify = self.conversion.verify.map_or(if after == After::Keep { Verify::Hash } else { Verify::Readback }, Into::into);
+        let verify =
+            self.conversion.verify.map_or(if after == After::Keep { Verify::Hash } else { Verify::Readback }, Into::into);
         if after != After::Keep && verify == Verify::None {
             return Err("a source is deleted only after verification: leave --verify none out".to_owned());
         }
@@ -389,7 +390,10 @@ async fn prepare(
             key(a).cmp(&key(b))
         });
         if selected.of_others > 0 {
-            left_out.push(format!("{} of other users of this project are left out: --all-users takes them", snapshots_counted(selected.of_others)));
+            left_out.push(format!(
+                "{} of other users of this project are left out: --all-users takes them",
+                snapshots_counted(selected.of_others)
+            ));
         }
         if selected.filtered > 0 {
             left_out.push(format!("{} left out by the filters", snapshots_counted(selected.filtered)));
@@ -410,12 +414,14 @@ async fn prepare(
             }
         }
     }
-    let journal = match (&arguments.journal, changes && !arguments.task_from_env) {
-        (_, false) if arguments.journal.is_none() => None,
-        (Some(path), _) => Some(path.clone()),
-        (None, _) => default_journal(&session, &selection),
+    let journal = match &arguments.journal {
+        Some(path) => Some(path.clone()),
+        // the engine keeps track of its tasks
+        None if arguments.task_from_env => None,
+        None => default_journal(&session, &selection),
     };
-    let journal = match journal.filter(|_| changes || arguments.journal.as_ref().is_some_and(|path| path.exists())) {
+    // a plan that is only shown makes none, but knows what an earlier run wrote
+    let journal = match journal.filter(|path| changes || path.exists()) {
         None => None,
         Some(path) => match Journal::open(&path, run.id().as_deref().unwrap_or("plan")) {
             Ok(journal) => Some(journal),
@@ -517,7 +523,11 @@ async fn show_plan(
     left_out.iter().for_each(|line| display.note(line));
     let work: Vec<_> = plan.entries.iter().filter(|entry| entry.is_work()).collect();
     let (all, bytes) = (plan.entries.len(), plan.work_bytes());
-    display.note(&format!("{} of {all} images would be converted: {} to read; what is sent depends on what is in them", work.len(), size(bytes)));
+    display.note(&format!(
+        "{} of {all} images would be converted: {} to read; what is sent depends on what is in them",
+        work.len(),
+        size(bytes)
+    ));
     let Some(largest) = work.iter().max_by_key(|entry| entry.bytes()).and_then(|entry| entry.image.as_ref()) else {
         return Ok(());
     };
@@ -530,7 +540,10 @@ async fn show_plan(
         if rate < measured { "the limit" } else { "which one connection gave just now" }
     ));
     if let Some(left) = session.quota_left_bytes().await {
-        display.note(&format!("the quota for images has {} left; new images need room beside the old ones until those go", size(left)));
+        display.note(&format!(
+            "the quota for images has {} left; new images need room beside the old ones until those go",
+            size(left)
+        ));
     }
     Ok(())
 }
@@ -716,6 +729,7 @@ fn retry_command(
         format!("--from {}", shell_word(&path.display().to_string()))
     };
     let flags: String = kept.iter().map(|word| format!("{word} ")).collect();
-    let cloud = if kept.iter().any(|word| word.starts_with("--os-cloud")) { String::new() } else { chosen_cloud(&arguments.cloud) };
+    let cloud =
+        if kept.iter().any(|word| word.starts_with("--os-cloud")) { String::new() } else { chosen_cloud(&arguments.cloud) };
     Ok(format!("virta batch {cloud}{flags}{which}"))
 }

@@ -30,7 +30,8 @@ pub fn wish(from: Option<&str>) -> Result<Wish, JobError> {
         ("JOB_COMPLETION_INDEX", number("JOB_COMPLETION_INDEX", &value, 0)?)
     } else {
         return Err(usage(
-            "--task-from-env is for tasks of an engine: none of HQ_ENTRY, SLURM_ARRAY_TASK_ID and JOB_COMPLETION_INDEX is set".to_owned(),
+            "--task-from-env is for tasks of an engine: none of HQ_ENTRY, SLURM_ARRAY_TASK_ID and JOB_COMPLETION_INDEX is set"
+                .to_owned(),
         ));
     };
     let Some(from) = from else {
@@ -38,7 +39,10 @@ pub fn wish(from: Option<&str>) -> Result<Wish, JobError> {
     };
     let listed = list::parse(&super::read_list(from)?).map_err(|error| usage(format!("--from {}, {error}", printable(from))))?;
     let images = listed.len();
-    listed.into_iter().nth(at).ok_or_else(|| usage(format!("{name} asks for an image beyond the {images} of {}", printable(from))))
+    listed
+        .into_iter()
+        .nth(at)
+        .ok_or_else(|| usage(format!("{name} asks for an image beyond the {images} of {}", printable(from))))
 }
 
 /// What the engine shows of a failure.
