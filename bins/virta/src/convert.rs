@@ -456,7 +456,7 @@ fn check_report(arguments: &ConvertArgs) -> Result<(), JobError> {
 }
 
 /// Opens a file for writing, for its owner alone if it is new.
-fn open_private(path: &Path) -> std::io::Result<std::fs::File> {
+pub fn open_private(path: &Path) -> std::io::Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
     std::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)
 }

@@ -184,6 +184,17 @@ async fn each_image_gets_its_answer_and_the_same_command_again_does_nothing_twic
     let again: Vec<&str> = line.split(' ').collect();
     assert!(line.ends_with(" nothing-of-that-name"), "{line}");
     place.run(&again).await.ends(4, &["1 failed"]);
+    // words behind -- are no flags, and none come of them
+    let dashed = place.run(&["--jobs", "2", "--", "--delete-source"]).await;
+    let line = dashed.stdout.lines().find(|line| line.starts_with("just these again: ")).unwrap();
+    assert!(line.contains("--jobs 2 --from ") && !line.contains("--delete-source"), "{line}");
+    // what a list says of an image is in the list of those that are left
+    let list = "image,delete_source,compress\nnothing,,\nvanished,no,zstd\n";
+    std::fs::write(place.folder.path().join("list"), list).unwrap();
+    let listed = place.run(&["--from", "list", "--delete-source", "--yes", "--journal", "j"]).await;
+    listed.ends(4, &["just these again: virta batch --delete-source --yes --journal j --from j.retry"]);
+    let retry = std::fs::read_to_string(place.folder.path().join("j.retry")).unwrap();
+    assert!(retry.contains("{\"image\":\"vanished\",\"compress\":\"zstd\",\"delete_source\":false}"), "{retry}");
 
     let before = place.service.requests().len();
     place.run(&["web", "db", "mail"]).await.ends(0, &["3 done before"]);
@@ -230,6 +241,9 @@ async fn a_plan_is_shown_and_nothing_is_done() {
     assert!(!place.service.requests().iter().any(writes));
     place.run(&["--all-snapshots", "--dry-run", "--name-template", "{nmae}"]).await.ends(2, &["{nmae}"]);
     place.run(&["--all-snapshots", "--delete-source"]).await.ends(2, &["add --yes", "2 images", "web", "db"]);
+    place.run(&["--all-snapshots", "--delete-source", "--dry-run"]).await.ends(0, &["2 sources would be deleted"]);
+    place.run(&["web", "--larger-than", "1G"]).await.ends(2, &["it needs --all-snapshots"]);
+    place.run(&["web", "--dry-run", "--plan", "slurm"]).await.ends(2, &["cannot be used with"]);
     place.run(&["--all-snapshots", "--name-template", "same"]).await.ends(4, &["its new name, same, is also that of"]);
 }
 
@@ -364,7 +378,7 @@ async fn an_interrupt_leaves_nothing_half_made_and_the_same_command_goes_on() {
     seen(&place.service, "PUT /v2/images").await;
     signal(&child, rustix::process::Signal::INT);
     let output = tokio::time::timeout(Duration::from_secs(20), child.wait_with_output()).await.unwrap().unwrap();
-    Run::new(output, Duration::ZERO).ends(130, &["stopped before the end: interrupted", "not tried"]);
+    Run::new(output, Duration::ZERO).ends(130, &["stopped before the end: interrupted", "nothing half-made is left"]);
     let _ = place.conversions(); // what is there is whole
     place.run(&["--all-snapshots", "--jobs", "3"]).await.ends(0, &["converted"]);
     place.assert_all_converted(false);
@@ -623,8 +637,9 @@ async fn a_task_of_an_engine_ends_with_a_code_that_it_can_act_on() {
     let mail = place.service.add_image(&record("mail"), |storing| storing.write(&disk(3, MIB))).unwrap();
     place.service.faults(|faults| faults.failing_puts = 1000);
     let (run, error) = task(&[("HQ_ENTRY", &mail)], &["--tries", "1"]).await;
-    run.ends(75, &["503"]);
-    assert!(error.contains("503"), "{error}");
+    // the answer, 503, may be lost where the connection is reset behind it
+    run.ends(75, &["uploading image"]);
+    assert!(error.contains("uploading image"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,11 +8,12 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
@@ -21,6 +22,9 @@ use crate::openstack::error::now_utc;
 
 /// A journal that is larger is not read: nothing writes so much.
 const BYTES_MAX: u64 = 256 << 20;
+
+/// How long is waited for others that write to it.
+const LOCK_WITHIN: Duration = Duration::from_secs(2);
 
 /// The journal cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -47,17 +51,18 @@ pub struct Journal {
     path: PathBuf,
     file: Mutex<File>,
     run: String,
+    project: String,
     by_id: BTreeMap<String, Known>,
     /// What was typed, and the id that it meant.
     by_word: BTreeMap<String, String>,
 }
 
 impl Journal {
-    /// Opens or makes it, for its owner alone, and reads what earlier runs wrote.
+    /// Opens or makes it, for its owner alone, and reads what earlier runs wrote of images of `project`.
     ///
     /// # Errors
     /// [`JournalError`].
-    pub fn open(path: &Path, run: &str) -> Result<Self, JournalError> {
+    pub fn open(path: &Path, run: &str, project: &str) -> Result<Self, JournalError> {
         let opened = (|| {
             if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
                 fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
@@ -70,7 +75,8 @@ impl Journal {
             Read::by_ref(&mut file).take(BYTES_MAX).read_to_end(&mut bytes)?;
             let text = String::from_utf8_lossy(&bytes).into_owned();
             let first = text.lines().next().unwrap_or_default();
-            if !first.is_empty() && !"{\"at\":".starts_with(first) && !first.starts_with("{\"at\":") {
+            let fits = !first.is_empty() && ("{\"at\":".starts_with(first) || first.starts_with("{\"at\":"));
+            if !text.is_empty() && !fits {
                 return Err(io::Error::other("that file is there and is no journal of a batch: choose another name"));
             }
             Ok((file, text))
@@ -80,6 +86,7 @@ impl Journal {
             path: path.to_owned(),
             file: Mutex::new(file),
             run: run.to_owned(),
+            project: project.to_owned(),
             by_id: BTreeMap::new(),
             by_word: BTreeMap::new(),
         };
@@ -93,6 +100,10 @@ impl Journal {
     }
 
     fn learn(&mut self, line: &Value) {
+        // a name in another project is another image's
+        if line["project"] != self.project.as_str() {
+            return;
+        }
         let text = |key: &str| line[key].as_str().map(str::to_owned);
         let Some(id) = text("id") else { return };
         let known = self.by_id.entry(id.clone()).or_default();
@@ -132,14 +143,21 @@ impl Journal {
     /// # Errors
     /// [`JournalError`]: a full disk. What happened has happened all the same.
     pub fn write(&self, event: &str, fields: &Value) -> Result<(), JournalError> {
-        let mut line = json!({ "at": now_utc(), "run": self.run, "event": event });
+        let mut line = json!({ "at": now_utc(), "run": self.run, "project": self.project, "event": event });
         for (key, value) in fields.as_object().into_iter().flatten() {
             line[key] = value.clone();
         }
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let written = (|| {
-            // others may append at the same time, and look at the last byte, too
-            file.lock()?;
+            // others may append at the same time, and look at the last byte, too; who holds it for long is no reason to stand still
+            let started = Instant::now();
+            while let Err(error) = file.try_lock() {
+                match error {
+                    TryLockError::WouldBlock if started.elapsed() < LOCK_WITHIN => std::thread::sleep(Duration::from_millis(20)),
+                    TryLockError::WouldBlock => return Err(io::Error::other("somebody else keeps it locked")),
+                    TryLockError::Error(error) => return Err(error),
+                }
+            }
             let mut bytes = Vec::new();
             if file.seek(SeekFrom::End(0))? > 0 {
                 let mut last = [0];
@@ -167,16 +185,16 @@ mod tests {
     fn what_one_run_wrote_the_next_one_knows_whatever_cut_it_off() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/journal.jsonl");
-        let journal = Journal::open(&path, "r1").unwrap();
+        let journal = Journal::open(&path, "r1", "p").unwrap();
         journal.write("planned", &json!({ "id": "i", "name": "web", "word": "web" })).unwrap();
         journal.write("planned", &json!({ "id": "j", "name": "db", "word": "db" })).unwrap();
         journal.write("done", &json!({ "id": "i", "image": "new" })).unwrap();
         let whole = fs::read(&path).unwrap();
         for cut in 0..=whole.len() {
             fs::write(&path, &whole[..cut]).unwrap();
-            let again = Journal::open(&path, "r2").unwrap_or_else(|error| panic!("cut at {cut}: {error:?}"));
+            let again = Journal::open(&path, "r2", "p").unwrap_or_else(|error| panic!("cut at {cut}: {error:?}"));
             again.write("planned", &json!({ "id": "k", "name": "x", "word": "web" })).unwrap();
-            let third = Journal::open(&path, "r3").unwrap();
+            let third = Journal::open(&path, "r3", "p").unwrap();
             let lines = whole[..cut].split(|byte| *byte == b'\n').filter(|line| line.ends_with(b"}")).count();
             assert_eq!(third.meaning("web"), Some(if lines > 0 { "i" } else { "k" }), "cut at {cut}");
             assert_eq!(third.known("i").and_then(|known| known.made.clone()).is_some(), lines == 3);
@@ -191,8 +209,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("notes.txt");
         fs::write(&path, "dear diary\n").unwrap();
-        assert!(Journal::open(&path, "r").is_err());
-        assert!(Journal::open(folder.path(), "r").is_err());
+        assert!(Journal::open(&path, "r", "p").is_err());
+        assert!(Journal::open(folder.path(), "r", "p").is_err());
         assert_eq!(fs::read(&path).unwrap(), b"dear diary\n");
     }
 }

@@ -8,6 +8,9 @@ use super::Wish;
 /// More than that in one list is a mistake, or an attack.
 pub const WISHES_MAX: usize = 100_000;
 
+/// Longest name of an image: Glance has 255 characters.
+const WORD_BYTES_MAX: usize = 2048;
+
 /// What is wrong with a list, and where.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("line {line}: {what}")]
@@ -32,7 +35,7 @@ pub fn parse(text: &str) -> Result<Vec<Wish>, ListError> {
         Some('[') => array(text)?,
         Some('{') => objects(text)?,
         _ if is_csv(text) => csv(text)?,
-        _ => lines(text),
+        _ => lines(text)?,
     };
     if wishes.len() > WISHES_MAX {
         return Err(at(WISHES_MAX + 1, format!("more than {WISHES_MAX} images")));
@@ -49,7 +52,9 @@ pub fn parse_one(text: &str) -> Result<Wish, ListError> {
         // a JSON string is what HyperQueue makes of a plain item
         Some('"') => vec![Wish::of(&serde_json::from_str::<String>(text.trim()).map_err(|error| at(1, error.to_string()))?)],
         Some('{') => objects(text)?,
-        _ => lines(text),
+        Some('[') => return Err(at(1, "an array, where one image was expected")),
+        _ if text.trim() == "null" => return Err(at(1, "null, where an image was expected")),
+        _ => lines(text)?,
     };
     match wishes.len() {
         1 => Ok(wishes.remove(0)),
@@ -59,12 +64,24 @@ pub fn parse_one(text: &str) -> Result<Wish, ListError> {
 }
 
 fn checked(wish: Wish, line: usize) -> Result<Wish, ListError> {
-    if wish.image.trim().is_empty() { Err(at(line, "image is empty")) } else { Ok(wish) }
+    if wish.image.trim().is_empty() {
+        return Err(at(line, "image is empty"));
+    }
+    if wish.image.len() > WORD_BYTES_MAX {
+        return Err(at(line, "that is no image's name: it is far too long"));
+    }
+    Ok(wish)
 }
 
-fn lines(text: &str) -> Vec<Wish> {
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    lines.map(Wish::of).collect()
+fn lines(text: &str) -> Result<Vec<Wish>, ListError> {
+    let mut wishes = Vec::new();
+    for (number, line) in text.lines().map(str::trim).enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
+        if number == 0 && (line.starts_with("image;") || line.starts_with("image\t")) {
+            return Err(at(1, "columns are separated by commas"));
+        }
+        wishes.push(checked(Wish::of(line), number + 1)?);
+    }
+    Ok(wishes)
 }
 
 fn array(text: &str) -> Result<Vec<Wish>, ListError> {
@@ -112,7 +129,8 @@ fn objects(text: &str) -> Result<Vec<Wish>, ListError> {
 
 fn is_csv(text: &str) -> bool {
     let head = text.lines().next().unwrap_or_default();
-    head.contains(',') && head.split(',').any(|column| column.trim().trim_matches('"').eq_ignore_ascii_case("image"))
+    head.trim() == "image"
+        || head.contains(',') && head.split(',').any(|column| column.trim().trim_matches('"').eq_ignore_ascii_case("image"))
 }
 
 fn csv(text: &str) -> Result<Vec<Wish>, ListError> {
@@ -188,6 +206,7 @@ mod tests {
         assert_eq!(parse("name,image\n,a b\n,c\n").unwrap(), plain);
         assert_eq!(parse("{\n  \"image\": \"c\"\n}\n").unwrap(), [Wish::of("c")]);
         assert_eq!(parse("").unwrap(), []);
+        assert_eq!(parse("image\na b\nc\n").unwrap(), plain);
         let full = Wish {
             name: Some("new, with a comma".into()),
             properties: [("os_distro".to_owned(), "debian".to_owned())].into(),
@@ -219,6 +238,11 @@ mod tests {
             assert_eq!(error.line, line, "{text:?}: {error}");
             assert!(error.to_string().contains(what), "{text:?}: {error}");
         }
+        for text in ["[\"a\"]", "[]", "null", "{", "\""] {
+            assert!(parse_one(text).is_err(), "{text}");
+        }
+        assert!(parse("image;name\na;b\n").unwrap_err().to_string().contains("commas"));
+        assert!(parse(&"a".repeat(5000)).is_err());
         assert!(parse_one("a\nb").is_err() && parse_one("  ").is_err());
     }
 }

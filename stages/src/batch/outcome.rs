@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::Wish;
 use crate::convert::{Report, error::Nature};
 
 /// What became of one.
@@ -39,6 +40,11 @@ pub enum Outcome {
         /// Which, and until when.
         error: String,
     },
+    /// Somebody stopped it on its way.
+    Interrupted {
+        /// What is left of it.
+        reason: String,
+    },
     /// Its turn never came.
     NotTried {
         /// Why.
@@ -62,6 +68,7 @@ impl Outcome {
             Self::Skipped { .. } => "skipped",
             Self::Failed { .. } => "failed",
             Self::Held { .. } => "held by another run",
+            Self::Interrupted { .. } => "interrupted",
             Self::NotTried { .. } => "not tried",
         }
     }
@@ -71,7 +78,7 @@ impl Outcome {
     pub fn why(&self) -> Option<&str> {
         match self {
             Self::Done { .. } | Self::Earlier { .. } => None,
-            Self::Skipped { reason } | Self::NotTried { reason } => Some(reason),
+            Self::Skipped { reason } | Self::Interrupted { reason } | Self::NotTried { reason } => Some(reason),
             Self::Failed { error, .. } | Self::Held { error } => Some(error),
         }
     }
@@ -82,6 +89,9 @@ impl Outcome {
 pub struct Line {
     /// What was typed, or the id that a filter chose.
     pub word: String,
+    /// The wish, with what is different for this one.
+    #[serde(skip)]
+    pub wish: Wish,
     /// The source's id; null where there is none.
     pub id: Option<String>,
     /// Its name.
@@ -90,6 +100,8 @@ pub struct Line {
     pub bytes: Option<u64>,
     /// The new image's name.
     pub new_name: Option<String>,
+    /// Its source was to go, and is gone.
+    pub source_deleted: bool,
     /// What became of it.
     #[serde(flatten)]
     pub outcome: Outcome,
@@ -146,7 +158,10 @@ impl Summary {
 pub fn task_exit_code(outcome: &Outcome) -> u8 {
     match outcome {
         Outcome::Done { .. } | Outcome::Earlier { .. } | Outcome::Skipped { .. } => 0,
-        Outcome::Failed { transient: true, .. } | Outcome::Held { .. } | Outcome::NotTried { .. } => 75,
+        Outcome::Failed { transient: true, .. }
+        | Outcome::Held { .. }
+        | Outcome::Interrupted { .. }
+        | Outcome::NotTried { .. } => 75,
         Outcome::Failed { exit_code: 2, .. } => 64,
         Outcome::Failed { .. } => 65,
     }
@@ -154,5 +169,5 @@ pub fn task_exit_code(outcome: &Outcome) -> u8 {
 
 /// Would another command go better?
 pub(super) const fn is_transient(nature: Nature) -> bool {
-    matches!(nature, Nature::Transient | Nature::Quota | Nature::Credentials | Nature::Held)
+    matches!(nature, Nature::Transient | Nature::Quota | Nature::Held)
 }

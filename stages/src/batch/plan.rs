@@ -282,7 +282,9 @@ impl<'a> Project<'a> {
         journal: Option<&Journal>,
         notes: &mut Vec<String>,
     ) -> Result<&'a Image, Verdict> {
-        let word = wish.image.strip_prefix("glance:").unwrap_or(&wish.image);
+        // an image may be called glance:…
+        let literal = self.by_name.contains_key(wish.image.as_str());
+        let word = wish.image.strip_prefix("glance:").filter(|_| !literal).unwrap_or(&wish.image);
         if let Ok(id) = uuid::Uuid::parse_str(word) {
             let id = id.hyphenated().to_string();
             if let Some(image) = self.by_id.get(id.as_str()) {
@@ -295,11 +297,33 @@ impl<'a> Project<'a> {
         }
         // of two of one name, one that was made of another is not what was meant
         let mut named = self.by_name.get(word).cloned().unwrap_or_default();
-        if named.len() > 1 && named.iter().any(|image| image.property(SOURCE_ID).is_none()) {
-            named.retain(|image| image.property(SOURCE_ID).is_none());
+        if named.len() > 1 {
+            named.retain(|image| !carries_its_own_proof(image));
         }
+        let before = journal.and_then(|journal| journal.meaning(word));
         match named.as_slice() {
-            [image] => return Ok(image),
+            [image] => {
+                // another one than when this batch began: is that one dealt with?
+                if let Some(other) = before.filter(|id| *id != image.id) {
+                    if let Some(other) = self.by_id.get(other).filter(|other| !self.is_converted(other)) {
+                        return Err(Verdict::Fail {
+                            reason: format!(
+                                "when this batch began, the name meant image {}, called {} now, and now it means {}: use an id",
+                                other.shown_id(),
+                                other.shown(),
+                                image.shown_id()
+                            ),
+                        });
+                    }
+                    notes.push(format!(
+                        "{} means image {} now, and meant {} when this batch began",
+                        printable(word),
+                        image.shown_id(),
+                        printable(other)
+                    ));
+                }
+                return Ok(image);
+            }
             [] => {}
             several => {
                 let ids: Vec<String> = several.iter().map(|image| image.shown_id()).collect();
@@ -308,7 +332,7 @@ impl<'a> Project<'a> {
             }
         }
         // nothing is called so now: what did it mean when this batch began?
-        if let Some(id) = journal.and_then(|journal| journal.meaning(word)) {
+        if let Some(id) = before {
             if let Some(image) = self.by_id.get(id) {
                 self.tell_renamed(image, journal, notes);
                 return Ok(image);
@@ -329,6 +353,10 @@ impl<'a> Project<'a> {
         }
     }
 
+    fn is_converted(&self, source: &Image) -> bool {
+        self.conversions(&source.id).any(|made| is_finished_conversion(self.session, made, source))
+    }
+
     fn tell_renamed(&self, image: &Image, journal: Option<&Journal>, notes: &mut Vec<String>) {
         let before = journal.and_then(|journal| journal.known(&image.id)?.name.clone());
         if let Some(before) = before.filter(|before| Some(before) != image.name.as_ref()) {
@@ -343,10 +371,15 @@ impl<'a> Project<'a> {
 
     /// An image that is not there: was it converted, or did somebody delete it? `None`: nobody knows of it.
     fn gone(&self, id: &str, journal: Option<&Journal>) -> Option<Verdict> {
-        let made = self.conversions(id).find(|made| made.status == "active" && carries_its_own_proof(made));
         let known = journal.and_then(|journal| journal.known(id));
-        if let Some(made) = made.map(|made| made.id.clone()).or_else(|| known?.made.clone()) {
-            return Some(Verdict::Done { made });
+        let proven = |made: &&Image| made.status == "active" && carries_its_own_proof(made);
+        let by_journal = known.and_then(|known| self.by_id.get(known.made.as_deref()?)).copied();
+        if let Some(made) = self.conversions(id).find(proven).or(by_journal.filter(proven)) {
+            return Some(Verdict::Done { made: made.id.clone() });
+        }
+        if let Some(made) = known.and_then(|known| known.made.as_deref()) {
+            let reason = format!("it was converted and is gone, and so is its conversion ({})", printable(made));
+            return Some(Verdict::Fail { reason });
         }
         let name = known?.name.clone().unwrap_or_else(|| "without a name".to_owned());
         Some(Verdict::Fail { reason: format!("it is gone; when this batch began it was called {}", printable(&name)) })
@@ -378,20 +411,27 @@ impl<'a> Project<'a> {
         let goes = options.after != After::Keep;
         if let Some(made) = self.conversions(&image.id).find(|made| is_finished_conversion(self.session, made, image)) {
             let made = made.id.clone();
-            if goes && image.protected != Some(true) {
-                return Verdict::Finish { made };
-            }
-            return Verdict::Done { made };
+            return match (goes, image.protected) {
+                (false, _) => Verdict::Done { made },
+                (true, Some(true)) => skip(&format!(
+                    "converted already ({made}), but the source is protected and stays; if it may go: virta image set --unprotected {}",
+                    image.shown_id()
+                )),
+                (true, _) => Verdict::Finish { made },
+            };
         }
         if goes && image.protected == Some(true) {
-            return skip("it is protected, and would have to be deleted");
+            return skip(&format!(
+                "it is protected, and would have to be deleted; if it may be: virta image set --unprotected {}",
+                image.shown_id()
+            ));
         }
         let project = &self.session.whoami().project_id;
         if goes && project.is_some() && image.owner != *project {
             return skip("it belongs to another project, and would have to be deleted");
         }
         if new_name.is_empty() || new_name.chars().count() > 255 || uuid::Uuid::parse_str(new_name).is_ok() {
-            return fail(format!("{} cannot be the new image's name", printable(new_name)));
+            return fail(format!("{:?} cannot be the new image's name", printable(new_name)));
         }
         let own = |other: &&&Image| project.is_none() || other.owner == *project;
         let taken = self.by_name.get(new_name).map(Vec::as_slice).unwrap_or_default();

@@ -5,7 +5,7 @@
 
 use std::{
     num::NonZeroUsize,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -187,6 +187,8 @@ struct Later {
     due: Instant,
     error: String,
     nature: Nature,
+    /// How many sources had gone when it failed.
+    freed: usize,
 }
 
 struct Runner {
@@ -200,6 +202,10 @@ struct Runner {
     under_way: std::collections::HashMap<tokio::task::Id, (usize, Grant, bool)>,
     stopped: Option<String>,
     failures: usize,
+    /// Sources that have gone: each made room.
+    freed: usize,
+    /// The journal could not be written.
+    journal_failed: std::sync::atomic::AtomicBool,
     fetched_bytes: u64,
     uploaded_bytes: u64,
 }
@@ -237,11 +243,14 @@ impl Batch {
             under_way: std::collections::HashMap::new(),
             stopped: None,
             failures,
+            freed: 0,
+            journal_failed: std::sync::atomic::AtomicBool::new(false),
             fetched_bytes: 0,
             uploaded_bytes: 0,
         };
         runner.begin();
         runner.tidy().await;
+        runner.stop_at_max_failures();
         runner.until_done().await;
         Ok(runner.summary(started))
     }
@@ -252,11 +261,12 @@ impl Runner {
         (self.batch.listener)(&Event::Told { line });
     }
 
-    /// A journal that cannot be written is worth a line, and no reason to stop.
+    /// A journal that cannot be written is worth a line, and no reason to stop. It is not tried again: that may take time, each time.
     fn write(&self, event: &str, fields: &serde_json::Value) {
-        if let Some(journal) = &self.batch.journal
+        if let Some(journal) = self.batch.journal.as_ref().filter(|_| !self.journal_failed.load(Relaxed))
             && let Err(error) = journal.write(event, fields)
         {
+            self.journal_failed.store(true, Relaxed);
             self.tell(&format!("warning: {}: what is not written down is known to Glance alone", causes(&error)));
         }
     }
@@ -285,7 +295,13 @@ impl Runner {
         let Ok(images) = session.images_matching(&[("limit", "1000")]).await else { return };
         let own = |image: &&Image| image.owner == session.whoami().project_id;
         for image in images.iter().filter(own).filter(|image| image.status == "active" && image.property(CLAIM_UNTIL).is_some()) {
-            if !carries_its_own_proof(image) || crate::convert::claim::held(image, &*self.batch.notices).is_some() {
+            // while the source is there, whoever is at it still needs the protection
+            let own_claim_only = image.protected != Some(true);
+            let source_there = images.iter().any(|source| image.property(SOURCE_ID) == Some(&source.id) && source.id != image.id);
+            if (source_there && !own_claim_only)
+                || !carries_its_own_proof(image)
+                || crate::convert::claim::held(image, &*self.batch.notices).is_some()
+            {
                 continue;
             }
             if let Err(error) = retire::release(session, &image.id).await {
@@ -300,9 +316,13 @@ impl Runner {
 
     async fn until_done(&mut self) {
         loop {
-            self.fill();
-            let due = self.later.iter().map(|later| later.due).min().filter(|_| self.stopped.is_none() && self.queue.is_empty());
+            let blocked = self.fill();
+            let worth_it = self.later.iter().filter(|later| self.is_worth_it(later)).map(|later| later.due);
+            let due = worth_it.min().filter(|_| self.stopped.is_none() && self.queue.is_empty() && !blocked);
             if self.running.is_empty() && due.is_none() {
+                if self.stopped.is_none() && self.later.iter().any(|later| later.nature == Nature::Quota) {
+                    self.stop("the quota for images is full");
+                }
                 return;
             }
             let cancel = self.batch.cancel.clone();
@@ -315,19 +335,24 @@ impl Runner {
         }
     }
 
-    /// Begins as many as there are slots.
-    fn fill(&mut self) {
+    /// May another try go better? For what did not fit: has a source gone since?
+    fn is_worth_it(&self, later: &Later) -> bool {
+        later.nature != Nature::Quota || self.freed > later.freed
+    }
+
+    /// Begins as many as there are slots. `true`: there is one that waits for a part of the budgets.
+    fn fill(&mut self) -> bool {
         while self.stopped.is_none() && self.shares.has_slot() {
             let (index, tries) = if let Some(index) = self.queue.front() {
                 (*index, 0)
             } else {
                 let now = Instant::now();
-                let Some(at) = self.later.iter().position(|later| later.due <= now) else { return };
+                let ready = |later: &Later| later.due <= now && self.is_worth_it(later);
+                let Some(at) = self.later.iter().position(ready) else { return false };
                 (self.later[at].index, self.later[at].tries)
             };
-            let waiting =
-                self.queue.len().saturating_sub(1) + self.later.iter().filter(|later| later.nature != Nature::Held).count();
-            let Some(grant) = self.shares.grant(self.batch.plan.entries[index].bytes(), waiting) else { return };
+            let waiting = (self.queue.len() + self.later.len()).saturating_sub(1);
+            let Some(grant) = self.shares.grant(self.batch.plan.entries[index].bytes(), waiting) else { return true };
             if self.queue.front() == Some(&index) {
                 self.queue.pop_front();
             } else {
@@ -335,6 +360,7 @@ impl Runner {
             }
             self.start(index, tries + 1, grant);
         }
+        false
     }
 
     fn start(&mut self, index: usize, tries: u32, grant: Grant) {
@@ -368,7 +394,11 @@ impl Runner {
     fn finished(&mut self, finished: Result<(tokio::task::Id, Finished), tokio::task::JoinError>) {
         let finished = match finished {
             Ok((id, finished)) => {
-                self.under_way.remove(&id);
+                if let Some((_, _, true)) = self.under_way.remove(&id)
+                    && finished.result.is_ok()
+                {
+                    self.freed += 1;
+                }
                 finished
             }
             Err(error) => {
@@ -425,13 +455,19 @@ impl Runner {
             (self.batch.listener)(&Event::Later { index, error: &text });
             // waiting for others, or for room, is no try
             let tries = if nature == Nature::Transient || !is_claimed { tries } else { tries - 1 };
-            self.later.push(Later { index, tries, due: Instant::now() + pause, error: text, nature });
+            // what fails for the moment counts, too: where nothing works any more, the rest is not even begun
+            let failing = 1 + self.failures + self.later.iter().filter(|later| later.nature == Nature::Transient).count();
+            if nature == Nature::Transient && limits.max_failures.is_some_and(|most| failing >= most) {
+                self.stop(&format!("{failing} have failed (--max-failures)"));
+            }
+            self.later.push(Later { index, tries, due: Instant::now() + pause, error: text, nature, freed: self.freed });
             return None;
         }
         match nature {
-            Nature::Interrupted => {
-                return Some(Outcome::NotTried { reason: "interrupted; nothing half-made is left of it".to_owned() });
+            Nature::Interrupted if text == "interrupted" => {
+                return Some(Outcome::Interrupted { reason: "nothing half-made is left of it".to_owned() });
             }
+            Nature::Interrupted => return Some(Outcome::Interrupted { reason: text }),
             Nature::Held => return Some(Outcome::Held { error: text }),
             Nature::Quota => self.stop("the quota for images is full"),
             Nature::Credentials => self.stop("the credentials are not good any more"),
@@ -472,6 +508,10 @@ impl Runner {
             self.failures += 1;
         }
         self.outcomes[index] = Some(outcome);
+        self.stop_at_max_failures();
+    }
+
+    fn stop_at_max_failures(&mut self) {
         if self.batch.limits.max_failures.is_some_and(|most| self.failures >= most) {
             self.stop(&format!("{} have failed (--max-failures)", self.failures));
         }
@@ -502,8 +542,12 @@ impl Runner {
                 Line {
                     bytes: entry.image.as_ref().and_then(|image| image.size),
                     id: entry.image.as_ref().map(|image| image.id.clone()),
-                    name: entry.image.and_then(|image| image.name),
-                    word: entry.wish.image,
+                    name: entry.image.as_ref().and_then(|image| image.name.clone()),
+                    word: entry.wish.image.clone(),
+                    source_deleted: entry.is_work()
+                        && entry.options.after != After::Keep
+                        && matches!(outcome, Outcome::Done { .. } | Outcome::Earlier { .. }),
+                    wish: entry.wish.clone(),
                     new_name: Some(entry.new_name).filter(|name| !name.is_empty()),
                     outcome,
                 }
@@ -581,10 +625,15 @@ async fn convert_found(
         tokio::join!(Source::glance(session, id), session.images_where(SOURCE_ID, id), images_of_name(session, new_name))
     };
     let (source, made, taken) = cancel.guard(asking).await.map_err(|_| JobError::interrupted())?;
-    let (job, made, taken) = (Job::new(source?, options, progress, notices, cancel), made?, taken?);
+    let (job, mut made, taken) = (Job::new(source?, options, progress, notices, cancel), made?, taken?);
+    if matches!(&job.source, Source::Glance { image, .. } if image.os_hidden == Some(true)) {
+        // its conversion is hidden, too, and lists leave such out unless they are asked for
+        let hidden = cancel.guard(session.images_matching(&[(SOURCE_ID, id), ("os_hidden", "true")])).await;
+        made.extend(hidden.map_err(|_| JobError::interrupted())??);
+    }
     let looking = async {
         retire::check(&job, job.options.force).await?;
-        if let Some(done) = finish_earlier(&job, session, made).await? {
+        if let Some(done) = finish_earlier(&job, session, made, new_name).await? {
             return Ok(Some(Ended::Earlier(done.id)));
         }
         match check_name(session, taken, new_name, &job.source, job.options.force, job.options.after)? {

@@ -19,6 +19,9 @@
 //!   way is refused (403); and if it came before, the source's run finds its image gone and lets the source be.
 //! - *Two owners*: a run whose image was deleted under it gets 404 or 410 to whatever it asks next, and ends.
 //!
+//! - *A late hand*: whoever cleans up looks first, and removes only an image that still carries its own run's name, is not proven, and
+//!   whose source is there; a DELETE is sent once and never repeated; who continues another run's image puts its own name into it before.
+//!
 //! Clocks of machines may differ by [`GRACE_S`]; a clock that is more wrong makes somebody lose work, never data.
 
 use std::{
@@ -26,7 +29,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use engine::{CancelToken, Cause};
@@ -47,9 +50,12 @@ pub const GRACE_S: i64 = 60;
 /// The least time that a claim is set ahead before an upload.
 const UPLOAD_MIN: Duration = Duration::from_secs(3600);
 /// How long a renewal that is under way is waited for.
-const LEAVE_WITHIN: Duration = Duration::from_secs(20);
-/// An upload is expected to be at least so fast, bytes a second.
-const UPLOAD_BYTES_PER_S: u64 = 10 << 20;
+const LEAVE_WITHIN: Duration = Duration::from_secs(120);
+/// An upload is expected to be at least so fast, bytes a second; where it is not, and somebody takes over, the next one is given twice the
+/// time, so that two runs cannot take each other's uploads away for ever.
+const UPLOAD_BYTES_PER_S: u64 = 4 << 20;
+/// Transfers that share a limit for bytes a second.
+const SHARED_BY: u64 = 8;
 
 /// A claim on a source, from before its image is made until nothing is left to do.
 pub(super) struct Claim {
@@ -116,6 +122,11 @@ impl Claim {
         ahead(self.life)
     }
 
+    /// The source's id.
+    pub(super) fn source(&self) -> &str {
+        &self.source
+    }
+
     /// Was the image taken away by somebody else?
     pub(super) fn is_lost(&self) -> bool {
         self.lost.load(SeqCst)
@@ -128,20 +139,36 @@ impl Claim {
         let stop = CancelToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
+            let mut good_until = SystemTime::now() + life;
             while stopped.guard(tokio::time::sleep(life / 4)).await.is_ok() {
+                // the machine may have slept: then others may be at it by now, and this run has to let go
+                if SystemTime::now() > good_until {
+                    lost.store(true, SeqCst);
+                    cancel.cancel(Cause::Requested(format!("the claim by image {id} could not be renewed in time")));
+                    return;
+                }
                 match session.set_property(&id, CLAIM_UNTIL, &json!(ahead(life))).await {
                     Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                         lost.store(true, SeqCst);
                         cancel.cancel(Cause::Requested(format!("image {id} was deleted by somebody else")));
                         return;
                     }
+                    Ok(()) => good_until = SystemTime::now() + life,
                     // a service that stumbles is asked again; until it gets up, the claim is still good for a while
-                    Ok(()) | Err(_) => {}
+                    Err(_) => {}
                 }
             }
         });
         if let Some(before) = self.renewing.lock().unwrap_or_else(PoisonError::into_inner).replace(Renewing { task, stop }) {
             before.task.abort();
+        }
+    }
+
+    /// Renews it once: whoever goes on has to have it.
+    pub(super) async fn renew(&self, session: &Session, image_id: &str) -> Result<(), JobError> {
+        match session.set_property(image_id, CLAIM_UNTIL, &json!(self.next_end())).await {
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Err(JobError::Lost { image: image_id.to_owned() }),
+            other => Ok(other?),
         }
     }
 
@@ -157,10 +184,11 @@ impl Claim {
     }
 
     /// Before a PUT of `bytes`: while it lasts, nothing can be renewed.
-    pub(super) async fn set_ahead(&self, session: &Session, image_id: &str, bytes: u64) -> Result<(), JobError> {
+    pub(super) async fn set_ahead(&self, session: &Session, image_id: &str, bytes: u64, tried: u32) -> Result<(), JobError> {
         self.leave().await;
-        let rate = session.rate_bytes_per_s().unwrap_or(u64::MAX).clamp(1, UPLOAD_BYTES_PER_S);
-        let expected = Duration::from_secs(bytes / rate);
+        let limit = session.rate_bytes_per_s().map_or(u64::MAX, |limit| limit / SHARED_BY);
+        let rate = limit.clamp(1 << 15, UPLOAD_BYTES_PER_S);
+        let expected = Duration::from_secs(bytes / rate) * (1 << tried.saturating_sub(1).min(6));
         let until = ahead(UPLOAD_MIN.max(expected * 4));
         Ok(session.set_property(image_id, CLAIM_UNTIL, &json!(until)).await?)
     }

@@ -285,6 +285,7 @@ impl JobError {
                 // "Image exceeds the storage quota", and not "The incoming image is too large"
                 if error.text.contains("quota") { Nature::Quota } else { Nature::Permanent }
             }
+            ApiError::Credentials { .. } => Nature::Credentials,
             api if api.status() == Some(StatusCode::UNAUTHORIZED) => Nature::Credentials,
             // answers that no API promises come from what stands between
             ApiError::Answer { .. } => Nature::Transient,

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::{
     JobError, Notices,
     claim::{self, Claim},
+    names::may_be_finished,
 };
 use crate::{
     glance::{Patience, Retries},
@@ -124,7 +125,9 @@ impl<'a> Maker<'a> {
                 image.shown_id()
             )));
         }
-        if !matches!(image.status.as_str(), "queued" | "saving" | "killed") {
+        // an own one that an earlier try could not remove goes, whatever became of it; a finished one never
+        let half_made = matches!(image.status.as_str(), "queued" | "saving" | "killed") || (own && !may_be_finished(image));
+        if !half_made {
             // another run has just come to its end: the next look finds out what it came to
             return Err(JobError::Held {
                 image: image.id.clone(),
@@ -132,7 +135,7 @@ impl<'a> Maker<'a> {
                 until: now_utc(),
             });
         }
-        self.session.delete_image(&image.id).await?;
+        self.session.delete_image_once(&image.id).await?;
         self.notices.note(&format!(
             "image {} of a run that is over ({}) was {}: it is removed, and its source taken over",
             image.shown_id(),
@@ -203,6 +206,11 @@ impl<'a> Maker<'a> {
         self.droppable.iter().filter(|key| record.contains_key(*key)).find(named).cloned()
     }
 
+    /// How many images of this claim were tried, this one included.
+    pub(super) fn generation(&self) -> u32 {
+        self.generation.load(SeqCst)
+    }
+
     /// The id of the image that was made last.
     pub(super) fn last_made(&self) -> String {
         self.made.lock().unwrap_or_else(PoisonError::into_inner).last().cloned().unwrap_or_default()
@@ -212,12 +220,33 @@ impl<'a> Maker<'a> {
     pub(super) async fn remove_all_but(&self, id: &str) {
         let others = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for other in others.iter().filter(|other| *other != id) {
-            if let Err(error) = self.session.delete_image(other).await {
+            if let Err(error) = self.remove(other).await {
                 let cause = causes(&error);
                 self.notices.warn(&format!(
                     "an earlier try left image {other} half made, and deleting it failed ({cause}); remove it: virta image delete {other}"
                 ));
             }
+        }
+    }
+
+    /// Deletes an image that this run made. A claimed id may be another run's by now, which finished what this one could not, and its source
+    /// may be gone: such an image is left alone.
+    async fn remove(&self, id: &str) -> Result<(), ApiError> {
+        let Some(claim) = &self.claim else { return self.session.delete_image(id).await };
+        let image = match self.session.image(id).await {
+            Ok(image) => image,
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if image.property(RUN) != Some(self.run()) || may_be_finished(&image) {
+            return Ok(());
+        }
+        // what is the only copy is never half made, whatever its marks say
+        match self.session.image(claim.source()).await {
+            Ok(_) => self.session.delete_image_once(id).await,
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) && image.status == "active" => Ok(()),
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => self.session.delete_image_once(id).await,
+            Err(error) => Err(error),
         }
     }
 
@@ -230,14 +259,14 @@ impl<'a> Maker<'a> {
         let deleting = async {
             let mut left = Vec::new();
             for id in &made {
-                if let Err(error) = self.session.delete_image(id).await {
+                if let Err(error) = self.remove(id).await {
                     left.push((id.clone(), error));
                 }
             }
             // a POST that was still on its way may land behind the DELETE
             tokio::time::sleep(std::time::Duration::from_millis(300)).await;
             if let Some(id) = made.last()
-                && let Err(error) = self.session.delete_image(id).await
+                && let Err(error) = self.remove(id).await
                 && left.iter().all(|(known, _)| known != id)
             {
                 left.push((id.clone(), error));

@@ -2,17 +2,20 @@
 
 use super::{
     After, Job, JobError, Source, Verify,
-    claim::held,
+    claim::{claimed_id, held},
     readback::prove,
     retire::{after_conversion, release},
 };
 use crate::{
     openstack::{
-        Image, Session,
+        Change, Image, Session,
         image::{CLAIM_UNTIL, RUN, SOURCE_HASH, SOURCE_ID, VERIFIED},
     },
     text::printable,
 };
+
+/// Claimed ids of a source that are recognised.
+const CLAIMED_IDS_LOOKED_FOR: u32 = 256;
 
 /// What a name in Glance means for a conversion.
 #[derive(Debug)]
@@ -99,11 +102,11 @@ pub fn check_name(
 
 /// What an earlier run made of this source, if anything: finished now, or found finished.
 ///
-/// `made`: the images that name the source as theirs ([`SOURCE_ID`]), whatever they are called.
+/// `made`: the images that name the source as theirs ([`SOURCE_ID`]), whatever they are called; `name`: what the new image is to be called.
 ///
 /// # Errors
 /// [`JobError::Held`] if another run is at it; what proving it, or what is left to do with the source, came to.
-pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>) -> Result<Option<Image>, JobError> {
+pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>, name: &str) -> Result<Option<Image>, JobError> {
     let Source::Glance { image: source, .. } = &job.source else { return Ok(None) };
     let mut ours = made;
     ours.retain(|image| image.id != source.id && image.property(SOURCE_ID) == Some(&source.id));
@@ -117,7 +120,14 @@ pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>) -> R
         go_on_with_finished(job, session, done).await?;
         return Ok(Some(done.clone()));
     }
-    if let Some(unproven) = ours.iter().find(active) {
+    // Nova copies marks onto the snapshots of servers that were started from a conversion: only an image under a claimed id, or under the
+    // name that is wanted, is taken for one that was never proven. What an earlier try of this run could not remove is made anew
+    let claimed = |image: &Image| {
+        let project = session.whoami().project_id.clone().unwrap_or_default();
+        (0..CLAIMED_IDS_LOOKED_FOR).any(|generation| claimed_id(&source.id, &project, generation) == image.id)
+    };
+    let maybe = |image: &&Image| active(image) && !own_run(image) && (image.name.as_deref() == Some(name) || claimed(image));
+    if let Some(unproven) = ours.iter().find(maybe) {
         go_on_with_unproven(job, session, unproven).await?;
         return Ok(Some(unproven.clone()));
     }
@@ -153,19 +163,30 @@ pub async fn go_on_with_unproven(job: &Job, session: &Session, image: &Image) ->
         image.shown(),
         image.shown_id()
     ));
+    adopt(job, session, image).await?;
     if !prove(job, session, image).await? {
         return Err(unproven(image));
     }
     retire_source(job, session, image, false).await
 }
 
+/// Puts this run's name into an image that a run which is over had claimed, so that that one, should it live after all, lets it be; and
+/// protects it where its source goes.
+async fn adopt(job: &Job, session: &Session, image: &Image) -> Result<(), JobError> {
+    let (Some(_), Some(run)) = (image.property(CLAIM_UNTIL), &job.options.run) else { return Ok(()) };
+    let mut changes = vec![Change::Set(RUN.to_owned(), serde_json::json!(run))];
+    if job.options.after != After::Keep {
+        changes.push(Change::Set("protected".to_owned(), serde_json::json!(true)));
+    }
+    session.change_image(&image.id, &changes).await?;
+    Ok(())
+}
+
 /// The source goes, if it shall, and a claim that a dead run left on the finished image ends. A run that took the dead one over may have seen
 /// the image half made, and its DELETE be on the way: so the image is protected before.
 async fn retire_source(job: &Job, session: &Session, image: &Image, compare_first: bool) -> Result<(), JobError> {
     let claimed = image.property(CLAIM_UNTIL).is_some();
-    if claimed && job.options.after != After::Keep {
-        session.set_property(&image.id, "protected", &serde_json::json!(true)).await?;
-    }
+    adopt(job, session, image).await?;
     let retired = after_conversion(job, session, &image.id, compare_first).await;
     if claimed && let Err(error) = release(session, &image.id).await {
         job.notices.warn(&format!("image {} keeps a mark of the run that made it: {error}", image.shown_id()));

@@ -88,6 +88,7 @@ impl<C: Content> Sending<'_, C> {
                     match self.wait_until_active(&id, within).await {
                         Ok(found) => {
                             if let Some(claim) = &self.maker.claim {
+                                self.guard(claim.renew(self.maker.session, &id)).await??;
                                 claim.keep(self.maker.session, &id, self.maker.cancel);
                             }
                             return Ok(Active { image: found, emitted, stages });
@@ -107,6 +108,7 @@ impl<C: Content> Sending<'_, C> {
             self.progress.set_phase(Phase::Uploading);
             if next == Next::New {
                 self.maker.retries.say(format!("image {id} cannot take the data any more: a new one is made"));
+                // a claimed one carries this run's name: nobody else has come to depend on it while its claim is good
                 if let Err(error) = self.guard(self.maker.session.delete_image(&id)).await? {
                     self.maker.retries.say(format!("image {id} could not be deleted yet: {}", causes(&error)));
                 }
@@ -153,7 +155,7 @@ impl<C: Content> Sending<'_, C> {
         let progress = self.progress;
         progress.set_phase(Phase::Uploading);
         if let Some(claim) = &self.maker.claim {
-            self.guard(claim.set_ahead(self.maker.session, id, self.content.bytes())).await??;
+            self.guard(claim.set_ahead(self.maker.session, id, self.content.bytes(), self.maker.generation())).await??;
         }
         let attempt = self.maker.cancel.child();
         let (pipeline, emitted) = self.content.emission(&attempt, Hasher::sha512()).await?;

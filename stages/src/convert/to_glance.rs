@@ -259,19 +259,26 @@ impl Emission<'_> {
     /// Marks the image as verified, and ends the claim, unless the source is still to go: then nobody may delete the image any more.
     async fn mark(&self, image_id: &str, verified: &str) -> Result<(), JobError> {
         let mut changes = vec![Change::Set(VERIFIED.to_owned(), json!(verified))];
-        match &self.maker.claim {
-            Some(claim) if self.job.options.after == After::Keep => {
-                claim.leave().await;
-                changes.push(Change::Remove(CLAIM_UNTIL.to_owned()));
-            }
-            Some(_) => changes.push(Change::Set("protected".to_owned(), json!(true))),
-            None => {}
+        let goes = self.job.options.after != After::Keep;
+        if self.maker.claim.is_some() && goes {
+            changes.push(Change::Set("protected".to_owned(), json!(true)));
         }
         match self.guard(self.maker.session.change_image(image_id, &changes)).await? {
-            Ok(_) => Ok(()),
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Err(JobError::Lost { image: image_id.to_owned() }),
-            Err(error) => Err(error.into()),
+            Ok(_) => {}
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
+                return Err(JobError::Lost { image: image_id.to_owned() });
+            }
+            Err(error) => return Err(error.into()),
         }
+        if let Some(claim) = &self.maker.claim
+            && !goes
+        {
+            claim.leave().await;
+            if let Err(error) = self.maker.session.remove_property(image_id, CLAIM_UNTIL).await {
+                self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {}", causes(&error)));
+            }
+        }
+        Ok(())
     }
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.

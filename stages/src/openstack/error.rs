@@ -50,6 +50,16 @@ pub enum ApiError {
         /// How long was waited.
         seconds: u64,
     },
+    /// The credentials are not good any more, so nothing can be asked.
+    #[error("{method} {path}: {what}")]
+    Credentials {
+        /// The request's method.
+        method: Method,
+        /// Its path.
+        path: String,
+        /// What Keystone said.
+        what: String,
+    },
     /// An answer that is not what the API promises.
     #[error("{method} {path}: {what}")]
     Answer {
@@ -164,7 +174,7 @@ impl ApiError {
             }
             Self::Connection { source, .. } => !source.is_builder(),
             Self::Broken { .. } | Self::Silence { .. } => true,
-            Self::Answer { .. } => false,
+            Self::Answer { .. } | Self::Credentials { .. } => false,
         }
     }
 }

@@ -331,6 +331,17 @@ impl Session {
         }
     }
 
+    /// [`Self::delete_image`], asked once: a repetition might land when somebody else's work has come to depend on the image.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn delete_image_once(&self, id: &str) -> Result<(), ApiError> {
+        match self.call_once(Method::DELETE, &self.image_url(&["images", id])).await {
+            Err(error) if matches!(error.status(), Some(StatusCode::NOT_FOUND | StatusCode::GONE)) => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+
     /// Bytes that the quota still allows for image data; `None` where the service does not say or sets no limit.
     pub async fn quota_left_bytes(&self) -> Option<u64> {
         let usage = self.call(Method::GET, &self.image_url(&["info", "usage"]), None).await.ok()?;

@@ -293,6 +293,16 @@ impl Session {
         }
     }
 
+    /// Sends a request once: what is not answered is not repeated. For a DELETE that must not land later than it was meant.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn call_once(&self, method: Method, url: &Url) -> Result<Value, ApiError> {
+        let token = self.token().await.map_err(|error| sign_in_failed(&method, url, &error))?;
+        let request = self.request(method.clone(), url, &token);
+        Ok(answer(&method, url, request).await?.body)
+    }
+
     /// Projects that the signed-in user may work in, as id and name; none where Keystone does not tell.
     pub async fn own_projects(&self) -> Vec<(String, String)> {
         let Ok(url) = identity_url(&self.0.cloud, "auth/projects") else { return Vec::new() };
@@ -344,10 +354,11 @@ pub struct Answer {
 fn sign_in_failed(method: &Method, url: &Url, error: &SignInError) -> ApiError {
     use std::error::Error as _;
     let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
-    ApiError::Answer {
-        method: method.clone(),
-        path: url.path().to_owned(),
-        what: format!("the token could not be renewed: {error}{cause}"),
+    let (method, path) = (method.clone(), url.path().to_owned());
+    let what = format!("the token could not be renewed: {error}{cause}");
+    match error {
+        SignInError::Refused { .. } | SignInError::Config(_) => ApiError::Credentials { method, path, what },
+        SignInError::Call { .. } | SignInError::Catalog(_) => ApiError::Answer { method, path, what },
     }
 }
 

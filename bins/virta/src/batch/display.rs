@@ -52,6 +52,8 @@ struct Shared {
     run: Run,
     names: Vec<String>,
     bytes: Vec<u64>,
+    /// Is the source to go?
+    goes: Vec<bool>,
     /// Of what is to be done.
     work: usize,
     work_bytes: u64,
@@ -91,6 +93,7 @@ impl BatchDisplay {
             run,
             names: plan.entries.iter().map(stages::batch::Entry::shown).collect(),
             bytes: plan.entries.iter().map(stages::batch::Entry::bytes).collect(),
+            goes: plan.entries.iter().map(|entry| entry.options.after != stages::convert::After::Keep).collect(),
             work: work.len(),
             work_bytes: plan.work_bytes(),
             started: Instant::now(),
@@ -183,7 +186,12 @@ impl BatchDisplay {
                     Outcome::Earlier { image } => printable(image),
                     other => printable(other.why().unwrap_or_default()),
                 };
-                say(&format!("{}: {}: {what}", outcome.word(), name(index)));
+                let deleted = if shared.goes[*index] && matches!(outcome, Outcome::Done { .. } | Outcome::Earlier { .. }) {
+                    "; source deleted"
+                } else {
+                    ""
+                };
+                say(&format!("{}: {}: {what}{deleted}", outcome.word(), name(index)));
             }
             Event::Told { line } => shared.display.note(line),
         }

@@ -28,9 +28,6 @@ pub enum Engine {
 
 /// Flags that each task gets: those that say how, none that say what.
 fn task_flags(arguments: &BatchArgs) -> Vec<String> {
-    use clap::CommandFactory;
-    let command = crate::cli::Cli::command();
-    let batch = command.find_subcommand("batch");
     let dropped = [
         "--from",
         "--all-snapshots",
@@ -43,31 +40,15 @@ fn task_flags(arguments: &BatchArgs) -> Vec<String> {
         "--plan-dir",
         "--name-template",
         "--jobs",
-        "-j",
         "--journal",
         "--max-failures",
         "--progress",
         "--report",
-        "-f",
         "--format",
         "--dry-run",
         "--yes",
     ];
-    let mut flags = Vec::new();
-    let mut typed = std::env::args().skip_while(|word| word != "batch").skip(1);
-    while let Some(word) = typed.next() {
-        let (flag, with_value) = word.split_once('=').map_or((word.as_str(), false), |(flag, _)| (flag, true));
-        let known = batch.into_iter().flat_map(clap::Command::get_arguments).find(|argument| {
-            argument.get_long().map(|long| format!("--{long}")).as_deref() == Some(flag)
-                || argument.get_short().map(|short| format!("-{short}")).as_deref() == Some(flag)
-        });
-        let Some(known) = known else { continue };
-        let value = if known.get_action().takes_values() && !with_value { typed.next() } else { None };
-        if !dropped.contains(&flag) {
-            flags.push(word);
-            flags.extend(value);
-        }
-    }
+    let mut flags = super::typed_flags(&dropped);
     if !flags.iter().any(|flag| flag.starts_with("--os-cloud"))
         && let Some(cloud) = arguments.cloud.os_cloud.clone().or_else(|| std::env::var("OS_CLOUD").ok())
     {
@@ -111,7 +92,12 @@ pub fn write(engine: Engine, arguments: &BatchArgs, plan: &Plan, display: &Displ
     if wishes.is_empty() {
         return Err(JobError::Refused("there is nothing to convert, so there is no plan".to_owned()));
     }
-    let mut words = vec![program(), "batch".to_owned(), "--task-from-env".to_owned()];
+    let mut words = Vec::new();
+    // where clouds.yaml is; what is in it has to be there on each machine
+    if let Ok(config) = std::env::var("OS_CLIENT_CONFIG_FILE") {
+        words.extend(["env".to_owned(), format!("OS_CLIENT_CONFIG_FILE={config}")]);
+    }
+    words.extend([program(), "batch".to_owned(), "--task-from-env".to_owned()]);
     words.extend(task_flags(arguments));
     if plan.entries.iter().any(|entry| entry.is_work() && entry.options.after != After::Keep) {
         if !arguments.yes {

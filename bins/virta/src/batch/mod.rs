@@ -33,7 +33,7 @@ use crate::{
     care::{chosen_cloud, confirm, warn_without_record},
     cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs, count, parse_size},
     complete::image_names,
-    convert::{job_options, proven, watch_signals, write_report},
+    convert::{job_options, open_private, proven, watch_signals, write_report},
     display::Display,
     exit, receipt,
     runs::{self, Run},
@@ -48,6 +48,10 @@ pub use engines::Engine;
 const ASKED_MAX: usize = 12;
 /// Failed images that a command to retry them names; more go into a file.
 const RETRY_IDS_MAX: usize = 12;
+/// Lines of what is not done that are shown.
+const LEFT_SHOWN_MAX: usize = 40;
+/// Longest list that is read.
+const LIST_BYTES_MAX: u64 = 64 << 20;
 /// How much is read to tell how fast Glance is, and for how long.
 const MEASURE_BYTES: usize = 64 << 20;
 const MEASURE_FOR: Duration = Duration::from_secs(3);
@@ -65,25 +69,25 @@ pub struct BatchArgs {
     #[arg(long, conflicts_with_all = ["from", "images"])]
     pub all_snapshots: bool,
     /// With --all-snapshots: those of the project's other users, too
-    #[arg(long, requires = "all_snapshots")]
+    #[arg(long)]
     pub all_users: bool,
     /// With --all-snapshots: only larger ones, SIZE
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "all_snapshots")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub larger_than: Option<u64>,
     /// With --all-snapshots: only older ones: 90d, 2w, 36h
-    #[arg(long, value_name = "AGE", value_parser = parse_age, requires = "all_snapshots")]
+    #[arg(long, value_name = "AGE", value_parser = parse_age)]
     pub older_than: Option<SignedDuration>,
     /// With --all-snapshots: only those that have this in their name
-    #[arg(long, value_name = "TEXT", requires = "all_snapshots")]
+    #[arg(long, value_name = "TEXT")]
     pub name: Option<String>,
     /// With --all-snapshots: only those of this server, a name or an id
-    #[arg(long, value_name = "SERVER", requires = "all_snapshots")]
+    #[arg(long, value_name = "SERVER")]
     pub instance: Option<String>,
     /// What the new images are called; {name}, {id} and {date} are the source's
     #[arg(long, value_name = "TEMPLATE", default_value = "{name}-qcow2")]
     pub name_template: String,
     /// Show the plan, and do nothing
-    #[arg(long)]
+    #[arg(long, conflicts_with = "plan")]
     pub dry_run: bool,
     /// Conversions at once. Memory, connections, workers and scratch are those of all together
     #[arg(short = 'j', long, value_name = "N", default_value = "4", value_parser = count)]
@@ -207,20 +211,42 @@ impl BatchArgs {
 fn read_list(path: &str) -> Result<String, JobError> {
     let mut text = String::new();
     let read = match path {
-        "-" => std::io::stdin().lock().read_to_string(&mut text).map(|_| ()),
-        path => std::fs::read_to_string(path).map(|found| text = found),
+        "-" => std::io::stdin().lock().take(LIST_BYTES_MAX + 1).read_to_string(&mut text),
+        path => std::fs::File::open(path).and_then(|file| file.take(LIST_BYTES_MAX + 1).read_to_string(&mut text)),
     };
-    read.map_err(|error| JobError::Usage(format!("--from {}: {error}", printable(path))))?;
+    let bytes = read.map_err(|error| JobError::Usage(format!("--from {}: {error}", printable(path))))?;
+    if u64::try_from(bytes).unwrap_or(u64::MAX) > LIST_BYTES_MAX {
+        return Err(JobError::Usage(format!(
+            "--from {}: larger than {}: that is no list",
+            printable(path),
+            size(LIST_BYTES_MAX)
+        )));
+    }
     Ok(text)
 }
 
 fn wishes(arguments: &BatchArgs) -> Result<Vec<Wish>, JobError> {
+    let filters = [
+        (arguments.all_users, "--all-users"),
+        (arguments.larger_than.is_some(), "--larger-than"),
+        (arguments.older_than.is_some(), "--older-than"),
+        (arguments.name.is_some(), "--name"),
+        (arguments.instance.is_some(), "--instance"),
+    ];
+    if let Some((_, flag)) = filters.iter().find(|(given, _)| *given && !arguments.all_snapshots) {
+        return Err(JobError::Usage(format!("{flag} chooses among snapshots: it needs --all-snapshots")));
+    }
     let mut wishes: Vec<Wish> = arguments.images.iter().map(|word| Wish::of(word)).collect();
     if arguments.task_from_env {
         wishes.push(task::wish(arguments.from.as_deref())?);
     } else if let Some(path) = &arguments.from {
         let listed = list::parse(&read_list(path)?);
         wishes.extend(listed.map_err(|error| JobError::Usage(format!("--from {}, {error}", printable(path))))?);
+    }
+    if wishes.is_empty()
+        && let Some(path) = &arguments.from
+    {
+        return Err(JobError::Usage(format!("--from {}: there is no image in it", printable(path))));
     }
     if wishes.is_empty() && !arguments.all_snapshots {
         return Err(JobError::Usage("which images? Name them, or give --from FILE or --all-snapshots".to_owned()));
@@ -243,6 +269,12 @@ pub async fn run(arguments: BatchArgs) -> ExitCode {
         Ok(wishes) => wishes,
         Err(error) => return ended_early(&error, as_task),
     };
+    if let Some(report) = &arguments.output.report
+        && let Err(error) = open_private(report)
+    {
+        let text = format!("--report {}: cannot be written: {error}", report.display());
+        return ended_early(&JobError::Usage(text), as_task);
+    }
     let only_shows = arguments.dry_run || arguments.plan.is_some();
     let run = if only_shows { Run::default() } else { Run::begin(&described(&arguments, &wishes), &arguments.name_template) };
     let options = match arguments.options(&run) {
@@ -260,10 +292,9 @@ pub async fn run(arguments: BatchArgs) -> ExitCode {
     match result {
         Ok(Came::Shown) => ExitCode::SUCCESS,
         Ok(Came::Summary(summary, journal)) => {
-            let failed = summary.count(|outcome| matches!(outcome, Outcome::Failed { .. }));
             let code = summary.exit_code();
             let done = summary.count(Outcome::is_good);
-            run.end_with(code, &format!("{done} of {} done", summary.items.len()), failed > 0);
+            run.end_with(code, &format!("{done} of {} done", summary.items.len()), code != 0);
             if as_task { task::conclude(&summary) } else { conclude(&arguments, &summary, journal) }
         }
         Err(error) => {
@@ -399,8 +430,8 @@ async fn prepare(
             left_out.push(format!("{} left out by the filters", snapshots_counted(selected.filtered)));
         }
         wishes = selected.images.iter().map(|image| Wish::of(&image.id)).collect();
-        if wishes.is_empty() {
-            display.note("there is no snapshot to convert");
+        if wishes.is_empty() && left_out.is_empty() {
+            display.note("there is no snapshot in this project");
         }
     } else {
         // an image that lists do not show, for it is hidden or shared by another project, is found by its id
@@ -423,7 +454,11 @@ async fn prepare(
     // a plan that is only shown makes none, but knows what an earlier run wrote
     let journal = match journal.filter(|path| changes || path.exists()) {
         None => None,
-        Some(path) => match Journal::open(&path, run.id().as_deref().unwrap_or("plan")) {
+        Some(path) => match Journal::open(
+            &path,
+            run.id().as_deref().unwrap_or("plan"),
+            session.whoami().project_id.as_deref().unwrap_or_default(),
+        ) {
             Ok(journal) => Some(journal),
             Err(error) if arguments.journal.is_some() => return Err(JobError::Usage(causes(&error))),
             Err(error) => {
@@ -492,7 +527,11 @@ async fn show_plan(
 ) -> Result<(), JobError> {
     let row = |entry: &stages::batch::Entry| {
         let (word, reason, made) = match &entry.verdict {
-            Verdict::Convert => ("convert", "", ""),
+            Verdict::Convert => match entry.options.after {
+                After::Keep => ("convert", "", ""),
+                After::Delete => ("convert", "its source is deleted then", ""),
+                After::Replace => ("replace", "its source is deleted then", ""),
+            },
             Verdict::Finish { made } => ("finish", "converted already; its source is still to go", made.as_str()),
             Verdict::Done { made } => ("done", "converted already", made.as_str()),
             Verdict::Skip { reason } => ("skip", reason.as_str(), ""),
@@ -505,7 +544,11 @@ async fn show_plan(
             text(image.map_or(Some(entry.wish.image.as_str()), |image| image.name.as_deref())),
             text(image.and_then(|image| image.property("user_id"))),
             Cell::shown(entry.bytes(), size(entry.bytes())),
-            Cell::plain(if matches!(entry.verdict, Verdict::Convert) { entry.new_name.clone() } else { String::new() }),
+            Cell::plain(match (&entry.verdict, entry.options.after) {
+                (Verdict::Convert, After::Replace) => image.and_then(|image| image.name.clone()).unwrap_or_default(),
+                (Verdict::Convert, _) => entry.new_name.clone(),
+                _ => String::new(),
+            }),
             Cell::plain(word),
             Cell::plain(reason),
             Cell::plain(made),
@@ -521,7 +564,14 @@ async fn show_plan(
     columns.iter_mut().filter(|column| column.key == "user_id").for_each(|column| column.usual = arguments.all_users);
     print_rows(&columns, &rows, &ListFlags { format, columns: Vec::new() })?;
     left_out.iter().for_each(|line| display.note(line));
+    if plan.entries.is_empty() {
+        return Ok(());
+    }
     let work: Vec<_> = plan.entries.iter().filter(|entry| entry.is_work()).collect();
+    let going = work.iter().filter(|entry| entry.options.after != After::Keep).count();
+    if going > 0 {
+        display.note(&format!("{going} sources would be deleted, each after its new image is verified"));
+    }
     let (all, bytes) = (plan.entries.len(), plan.work_bytes());
     display.note(&format!(
         "{} of {all} images would be converted: {} to read; what is sent depends on what is in them",
@@ -534,10 +584,11 @@ async fn show_plan(
     let measured = measure(session, largest, cancel).await?;
     let rate = arguments.rate_limit.map_or(measured, |limit| limit.min(measured)).max(1);
     display.note(&format!(
-        "reading takes about {} at {}/s, {}; verification by readback, and sending, come on top",
+        "reading takes about {} at {}/s, {}; sending{} comes on top",
         duration(bytes / rate),
         size(rate),
-        if rate < measured { "the limit" } else { "which one connection gave just now" }
+        if rate < measured { "the limit" } else { "which one connection gave just now" },
+        if work.iter().any(|entry| entry.options.verify == Verify::Readback) { ", and reading it back," } else { "" }
     ));
     if let Some(left) = session.quota_left_bytes().await {
         display.note(&format!(
@@ -615,6 +666,7 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
         (count(|outcome| matches!(outcome, Outcome::Skipped { .. })), "skipped"),
         (count(|outcome| matches!(outcome, Outcome::Failed { .. })), "failed"),
         (count(|outcome| matches!(outcome, Outcome::Held { .. })), "held by other runs"),
+        (count(|outcome| matches!(outcome, Outcome::Interrupted { .. })), "interrupted"),
         (count(|outcome| matches!(outcome, Outcome::NotTried { .. })), "not tried"),
     ] {
         if number > 0 {
@@ -636,6 +688,10 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
             size(summary.rss_peak_bytes)
         ));
     }
+    let deleted = summary.items.iter().filter(|line| line.source_deleted).count();
+    if deleted > 0 {
+        lines.push(format!("{deleted} sources deleted, each after its new image was verified"));
+    }
     if let Some(why) = &summary.stopped {
         lines.push(format!("stopped before the end: {why}"));
     }
@@ -646,9 +702,12 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
     if !left.is_empty() {
         lines.push(String::new());
         let width = left.iter().map(|line| named(line).chars().count()).max().unwrap_or(0).min(40);
-        for line in &left {
+        for line in left.iter().take(LEFT_SHOWN_MAX) {
             let why = printable(line.outcome.why().unwrap_or_default());
             lines.push(format!("{:<11} {:<width$}  {why}", line.outcome.word(), named(line)));
+        }
+        if left.len() > LEFT_SHOWN_MAX {
+            lines.push(format!("and {} more: -f json, or --report FILE, has all of them", left.len() - LEFT_SHOWN_MAX));
         }
         lines.push(String::new());
         lines.push(match retry_command(arguments, &left, journal.as_deref()) {
@@ -676,56 +735,68 @@ fn named(line: &stages::batch::outcome::Line) -> String {
     }
 }
 
+/// Flags of this command as they were typed, with their values, but for those in `without`. Words behind `--` are no flags.
+fn typed_flags(without: &[&str]) -> Vec<String> {
+    use clap::CommandFactory;
+    let command = crate::cli::Cli::command();
+    let batch = command.find_subcommand("batch");
+    let mut flags = Vec::new();
+    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let mut typed = words.skip_while(|word| word != "batch").skip(1).take_while(|word| word != "--");
+    while let Some(word) = typed.next() {
+        let (flag, with_value) = word.split_once('=').map_or((word.as_str(), false), |(flag, _)| (flag, true));
+        let short = word.strip_prefix('-').filter(|_| !word.starts_with("--")).and_then(|rest| rest.chars().next());
+        let known = batch.into_iter().flat_map(clap::Command::get_arguments).find(|argument| {
+            let long = argument.get_long().is_some_and(|long| flag.strip_prefix("--") == Some(long));
+            long || (short.is_some() && argument.get_short() == short)
+        });
+        let Some(known) = known else { continue };
+        // -j4 and --jobs=4 have their value with them
+        let joined = with_value || (!flag.starts_with("--") && flag.len() > 2);
+        let value = if known.get_action().takes_values() && !joined { typed.next() } else { None };
+        let name = known.get_long().map(|long| format!("--{long}"));
+        if !name.is_some_and(|name| without.contains(&name.as_str())) {
+            flags.push(word);
+            flags.extend(value);
+        }
+    }
+    flags
+}
+
+/// Writes a file for its owner alone; who reads it sees the old one or the new one.
+fn write_whole(path: &std::path::Path, text: &str) -> std::io::Result<()> {
+    use std::{io::Write, os::unix::fs::OpenOptionsExt};
+    let mut new = path.as_os_str().to_owned();
+    new.push(format!(".{}", std::process::id()));
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    file.write_all(text.as_bytes())?;
+    std::fs::rename(&new, path)
+}
+
 /// The command that tries just these again. Many, and those with flags of their own, go into a file beside the journal.
 fn retry_command(
     arguments: &BatchArgs,
     left: &[&stages::batch::outcome::Line],
     journal: Option<&std::path::Path>,
 ) -> std::io::Result<String> {
-    use clap::CommandFactory;
-    let command = crate::cli::Cli::command();
-    let batch = command.find_subcommand("batch");
-    let mut kept: Vec<String> = Vec::new();
-    let mut typed = std::env::args().skip_while(|word| word != "batch").skip(1).peekable();
     let selecting = ["--from", "--all-snapshots", "--all-users", "--larger-than", "--older-than", "--name", "--instance"];
-    while let Some(word) = typed.next() {
-        let (flag, with_value) = word.split_once('=').map_or((word.as_str(), false), |(flag, _)| (flag, true));
-        let known = batch.into_iter().flat_map(clap::Command::get_arguments).find(|argument| {
-            let long = argument.get_long().map(|long| format!("--{long}"));
-            let short = argument.get_short().map(|short| format!("-{short}"));
-            long.as_deref() == Some(flag) || short.as_deref() == Some(flag)
-        });
-        let value = known.is_some_and(|known| known.get_action().takes_values()) && !with_value;
-        if selecting.contains(&flag) {
-            if value {
-                typed.next();
-            }
-        } else if word.starts_with('-') && word != "-" && word != "--" {
-            kept.push(shell_word(&word));
-            if value && let Some(value) = typed.next() {
-                kept.push(shell_word(&value));
-            }
-        }
-    }
-    let plain = arguments.from.is_none() && left.len() <= RETRY_IDS_MAX;
+    let kept: Vec<String> = typed_flags(&selecting).iter().map(|word| shell_word(word)).collect();
+    let dashed = |line: &&stages::batch::outcome::Line| line.id.is_none() && line.word.starts_with('-');
+    let plain = arguments.from.is_none() && left.len() <= RETRY_IDS_MAX && !left.iter().any(dashed);
     let which = if plain {
         left.iter().map(|line| shell_word(&printable(line.id.as_deref().unwrap_or(&line.word)))).collect::<Vec<_>>().join(" ")
     } else {
-        let path = journal.map_or_else(|| PathBuf::from("virta-batch.retry"), |path| path.with_extension("retry"));
-        let text = match &arguments.from {
-            // with the flags that each had
-            Some(from) if from != "-" => list::parse(&std::fs::read_to_string(from)?).unwrap_or_default(),
-            _ => Vec::new(),
-        };
+        let Some(journal) = journal else { return Err(std::io::Error::other("there is no journal to put it beside")) };
+        let mut path = journal.as_os_str().to_owned();
+        path.push(".retry");
+        let path = PathBuf::from(path);
+        // with the flags that each had
         let lines = left.iter().map(|line| {
-            let wish = text.iter().find(|wish| wish.image == line.word).cloned();
-            let wish = Wish {
-                image: line.id.clone().unwrap_or_else(|| line.word.clone()),
-                ..wish.unwrap_or_else(|| Wish { name: line.new_name.clone(), ..Wish::default() })
-            };
-            serde_json::to_string(&wish).unwrap_or_default() + "\n"
+            let image = line.id.clone().unwrap_or_else(|| line.word.clone());
+            let name = line.wish.name.clone().or_else(|| line.new_name.clone());
+            serde_json::to_string(&Wish { image, name, ..line.wish.clone() }).unwrap_or_default() + "\n"
         });
-        std::fs::write(&path, lines.collect::<String>())?;
+        write_whole(&path, &lines.collect::<String>())?;
         format!("--from {}", shell_word(&path.display().to_string()))
     };
     let flags: String = kept.iter().map(|word| format!("{word} ")).collect();

@@ -61,8 +61,9 @@ fn write_error(text: &str) {
 pub fn failed(error: &JobError) -> ExitCode {
     let code = match error.nature() {
         Nature::Interrupted => 130,
-        Nature::Permanent if error.exit_code() == 2 => 64,
-        Nature::Permanent => 65,
+        _ if error.exit_code() == 2 => 64,
+        // a password that is wrong is wrong the next time, too, and locks the account
+        Nature::Permanent | Nature::Credentials => 65,
         _ => 75,
     };
     write_error(&chain(error).iter().map(|line| printable(line)).collect::<Vec<_>>().join(": "));
