@@ -188,6 +188,15 @@ async fn retire_source(job: &Job, session: &Session, image: &Image, compare_firs
     let claimed = image.property(CLAIM_UNTIL).is_some();
     adopt(job, session, image).await?;
     let retired = after_conversion(job, session, &image.id, compare_first).await;
+    // the run that made it, on another machine, may live after all, and its DELETE be on the way for as long as a request may take: only
+    // then is the protection taken off. Interrupted, it stays until the next batch
+    let run = image.property(RUN).unwrap_or_default();
+    let stranger = claimed && job.options.run.as_deref() != Some(run) && !job.notices.is_dead(run);
+    if stranger && job.options.after != After::Keep {
+        job.notices.note(&format!("image {} stays protected for a minute: a run elsewhere made it", image.shown_id()));
+        let waiting = tokio::time::sleep(job.options.patience.silence);
+        job.cancel.guard(waiting).await.map_err(|_| JobError::interrupted())?;
+    }
     if claimed && let Err(error) = release(session, &image.id).await {
         job.notices.warn(&format!("image {} keeps a mark of the run that made it: {error}", image.shown_id()));
     }

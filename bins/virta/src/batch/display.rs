@@ -73,8 +73,11 @@ fn short(name: &str) -> String {
     if name.chars().count() <= NAME_CHARS {
         return format!("{name:<NAME_CHARS$}");
     }
-    let head: String = name.chars().take(NAME_CHARS - 1).collect();
-    format!("{head}~")
+    // names of one service differ at their end
+    let half = NAME_CHARS / 2;
+    let head: String = name.chars().take(half).collect();
+    let tail: Vec<char> = name.chars().rev().take(NAME_CHARS - half - 1).collect();
+    format!("{head}~{}", tail.into_iter().rev().collect::<String>())
 }
 
 impl BatchDisplay {
@@ -83,7 +86,7 @@ impl BatchDisplay {
         let work: Vec<_> = plan.entries.iter().filter(|entry| entry.is_work()).collect();
         let overall = display.bars().map(|bars| {
             let bar = bars.add(ProgressBar::new(plan.work_bytes()));
-            if let Ok(style) = ProgressStyle::with_template("{bar:24} {percent:>3}%  {msg}  ETA {eta}") {
+            if let Ok(style) = ProgressStyle::with_template("{bar:12} {percent:>3}%  {msg}  ETA {eta}") {
                 bar.set_style(style.progress_chars("#> "));
             }
             bar
@@ -251,7 +254,7 @@ impl BatchDisplay {
         let told = |state: &State| {
             let failed = if state.failed > 0 { format!(", {} failed", state.failed) } else { String::new() };
             format!(
-                "{} of {} images{failed}, {} of {}, {} saved",
+                "{} of {}{failed}, {} of {}, {} saved",
                 state.ended.min(shared.work),
                 shared.work,
                 size(done),

@@ -295,7 +295,7 @@ pub async fn run(arguments: BatchArgs) -> ExitCode {
             let code = summary.exit_code();
             let done = summary.count(Outcome::is_good);
             run.end_with(code, &format!("{done} of {} done", summary.items.len()), code != 0);
-            if as_task { task::conclude(&summary) } else { conclude(&arguments, &summary, journal) }
+            if as_task { task::conclude(&summary, arguments.output.format) } else { conclude(&arguments, &summary, journal) }
         }
         Err(error) => {
             run.end(error.exit_code(), &printable(&causes(&error)));
@@ -688,6 +688,12 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
             size(summary.rss_peak_bytes)
         ));
     }
+    if count(|outcome| matches!(outcome, Outcome::Earlier { .. })) > 0 {
+        lines.push(
+            "what was done before stays as it is, whatever flags it was made with; virta convert --force makes a second one"
+                .to_owned(),
+        );
+    }
     let deleted = summary.items.iter().filter(|line| line.source_deleted).count();
     if deleted > 0 {
         lines.push(format!("{deleted} sources deleted, each after its new image was verified"));
@@ -714,9 +720,6 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
             Ok(command) => format!("just these again: {command}"),
             Err(error) => format!("the same command goes on (the list of just these could not be written: {error})"),
         });
-    }
-    if let Some(path) = journal {
-        lines.push(format!("journal: {}", path.display()));
     }
     lines.join("\n")
 }

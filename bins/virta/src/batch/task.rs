@@ -8,7 +8,7 @@ use stages::{
     text::{chain, printable},
 };
 
-use crate::exit;
+use crate::{cli::FormatChoice, exit};
 
 /// HyperQueue shows so much of an error (`HQ_ERROR_FILENAME`).
 const ERROR_BYTES_MAX: usize = 2048;
@@ -71,7 +71,7 @@ pub fn failed(error: &JobError) -> ExitCode {
 }
 
 /// A task that ran.
-pub fn conclude(summary: &Summary) -> ExitCode {
+pub fn conclude(summary: &Summary, format: FormatChoice) -> ExitCode {
     let Some(line) = summary.items.first() else {
         return failed(&JobError::bug("a task without an image"));
     };
@@ -80,8 +80,18 @@ pub fn conclude(summary: &Summary) -> ExitCode {
         Outcome::Earlier { image } => format!("already done: image {}", printable(image)),
         other => format!("{}: {}", other.word(), printable(other.why().unwrap_or_default())),
     };
+    let image = match &line.outcome {
+        Outcome::Done { report } => report.destination.strip_prefix("glance:").unwrap_or(&report.destination),
+        Outcome::Earlier { image } => image,
+        _ => "",
+    };
+    match format {
+        FormatChoice::Json => _ = exit::print(&serde_json::to_string_pretty(line).unwrap_or_default()),
+        FormatChoice::Value if !image.is_empty() => _ = exit::print(&printable(image)),
+        FormatChoice::Table if line.outcome.is_good() => _ = exit::print(&text),
+        FormatChoice::Value | FormatChoice::Table => {}
+    }
     if line.outcome.is_good() {
-        _ = exit::print(&text);
         return ExitCode::SUCCESS;
     }
     let text = format!("{}: {text}", printable(line.name.as_deref().unwrap_or(&line.word)));
