@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{CancelToken, Cause};
+use engine::CancelToken;
 use reqwest::StatusCode;
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -617,9 +617,6 @@ async fn convert_found(
     notices: &Arc<dyn Notices>,
     cancel: &CancelToken,
 ) -> Result<Ended, JobError> {
-    let until_cancelled = async |work: std::pin::Pin<Box<dyn Future<Output = Result<Option<Ended>, JobError>> + Send + '_>>| {
-        cancel.guard(work).await.unwrap_or_else(|_| Err(JobError::interrupted()))
-    };
     // three questions at once: each may wait behind somebody's transfer
     let asking = async {
         tokio::join!(Source::glance(session, id), session.images_where(SOURCE_ID, id), images_of_name(session, new_name))
@@ -652,15 +649,10 @@ async fn convert_found(
             }
         }
     };
-    if let Some(ended) = until_cancelled(Box::pin(looking)).await? {
+    if let Some(ended) = cancel.guard(looking).await.unwrap_or_else(|_| Err(JobError::interrupted()))? {
         return Ok(ended);
     }
     let report = to_glance(&job, session, new_name).await?;
     notices.note(&format!("made {}", printable(&report.destination)));
     Ok(Ended::Made(Box::new(report)))
-}
-
-/// Ends a batch from outside: what runs cleans up, the rest is marked as not tried.
-pub fn interrupt(cancel: &CancelToken) {
-    cancel.cancel(Cause::Requested("interrupted".to_owned()));
 }

@@ -150,6 +150,7 @@ pub async fn go_on_with_finished(job: &Job, session: &Session, image: &Image) ->
         image.line()
     ));
     // an earlier run may have been stopped between its verification and the rest
+    adopt(job, session, image).await?;
     retire_source(job, session, image, true).await
 }
 
@@ -183,10 +184,9 @@ async fn adopt(job: &Job, session: &Session, image: &Image) -> Result<(), JobErr
 }
 
 /// The source goes, if it shall, and a claim that a dead run left on the finished image ends. A run that took the dead one over may have seen
-/// the image half made, and its DELETE be on the way: so the image is protected before.
+/// the image half made, and its DELETE be on the way: so it is adopted, and protected, before.
 async fn retire_source(job: &Job, session: &Session, image: &Image, compare_first: bool) -> Result<(), JobError> {
     let claimed = image.property(CLAIM_UNTIL).is_some();
-    adopt(job, session, image).await?;
     let retired = after_conversion(job, session, &image.id, compare_first).await;
     // the run that made it, on another machine, may live after all, and its DELETE be on the way for as long as a request may take: only
     // then is the protection taken off. Interrupted, it stays until the next batch
