@@ -16,7 +16,7 @@ use crate::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use stages::{
     compress::{Codec, Compression},
-    convert::Verify,
+    convert::{After, Verify},
     disk::IoMode,
     units::ClusterBits,
 };
@@ -98,19 +98,8 @@ pub struct ConvertArgs {
     /// Bytes that stdin has to give, SIZE: a pipe that breaks looks like one that ends
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub source_size: Option<u64>,
-    /// Delete the source image once the new one is verified (by readback, unless --verify hash says otherwise). Asks first
-    #[arg(long, conflicts_with = "replace")]
-    pub delete_source: bool,
-    /// The new image takes the source's name and visibility, and the source is deleted; DEST is what it is called until then. Its id does
-    /// change: pinned ids break
-    #[arg(long)]
-    pub replace: bool,
-    /// Share the new image with the projects that the source is shared with; each has to accept it again
-    #[arg(long)]
-    pub copy_members: bool,
-    /// Do not ask before deleting
-    #[arg(long)]
-    pub yes: bool,
+    #[command(flatten)]
+    pub source_after: SourceArgs,
     #[command(flatten)]
     pub conversion: ConversionArgs,
     /// Replace a local file; make a second image of a name that is taken; delete a source that servers were built from. Never
@@ -119,6 +108,41 @@ pub struct ConvertArgs {
     pub force: bool,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Flags about what becomes of a source once its new image is proven.
+#[derive(Args, Clone)]
+pub struct SourceArgs {
+    /// Delete the source image once the new one is verified (by readback, unless --verify hash says otherwise). Asks first
+    #[arg(long, conflicts_with = "replace")]
+    pub delete_source: bool,
+    /// The new image takes the source's name and visibility, and the source is deleted; until then it is called what it would be without this.
+    /// Its id does change: pinned ids break
+    #[arg(long)]
+    pub replace: bool,
+    /// Share the new image with the projects that the source is shared with; each has to accept it again
+    #[arg(long)]
+    pub copy_members: bool,
+    /// Do not ask before deleting
+    #[arg(long)]
+    pub yes: bool,
+}
+
+impl SourceArgs {
+    /// What becomes of it.
+    pub const fn after(&self) -> After {
+        match (self.delete_source, self.replace) {
+            (_, true) => After::Replace,
+            (true, false) => After::Delete,
+            (false, false) => After::Keep,
+        }
+    }
+
+    /// How sure to be: what is the only copy of somebody's machine goes only after the new one was read back, unless somebody says otherwise.
+    pub fn verify(&self, asked: Option<VerifyChoice>) -> Verify {
+        let usual = if self.after() == After::Keep { Verify::Hash } else { Verify::Readback };
+        asked.map_or(usual, Into::into)
+    }
 }
 
 /// Flags about the image that a conversion makes, and how.

@@ -146,20 +146,13 @@ pub async fn run(mut arguments: ConvertArgs) -> ExitCode {
         Ok(options) => options,
         Err(text) => return exit::usage(&text),
     };
-    let after = match (arguments.delete_source, arguments.replace) {
-        (_, true) => After::Replace,
-        (true, false) => After::Delete,
-        (false, false) => After::Keep,
-    };
-    // what is the only copy of somebody's machine goes only after the new one was read back
-    let verify =
-        arguments.conversion.verify.map_or(if after == After::Keep { Verify::Hash } else { Verify::Readback }, Into::into);
+    let (after, verify) = (arguments.source_after.after(), arguments.source_after.verify(arguments.conversion.verify));
     let run = Run::begin(&arguments.source, &arguments.destination);
     let options = Options {
         force: arguments.force,
         verify,
         after,
-        copy_members: arguments.copy_members,
+        copy_members: arguments.source_after.copy_members,
         elsewhere: arguments.to_os_cloud.is_some(),
         run: run.id(),
         ..usual
@@ -213,7 +206,7 @@ async fn convert(
         run.in_cloud(session);
         interruptible(cancel, status::clean_up_before(session, display)).await?;
     }
-    if let (End::Glance(name), true, Some(session)) = (&from, arguments.replace, &source_cloud)
+    if let (End::Glance(name), true, Some(session)) = (&from, arguments.source_after.replace, &source_cloud)
         && let Some(image) = interruptible(cancel, retire::finish_replacing(session, name, display)).await?
     {
         return Ok(Outcome::AlreadyDone(image.id));
@@ -245,7 +238,7 @@ async fn convert(
     };
     let job = Job::new(source, options, progress, &notices, cancel);
     interruptible(cancel, retire::check(&job, arguments.force)).await?;
-    confirm(&job, arguments.yes).await?;
+    confirm(&job, arguments.source_after.yes).await?;
     let report = match &to {
         End::Stdio => convert::to_stream::to_stream(&job, stdout()?, "-").await?,
         End::Path(path) if is_forward_only(path) => {
@@ -288,13 +281,14 @@ fn check_ends(arguments: &ConvertArgs, from: &End, to: &End) -> Result<(), JobEr
     if arguments.to_os_cloud.is_some() && !matches!(to, End::Glance(_)) {
         return usage("--to-os-cloud chooses the cloud of a new image: the destination has to be glance:NAME");
     }
-    if (arguments.delete_source || arguments.replace || arguments.copy_members) && !matches!(to, End::Glance(_)) {
+    let after = &arguments.source_after;
+    if (after.after() != After::Keep || after.copy_members) && !matches!(to, End::Glance(_)) {
         return usage("--delete-source, --replace and --copy-members need a new image in Glance: glance:NAME");
     }
-    if arguments.copy_members && arguments.to_os_cloud.is_some() {
+    if after.copy_members && arguments.to_os_cloud.is_some() {
         return usage("--copy-members shares with projects of the source's cloud, which mean nothing in another: leave it out");
     }
-    if arguments.replace && arguments.to_os_cloud.is_some() {
+    if after.replace && arguments.to_os_cloud.is_some() {
         return usage(
             "--replace puts the new image in the place of the old one, in the same cloud: use --delete-source with --to-os-cloud",
         );

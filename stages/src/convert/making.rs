@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::{
     JobError, Notices,
     claim::{self, Claim},
-    names::may_be_finished,
+    names::carries_its_own_proof,
 };
 use crate::{
     glance::{Patience, Retries},
@@ -126,7 +126,7 @@ impl<'a> Maker<'a> {
             )));
         }
         // an own one that an earlier try could not remove goes, whatever became of it; a finished one never
-        let half_made = matches!(image.status.as_str(), "queued" | "saving" | "killed") || (own && !may_be_finished(image));
+        let half_made = matches!(image.status.as_str(), "queued" | "saving" | "killed") || (own && !carries_its_own_proof(image));
         if !half_made {
             // another run has just come to its end: the next look finds out what it came to
             return Err(JobError::Held {
@@ -238,7 +238,7 @@ impl<'a> Maker<'a> {
             Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
             Err(error) => return Err(error),
         };
-        if image.property(RUN) != Some(self.run()) || may_be_finished(&image) {
+        if image.property(RUN) != Some(self.run()) || carries_its_own_proof(&image) {
             return Ok(());
         }
         // what is the only copy is never half made, whatever its marks say

@@ -75,7 +75,7 @@ pub fn check_name(
         // for the source itself has the name when the new image is to replace it
         let ours = taken.iter().filter(|image| of_source(image));
         let ours: Vec<&Image> = ours.filter(|image| may_be_made_of(session, image, source)).collect();
-        if let Some(done) = ours.iter().find(|image| may_be_finished(image)) {
+        if let Some(done) = ours.iter().find(|image| carries_its_own_proof(image)) {
             return Ok(NameCheck::AlreadyDone(Box::new((*done).clone())));
         }
         if let Some(unproven) = ours.first().filter(|_| !force) {
@@ -116,7 +116,7 @@ pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>, name
         return Err(held);
     }
     let active = |image: &&Image| image.status == "active";
-    if let Some(done) = ours.iter().filter(active).find(|image| may_be_finished(image)) {
+    if let Some(done) = ours.iter().filter(active).find(|image| carries_its_own_proof(image)) {
         go_on_with_finished(job, session, done).await?;
         return Ok(Some(done.clone()));
     }
@@ -232,18 +232,13 @@ pub fn is_finished_conversion(session: &Session, made: &Image, source: &Image) -
         && made.id != source.id
         && made.property(SOURCE_ID) == Some(&source.id)
         && may_be_made_of(session, made, source)
-        && may_be_finished(made)
+        && carries_its_own_proof(made)
 }
 
-/// Is the mark of verification this very image's own, so that it is somebody's finished conversion?
+/// Is the mark of verification this very image's own, so that it is somebody's finished conversion? Nova copies an image's properties onto the
+/// snapshots of servers that boot from it, and so the marks, too: only the hash of the very image that carries it proves anything.
 #[must_use]
 pub fn carries_its_own_proof(image: &Image) -> bool {
-    may_be_finished(image)
-}
-
-/// Nova copies an image's properties onto the snapshots of servers that boot from it, and so the marks, too: only the hash of the very
-/// image that carries it proves anything.
-pub(super) fn may_be_finished(image: &Image) -> bool {
     let own = image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
     own.is_some_and(|own| image.property(VERIFIED) == Some(&verified_mark(&own)))
 }

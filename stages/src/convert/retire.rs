@@ -18,7 +18,7 @@ use serde_json::json;
 
 use super::{
     After, Job, JobError, Notices, Source, Verify,
-    names::may_be_finished,
+    names::carries_its_own_proof,
     readback::{Target, against_survey, prove},
 };
 use crate::{
@@ -201,7 +201,7 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
         error => error,
     })?;
     let new = session.image(new_id).await?;
-    if new.status != "active" || !may_be_finished(&new) {
+    if new.status != "active" || !carries_its_own_proof(&new) {
         return Err(JobError::Refused(format!(
             "the new image {new_id} is {} and not as it was verified any more: the source is not deleted",
             new.status
@@ -283,7 +283,7 @@ async fn rename(session: &Session, new_id: &str, name: &str) -> Result<(), JobEr
 pub async fn finish_replacing(session: &Session, name_or_id: &str, notices: &dyn Notices) -> Result<Option<Image>, JobError> {
     match session.find_image(name_or_id).await {
         // it has the name already
-        Ok(image) if image.disk_format.as_deref() == Some("qcow2") && may_be_finished(&image) => {
+        Ok(image) if image.disk_format.as_deref() == Some("qcow2") && carries_its_own_proof(&image) => {
             for key in [REPLACES, REPLACES_NAME] {
                 if image.property(key).is_some() {
                     session.remove_property(&image.id, key).await?;
@@ -298,7 +298,7 @@ pub async fn finish_replacing(session: &Session, name_or_id: &str, notices: &dyn
     // the source's id stays in the new image when everything else is done
     for key in [REPLACES, REPLACES_NAME, SOURCE_ID] {
         let mut found = session.images_where(key, name_or_id).await?;
-        found.retain(|image| image.property(key) == Some(name_or_id) && image.status == "active" && may_be_finished(image));
+        found.retain(|image| image.property(key) == Some(name_or_id) && image.status == "active" && carries_its_own_proof(image));
         let [image] = found.as_slice() else { continue };
         // it may only be called otherwise by now
         let replaced = image.property(REPLACES).or(image.property(SOURCE_ID)).unwrap_or_default();

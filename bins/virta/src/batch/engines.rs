@@ -48,7 +48,7 @@ fn task_flags(arguments: &BatchArgs) -> Vec<String> {
         "--dry-run",
         "--yes",
     ];
-    let mut flags = super::typed_flags(&dropped);
+    let mut flags = super::end::typed_flags(&dropped);
     if !flags.iter().any(|flag| flag.starts_with("--os-cloud"))
         && let Some(cloud) = arguments.cloud.os_cloud.clone().or_else(|| std::env::var("OS_CLOUD").ok())
     {
@@ -100,7 +100,7 @@ pub fn write(engine: Engine, arguments: &BatchArgs, plan: &Plan, display: &Displ
     words.extend([program(), "batch".to_owned(), "--task-from-env".to_owned()]);
     words.extend(task_flags(arguments));
     if plan.entries.iter().any(|entry| entry.is_work() && entry.options.after != After::Keep) {
-        if !arguments.yes {
+        if !arguments.source_after.yes {
             return Err(JobError::Usage(
                 "the tasks of this plan would delete images, and nobody can be asked then: add --yes if that is meant".to_owned(),
             ));

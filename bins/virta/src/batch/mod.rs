@@ -3,58 +3,55 @@
 //! | module | noun |
 //! |---|---|
 //! | [`display`] | what is shown of it, on a terminal, in a log, to a program |
+//! | [`end`] | what is said and written when it is over, and the command for what is left |
 //! | [`engines`] | files and commands for HyperQueue and Slurm |
+//! | [`planned`] | what `--dry-run` shows |
 //! | [`task`] | one image, handed over by an engine |
 
 mod display;
+mod end;
 mod engines;
+mod planned;
 mod task;
 
-use std::{io::Read, num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{io::Read, num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Args;
 use engine::CancelToken;
 use jiff::SignedDuration;
 use stages::{
     batch::{
-        Batch, Event, Journal, Outcome, Plan, Summary, Verdict, Wish, list,
+        Batch, Event, Journal, Outcome, Plan, Summary, Wish, list,
         plan::{finish_replacements, images_of_project},
         run::Limits,
         select::{Filter, parse_age, snapshots},
     },
     convert::{After, JobError, Notices, Options, Verify},
-    glance::connection::{Asking, Connection},
     openstack::{Compute, Image, Session, config::Surroundings},
     progress::Progress,
-    text::{causes, printable, shell_word, size},
+    text::{causes, printable, size},
 };
 
 use crate::{
-    care::{chosen_cloud, confirm, warn_without_record},
-    cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs, count, parse_size},
+    care::{confirm, warn_without_record},
+    cli::{CloudArgs, ConversionArgs, OutputArgs, SourceArgs, count, parse_size},
     complete::image_names,
-    convert::{job_options, open_private, proven, watch_signals, write_report},
+    convert::{job_options, open_private, proven, watch_signals},
     display::Display,
     exit, receipt,
     runs::{self, Run},
     sign_in::sign_in,
     status,
-    table::{Cell, Column, ListFlags, ListFormat, print_rows},
 };
 use display::BatchDisplay;
+use end::conclude;
 pub use engines::Engine;
+use planned::show_plan;
 
 /// Names of images that a question lists.
 const ASKED_MAX: usize = 12;
-/// Failed images that a command to retry them names; more go into a file.
-const RETRY_IDS_MAX: usize = 12;
-/// Lines of what is not done that are shown.
-const LEFT_SHOWN_MAX: usize = 40;
 /// Longest list that is read.
 const LIST_BYTES_MAX: u64 = 64 << 20;
-/// How much is read to tell how fast Glance is, and for how long.
-const MEASURE_BYTES: usize = 64 << 20;
-const MEASURE_FOR: Duration = Duration::from_secs(3);
 
 #[derive(Args)]
 #[command(after_long_help = EXAMPLES)]
@@ -107,18 +104,8 @@ pub struct BatchArgs {
     /// Do not wait for images that another run converts
     #[arg(long)]
     pub no_wait: bool,
-    /// Delete each source once its new image is verified (by readback, unless --verify hash says otherwise). Asks first
-    #[arg(long, conflicts_with = "replace")]
-    pub delete_source: bool,
-    /// Each new image takes its source's name and visibility, and the source is deleted
-    #[arg(long)]
-    pub replace: bool,
-    /// Share the new images with the projects that their sources are shared with
-    #[arg(long)]
-    pub copy_members: bool,
-    /// Do not ask before deleting
-    #[arg(long)]
-    pub yes: bool,
+    #[command(flatten)]
+    pub source_after: SourceArgs,
     /// Make second images of names that are taken; delete sources that servers were built from
     #[arg(long)]
     pub force: bool,
@@ -167,24 +154,14 @@ fn parse_rate(text: &str) -> Result<u64, String> {
 }
 
 impl BatchArgs {
-    fn after(&self) -> After {
-        match (self.delete_source, self.replace) {
-            (_, true) => After::Replace,
-            (true, false) => After::Delete,
-            (false, false) => After::Keep,
-        }
-    }
-
     /// The options for all.
     fn options(&self, run: &Run) -> Result<Options, String> {
         let usual = job_options(&self.conversion)?;
-        let after = self.after();
-        let verify =
-            self.conversion.verify.map_or(if after == After::Keep { Verify::Hash } else { Verify::Readback }, Into::into);
+        let (after, verify) = (self.source_after.after(), self.source_after.verify(self.conversion.verify));
         if after != After::Keep && verify == Verify::None {
             return Err("a source is deleted only after verification: leave --verify none out".to_owned());
         }
-        Ok(Options { after, verify, force: self.force, copy_members: self.copy_members, run: run.id(), ..usual })
+        Ok(Options { after, verify, force: self.force, copy_members: self.source_after.copy_members, run: run.id(), ..usual })
     }
 
     fn limits(&self) -> Limits {
@@ -502,308 +479,5 @@ async fn ask(arguments: &BatchArgs, session: &Session, plan: &Plan, cancel: &Can
         who.project,
         names.join(", ")
     );
-    confirm(&what, arguments.yes, cancel).await
-}
-
-const COLUMNS: [Column; 8] = [
-    Column { key: "id", heading: "ID", usual: true, right: false },
-    Column { key: "name", heading: "Name", usual: true, right: false },
-    Column { key: "user_id", heading: "User", usual: false, right: false },
-    Column { key: "bytes", heading: "Size", usual: true, right: true },
-    Column { key: "new_name", heading: "New name", usual: true, right: false },
-    Column { key: "plan", heading: "Plan", usual: true, right: false },
-    Column { key: "reason", heading: "Why", usual: true, right: false },
-    Column { key: "image", heading: "Image", usual: false, right: false },
-];
-
-/// `--dry-run`.
-async fn show_plan(
-    arguments: &BatchArgs,
-    session: &Session,
-    plan: &Plan,
-    left_out: &[String],
-    display: &Display,
-    cancel: &CancelToken,
-) -> Result<(), JobError> {
-    let row = |entry: &stages::batch::Entry| {
-        let (word, reason, made) = match &entry.verdict {
-            Verdict::Convert => match entry.options.after {
-                After::Keep => ("convert", "", ""),
-                After::Delete => ("convert", "its source is deleted then", ""),
-                After::Replace => ("replace", "its source is deleted then", ""),
-            },
-            Verdict::Finish { made } => ("finish", "converted already; its source is still to go", made.as_str()),
-            Verdict::Done { made } => ("done", "converted already", made.as_str()),
-            Verdict::Skip { reason } => ("skip", reason.as_str(), ""),
-            Verdict::Fail { reason } => ("cannot", reason.as_str(), ""),
-        };
-        let image = entry.image.as_ref();
-        let text = |text: Option<&str>| Cell::plain(text.map(str::to_owned));
-        vec![
-            text(image.map(|image| image.id.as_str())),
-            text(image.map_or(Some(entry.wish.image.as_str()), |image| image.name.as_deref())),
-            text(image.and_then(|image| image.property("user_id"))),
-            Cell::shown(entry.bytes(), size(entry.bytes())),
-            Cell::plain(match (&entry.verdict, entry.options.after) {
-                (Verdict::Convert, After::Replace) => image.and_then(|image| image.name.clone()).unwrap_or_default(),
-                (Verdict::Convert, _) => entry.new_name.clone(),
-                _ => String::new(),
-            }),
-            Cell::plain(word),
-            Cell::plain(reason),
-            Cell::plain(made),
-        ]
-    };
-    let rows: Vec<Vec<Cell>> = plan.entries.iter().map(row).collect();
-    let format = match arguments.output.format {
-        FormatChoice::Table => ListFormat::Table,
-        FormatChoice::Json => ListFormat::Json,
-        FormatChoice::Value => ListFormat::Value,
-    };
-    let mut columns = COLUMNS;
-    columns.iter_mut().filter(|column| column.key == "user_id").for_each(|column| column.usual = arguments.all_users);
-    print_rows(&columns, &rows, &ListFlags { format, columns: Vec::new() })?;
-    left_out.iter().for_each(|line| display.note(line));
-    if plan.entries.is_empty() {
-        return Ok(());
-    }
-    let work: Vec<_> = plan.entries.iter().filter(|entry| entry.is_work()).collect();
-    let going = work.iter().filter(|entry| entry.options.after != After::Keep).count();
-    if going > 0 {
-        display.note(&format!("{going} sources would be deleted, each after its new image is verified"));
-    }
-    let (all, bytes) = (plan.entries.len(), plan.work_bytes());
-    display.note(&format!(
-        "{} of {all} images would be converted: {} to read; what is sent depends on what is in them",
-        work.len(),
-        size(bytes)
-    ));
-    let Some(largest) = work.iter().max_by_key(|entry| entry.bytes()).and_then(|entry| entry.image.as_ref()) else {
-        return Ok(());
-    };
-    let measured = measure(session, largest, cancel).await?;
-    let rate = arguments.rate_limit.map_or(measured, |limit| limit.min(measured)).max(1);
-    display.note(&format!(
-        "reading takes about {} at {}/s, {}; sending{} comes on top",
-        duration(bytes / rate),
-        size(rate),
-        if rate < measured { "the limit" } else { "which one connection gave just now" },
-        if work.iter().any(|entry| entry.options.verify == Verify::Readback) { ", and reading it back," } else { "" }
-    ));
-    if let Some(left) = session.quota_left_bytes().await {
-        display.note(&format!(
-            "the quota for images has {} left; new images need room beside the old ones until those go",
-            size(left)
-        ));
-    }
-    Ok(())
-}
-
-/// Bytes a second of one connection, by reading the beginning of an image.
-async fn measure(session: &Session, image: &Image, cancel: &CancelToken) -> Result<u64, JobError> {
-    let progress = Progress::default();
-    let retries = stages::glance::Retries::new(&progress, Arc::new(|_| {}));
-    let remote =
-        stages::glance::Remote::of_image(session, image, &progress, retries, stages::glance::Patience::default(), cancel);
-    let bytes = usize::try_from(remote.image_bytes).unwrap_or(usize::MAX).min(MEASURE_BYTES);
-    let mut connection = Connection::new(remote, Asking::Whole);
-    let mut buffer = vec![0; 1 << 20];
-    let started = std::time::Instant::now();
-    let mut read = 0;
-    while read < bytes && started.elapsed() < MEASURE_FOR {
-        let part = (bytes - read).min(buffer.len());
-        let at = u64::try_from(read).unwrap_or(u64::MAX);
-        connection.read(at, at + u64::try_from(part).unwrap_or(0), &mut buffer[..part]).await?;
-        read += part;
-    }
-    let millis = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
-    Ok(u64::try_from(read).unwrap_or(0).saturating_mul(1000) / millis)
-}
-
-/// `2 h 10 min`, `45 s`.
-fn duration(seconds: u64) -> String {
-    match seconds {
-        0..90 => format!("{seconds} s"),
-        90..5400 => format!("{} min", seconds.div_ceil(60)),
-        _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
-    }
-}
-
-/// The last lines, the report, and the exit code.
-fn conclude(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> ExitCode {
-    let json = serde_json::to_string_pretty(summary).unwrap_or_default();
-    let mut code = summary.exit_code();
-    let written = match arguments.output.format {
-        FormatChoice::Table => exit::print(&told(arguments, summary, journal)),
-        FormatChoice::Json => exit::print(&json),
-        FormatChoice::Value => summary.items.iter().fold(true, |good, line| match &line.outcome {
-            Outcome::Done { report } => {
-                good & exit::print(&printable(report.destination.strip_prefix("glance:").unwrap_or(&report.destination)))
-            }
-            Outcome::Earlier { image } => good & exit::print(&printable(image)),
-            _ => good,
-        }),
-    };
-    if !written {
-        exit::say("virta: the batch is over, but stdout could not be written");
-        code = code.max(1);
-    }
-    if let Some(path) = &arguments.output.report
-        && let Err(error) = write_report(path, &json)
-    {
-        exit::say(&format!("virta: the batch is over, but its report could not be written to {}: {error}", path.display()));
-        code = code.max(1);
-    }
-    ExitCode::from(code)
-}
-
-fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> String {
-    let count = |wanted: fn(&Outcome) -> bool| summary.count(wanted);
-    let done = count(|outcome| matches!(outcome, Outcome::Done { .. }));
-    let mut parts = vec![format!("{done} converted")];
-    for (number, word) in [
-        (count(|outcome| matches!(outcome, Outcome::Earlier { .. })), "done before"),
-        (count(|outcome| matches!(outcome, Outcome::Skipped { .. })), "skipped"),
-        (count(|outcome| matches!(outcome, Outcome::Failed { .. })), "failed"),
-        (count(|outcome| matches!(outcome, Outcome::Held { .. })), "held by other runs"),
-        (count(|outcome| matches!(outcome, Outcome::Interrupted { .. })), "interrupted"),
-        (count(|outcome| matches!(outcome, Outcome::NotTried { .. })), "not tried"),
-    ] {
-        if number > 0 {
-            parts.push(format!("{number} {word}"));
-        }
-    }
-    let mut lines = vec![format!("{} in {}", parts.join(", "), duration(float_seconds(summary.elapsed_s)))];
-    if done > 0 {
-        let saved = summary.converted_bytes.saturating_sub(summary.made_bytes);
-        let millis = float_seconds(summary.elapsed_s * 1000.0).max(1);
-        lines.push(format!(
-            "{} became {}: {} saved; fetched {}, sent {}, {}/s of disk; memory at most {}",
-            size(summary.converted_bytes),
-            size(summary.made_bytes),
-            size(saved),
-            size(summary.fetched_bytes),
-            size(summary.uploaded_bytes),
-            size(summary.converted_bytes.saturating_mul(1000) / millis),
-            size(summary.rss_peak_bytes)
-        ));
-    }
-    if count(|outcome| matches!(outcome, Outcome::Earlier { .. })) > 0 {
-        lines.push(
-            "what was done before stays as it is, whatever flags it was made with; virta convert --force makes a second one"
-                .to_owned(),
-        );
-    }
-    let deleted = summary.items.iter().filter(|line| line.source_deleted).count();
-    if deleted > 0 {
-        lines.push(format!("{deleted} sources deleted, each after its new image was verified"));
-    }
-    if let Some(why) = &summary.stopped {
-        lines.push(format!("stopped before the end: {why}"));
-    }
-    for line in summary.items.iter().filter(|line| matches!(line.outcome, Outcome::Skipped { .. })) {
-        lines.push(format!("skipped {}: {}", named(line), line.outcome.why().unwrap_or_default()));
-    }
-    let left: Vec<_> = summary.left().collect();
-    if !left.is_empty() {
-        lines.push(String::new());
-        let width = left.iter().map(|line| named(line).chars().count()).max().unwrap_or(0).min(40);
-        for line in left.iter().take(LEFT_SHOWN_MAX) {
-            let why = printable(line.outcome.why().unwrap_or_default());
-            lines.push(format!("{:<11} {:<width$}  {why}", line.outcome.word(), named(line)));
-        }
-        if left.len() > LEFT_SHOWN_MAX {
-            lines.push(format!("and {} more: -f json, or --report FILE, has all of them", left.len() - LEFT_SHOWN_MAX));
-        }
-        lines.push(String::new());
-        lines.push(match retry_command(arguments, &left, journal.as_deref()) {
-            Ok(command) => format!("just these again: {command}"),
-            Err(error) => format!("the same command goes on (the list of just these could not be written: {error})"),
-        });
-    }
-    lines.join("\n")
-}
-
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a wall time, shown to people
-fn float_seconds(seconds: f64) -> u64 {
-    seconds.max(0.0).round() as u64
-}
-
-fn named(line: &stages::batch::outcome::Line) -> String {
-    let name = line.name.as_deref().filter(|name| !name.is_empty());
-    match (name, &line.id) {
-        (Some(name), Some(id)) => printable(&format!("{name} ({id})")),
-        (None, Some(id)) => printable(id),
-        _ => printable(&line.word),
-    }
-}
-
-/// Flags of this command as they were typed, with their values, but for those in `without`. Words behind `--` are no flags.
-fn typed_flags(without: &[&str]) -> Vec<String> {
-    use clap::CommandFactory;
-    let command = crate::cli::Cli::command();
-    let batch = command.find_subcommand("batch");
-    let mut flags = Vec::new();
-    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
-    let mut typed = words.skip_while(|word| word != "batch").skip(1).take_while(|word| word != "--");
-    while let Some(word) = typed.next() {
-        let (flag, with_value) = word.split_once('=').map_or((word.as_str(), false), |(flag, _)| (flag, true));
-        let short = word.strip_prefix('-').filter(|_| !word.starts_with("--")).and_then(|rest| rest.chars().next());
-        let known = batch.into_iter().flat_map(clap::Command::get_arguments).find(|argument| {
-            let long = argument.get_long().is_some_and(|long| flag.strip_prefix("--") == Some(long));
-            long || (short.is_some() && argument.get_short() == short)
-        });
-        let Some(known) = known else { continue };
-        // -j4 and --jobs=4 have their value with them
-        let joined = with_value || (!flag.starts_with("--") && flag.len() > 2);
-        let value = if known.get_action().takes_values() && !joined { typed.next() } else { None };
-        let name = known.get_long().map(|long| format!("--{long}"));
-        if !name.is_some_and(|name| without.contains(&name.as_str())) {
-            flags.push(word);
-            flags.extend(value);
-        }
-    }
-    flags
-}
-
-/// Writes a file for its owner alone; who reads it sees the old one or the new one.
-fn write_whole(path: &std::path::Path, text: &str) -> std::io::Result<()> {
-    use std::{io::Write, os::unix::fs::OpenOptionsExt};
-    let mut new = path.as_os_str().to_owned();
-    new.push(format!(".{}", std::process::id()));
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-    file.write_all(text.as_bytes())?;
-    std::fs::rename(&new, path)
-}
-
-/// The command that tries just these again. Many, and those with flags of their own, go into a file beside the journal.
-fn retry_command(
-    arguments: &BatchArgs,
-    left: &[&stages::batch::outcome::Line],
-    journal: Option<&std::path::Path>,
-) -> std::io::Result<String> {
-    let selecting = ["--from", "--all-snapshots", "--all-users", "--larger-than", "--older-than", "--name", "--instance"];
-    let kept: Vec<String> = typed_flags(&selecting).iter().map(|word| shell_word(word)).collect();
-    let dashed = |line: &&stages::batch::outcome::Line| line.id.is_none() && line.word.starts_with('-');
-    let plain = arguments.from.is_none() && left.len() <= RETRY_IDS_MAX && !left.iter().any(dashed);
-    let which = if plain {
-        left.iter().map(|line| shell_word(&printable(line.id.as_deref().unwrap_or(&line.word)))).collect::<Vec<_>>().join(" ")
-    } else {
-        let Some(journal) = journal else { return Err(std::io::Error::other("there is no journal to put it beside")) };
-        let mut path = journal.as_os_str().to_owned();
-        path.push(".retry");
-        let path = PathBuf::from(path);
-        // with the flags that each had
-        let lines = left.iter().map(|line| {
-            let image = line.id.clone().unwrap_or_else(|| line.word.clone());
-            let name = line.wish.name.clone().or_else(|| line.new_name.clone());
-            serde_json::to_string(&Wish { image, name, ..line.wish.clone() }).unwrap_or_default() + "\n"
-        });
-        write_whole(&path, &lines.collect::<String>())?;
-        format!("--from {}", shell_word(&path.display().to_string()))
-    };
-    let flags: String = kept.iter().map(|word| format!("{word} ")).collect();
-    let cloud =
-        if kept.iter().any(|word| word.starts_with("--os-cloud")) { String::new() } else { chosen_cloud(&arguments.cloud) };
-    Ok(format!("virta batch {cloud}{flags}{which}"))
+    confirm(&what, arguments.source_after.yes, cancel).await
 }
