@@ -4,6 +4,7 @@ use std::{num::NonZeroUsize, path::PathBuf};
 
 use crate::{
     batch::BatchArgs,
+    bench::BenchArgs,
     complete::{CompletionsArgs, ManArgs, path_or_image},
     doctor::DoctorArgs,
     download::DownloadArgs,
@@ -61,6 +62,8 @@ pub enum Command {
     Accept(AnswerArgs),
     /// Turn down an image that another project shares with this one
     Reject(AnswerArgs),
+    /// What this machine, this disk and this Glance can do, and what a conversion here would take
+    Bench(Box<BenchArgs>),
     /// Runs of this user on this machine, running and past; --follow finds one again whose terminal went away
     Status(StatusArgs),
     /// Take back what killed runs of this machine left: half-made images, stopped servers

@@ -2,13 +2,11 @@
 
 use std::{
     io::IsTerminal,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering::SeqCst},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use engine::{CancelToken, Cause};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use stages::{
     convert::{FoundServer, Notices},
@@ -48,7 +46,8 @@ pub struct Display {
     bars: MultiProgress,
     warnings: Arc<Mutex<Vec<String>>>,
     held: Held,
-    stop: Arc<AtomicBool>,
+    /// Wakes the drawing task, so that a run that is over ends at once.
+    stop: CancelToken,
     run: Run,
     task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
 }
@@ -63,14 +62,14 @@ impl Display {
             ProgressChoice::None => Kind::None,
         };
         let bars = MultiProgress::new();
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = CancelToken::new();
         let task = {
-            let (progress, stop, bars, run) = (progress.clone(), Arc::clone(&stop), bars.clone(), run.clone());
+            let (progress, stop, bars, run) = (progress.clone(), stop.clone(), bars.clone(), run.clone());
             tokio::spawn(async move {
                 let mut drawing = Drawing::new(kind, &bars, run);
-                while !stop.load(SeqCst) {
+                drawing.draw(&progress);
+                while stop.guard(tokio::time::sleep(DRAW_EVERY)).await.is_ok() {
                     drawing.draw(&progress);
-                    tokio::time::sleep(DRAW_EVERY).await;
                 }
                 drawing.finish();
             })
@@ -80,7 +79,7 @@ impl Display {
 
     /// Stops drawing and clears the bars.
     pub async fn finish(&self) {
-        self.stop.store(true, SeqCst);
+        self.stop.cancel(Cause::Requested("the run is over".to_owned()));
         let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(task) = task {
             let _ = task.await;

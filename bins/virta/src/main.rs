@@ -1,6 +1,7 @@
 //! The command line of Virta.
 
 mod batch;
+mod bench;
 mod care;
 mod cli;
 mod complete;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
             cli::Command::Convert(arguments) => convert::run(*arguments).await,
             cli::Command::Verify(arguments) => verify::run(arguments).await,
             cli::Command::Batch(arguments) => batch::run(*arguments).await,
+            cli::Command::Bench(arguments) => bench::run(*arguments).await,
             cli::Command::Snapshot(arguments) => snapshot::run(*arguments).await,
             cli::Command::Upload(arguments) => upload::run(*arguments).await,
             cli::Command::Download(arguments) => download::run(*arguments).await,

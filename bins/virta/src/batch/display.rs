@@ -2,13 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering::SeqCst},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use engine::{CancelToken, Cause};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 use stages::{
@@ -60,7 +58,8 @@ struct Shared {
     started: Instant,
     state: Mutex<State>,
     overall: Option<ProgressBar>,
-    stop: AtomicBool,
+    /// Wakes the drawing task, so that a batch that is over ends at once.
+    stop: CancelToken,
     task: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
@@ -102,7 +101,7 @@ impl BatchDisplay {
             started: Instant::now(),
             state: Mutex::new(State { running: BTreeMap::new(), ended: 0, ended_bytes: 0, saved_bytes: 0, failed: 0 }),
             overall,
-            stop: AtomicBool::new(false),
+            stop: CancelToken::new(),
             task: Mutex::default(),
         };
         let shown = Self(Arc::new(shared));
@@ -110,9 +109,9 @@ impl BatchDisplay {
             let shown = shown.clone();
             async move {
                 let mut last_line = Instant::now();
-                while !shown.0.stop.load(SeqCst) {
+                shown.draw(&mut last_line);
+                while shown.0.stop.guard(tokio::time::sleep(DRAW_EVERY)).await.is_ok() {
                     shown.draw(&mut last_line);
-                    tokio::time::sleep(DRAW_EVERY).await;
                 }
             }
         });
@@ -122,7 +121,7 @@ impl BatchDisplay {
 
     /// Stops drawing and clears the bars.
     pub async fn finish(&self) {
-        self.0.stop.store(true, SeqCst);
+        self.0.stop.cancel(Cause::Requested("the batch is over".to_owned()));
         let task = self.0.task.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(task) = task {
             let _ = task.await;

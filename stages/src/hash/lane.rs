@@ -1,10 +1,10 @@
-//! Digests that Glance keeps of an image, and the lane that computes one over guest bytes in order.
+//! The lane that checks the source's hash: a sink for extents in guest order, wherever their bytes are now.
 
-use std::{fmt, fs::File};
+use std::fs::File;
 
 use engine::{BlockingStage, ErrorKind, Inlet, NoOutput, Outlet, StageContext, StageError};
-use md5::Digest as _;
 
+use super::{ExpectedHash, Hasher};
 use crate::{
     compress::{Codec, Decoder},
     extent::{Home, Place, Placed},
@@ -13,90 +13,6 @@ use crate::{
     units::{ClusterBits, to_u64, to_usize},
     watermark::Watermark,
 };
-
-/// A digest under way.
-#[derive(Clone)]
-pub enum Hasher {
-    /// SHA-512 in assembly: 0.65 to 0.85 GB/s on a core, and no way to split it.
-    Sha512(aws_lc_rs::digest::Context),
-    /// SHA-384.
-    Sha384(aws_lc_rs::digest::Context),
-    /// SHA-256.
-    Sha256(aws_lc_rs::digest::Context),
-    /// MD5: Glance's `checksum`, for images that have no `os_hash_value`.
-    Md5(md5::Md5),
-}
-
-impl fmt::Debug for Hasher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.algorithm())
-    }
-}
-
-impl Hasher {
-    /// For the algorithm as Glance names it (`os_hash_algo`); `None` for one that is not known here.
-    #[must_use]
-    pub fn new(algorithm: &str) -> Option<Self> {
-        use aws_lc_rs::digest::{Context, SHA256, SHA384, SHA512};
-        Some(match algorithm.to_ascii_lowercase().as_str() {
-            "sha512" => Self::Sha512(Context::new(&SHA512)),
-            "sha384" => Self::Sha384(Context::new(&SHA384)),
-            "sha256" => Self::Sha256(Context::new(&SHA256)),
-            "md5" => Self::Md5(md5::Md5::new()),
-            _ => return None,
-        })
-    }
-
-    /// What Glance computes unless its operator chose otherwise.
-    #[must_use]
-    pub fn sha512() -> Self {
-        Self::Sha512(aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA512))
-    }
-
-    /// The algorithm as Glance names it.
-    #[must_use]
-    pub const fn algorithm(&self) -> &'static str {
-        match self {
-            Self::Sha512(_) => "sha512",
-            Self::Sha384(_) => "sha384",
-            Self::Sha256(_) => "sha256",
-            Self::Md5(_) => "md5",
-        }
-    }
-
-    /// The next bytes.
-    pub fn update(&mut self, bytes: &[u8]) {
-        match self {
-            Self::Sha512(context) | Self::Sha384(context) | Self::Sha256(context) => context.update(bytes),
-            Self::Md5(context) => context.update(bytes),
-        }
-    }
-
-    /// The digest in lower-case hexadecimal.
-    #[must_use]
-    pub fn finish(self) -> String {
-        use fmt::Write as _;
-        let hex = |bytes: &[u8]| {
-            bytes.iter().fold(String::new(), |mut text, byte| {
-                let _ = write!(text, "{byte:02x}");
-                text
-            })
-        };
-        match self {
-            Self::Sha512(context) | Self::Sha384(context) | Self::Sha256(context) => hex(context.finish().as_ref()),
-            Self::Md5(context) => hex(&context.finalize()),
-        }
-    }
-}
-
-/// A digest that is known beforehand.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ExpectedHash {
-    /// `sha512`, `md5`, …
-    pub algorithm: String,
-    /// Lower-case hexadecimal.
-    pub value: String,
-}
 
 /// The source's bytes are not those its hash was made of.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +28,6 @@ pub struct HashMismatch {
 
 /// Bytes read back at once from the image under construction: no compressed cluster is longer.
 const READ_BYTES: usize = 2 << 20;
-static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 /// Sink: takes extents in guest order, wherever their bytes are now, and checks the source's hash over them.
 ///
@@ -156,7 +71,7 @@ impl BlockingStage for HashLane {
                 for run in &placed.runs {
                     let bytes = run.guest.bytes();
                     match run.place {
-                        Place::Zeros => hash_zeros(hasher, bytes),
+                        Place::Zeros => hasher.update_zeros(bytes),
                         Place::Plain(at) => self.each_part(&placed.home, at, bytes, &mut buffer, |part| hasher.update(part))?,
                         Place::Compressed(at, stored) => {
                             cluster.resize(to_usize(self.cluster_bits.cluster_bytes()), 0);
@@ -219,34 +134,5 @@ impl HashLane {
             done += to_u64(part.len());
         }
         Ok(())
-    }
-}
-
-fn hash_zeros(hasher: &mut Hasher, bytes: u64) {
-    let mut left = bytes;
-    while left > 0 {
-        let part = to_usize(left).min(ZEROS.len());
-        hasher.update(&ZEROS[..part]);
-        left -= to_u64(part);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn digests_are_glances() {
-        let digest = |algorithm| {
-            let mut hasher = Hasher::new(algorithm).unwrap();
-            hash_zeros(&mut hasher, 3);
-            hasher.update(b"abc");
-            hasher.finish()
-        };
-        // printf '\0\0\0abc' | md5sum, sha256sum
-        assert_eq!(digest("md5"), "7fff64a5c74c54941fac7699be9f1564");
-        assert_eq!(digest("SHA256"), "657c2a8e1b967d3ee74e97870c2fd06e85029f55f508837a5afc836b11f74c04");
-        assert!(digest("sha512").starts_with("bac734d3c9fa5f6561043ac2c001fff5739598b18bcde81720a3cef5d5fe074b"));
-        assert!(Hasher::new("blake3").is_none());
     }
 }

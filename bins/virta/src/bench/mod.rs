@@ -1,0 +1,353 @@
+//! `virta bench`: what this machine, this disk and this Glance can do, and what a conversion here would take.
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`record`] | a run: machine, figures, notes, the job that was asked about; saved as JSON |
+//! | [`machine`] | this machine, and its flavor out of Nova's metadata |
+//! | [`disk`] | writing and reading of a folder, io_uring against `pwrite`, buffered against direct |
+//! | [`processor`] | zero test, hashes, compression by level, with the converter's own code |
+//! | [`glance`] | fetching with 1, 2, 4, 8 connections, and sending |
+//! | [`sample`] | the bytes that are hashed and compressed |
+//! | [`predict`] | what a job would take, out of the figures |
+//! | [`text`], [`page`] | a run, or several side by side, for a terminal and as one HTML page |
+//!
+//! A figure is a median of up to three samples with its range: on a shared machine a single one says little. Nothing is left behind: files
+//! have no name, and the image that is sent is deleted, and is in the run's record until it is.
+
+pub mod disk;
+pub mod glance;
+pub mod machine;
+pub mod page;
+pub mod predict;
+pub mod processor;
+pub mod record;
+pub mod sample;
+pub mod text;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use clap::{ArgAction, Args};
+use engine::CancelToken;
+use stages::{
+    convert::{JobError, Notices},
+    openstack::{config::Surroundings, error::now_utc},
+    progress::Progress,
+    text::{causes, printable},
+};
+
+use crate::{
+    cli::{CloudArgs, ProgressChoice, parse_size},
+    convert::watch_signals,
+    display::Display,
+    exit,
+    inspect::InspectFormat,
+    runs::Run,
+    sign_in::sign_in,
+};
+use disk::Disk;
+use glance::Glance;
+use processor::Processor;
+use record::Record;
+
+#[derive(Args)]
+#[command(after_long_help = EXAMPLES)]
+pub struct BenchArgs {
+    /// Folder whose disk is measured: where images would be, or --scratch
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub folder: PathBuf,
+    /// What would a disk of this SIZE take? (with --data)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub image_size: Option<u64>,
+    /// What of that disk is data, SIZE [default: a quarter of it]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "image_size")]
+    pub data: Option<u64>,
+    /// The image to fetch, by name or id [default: the largest of the project]
+    #[arg(long, value_name = "IMAGE")]
+    pub image: Option<String>,
+    /// Measure no cloud, even if one is configured
+    #[arg(long)]
+    pub no_cloud: bool,
+    /// Send nothing: no image is made
+    #[arg(long)]
+    pub no_upload: bool,
+    /// A tenth of the time, for a first look
+    #[arg(long)]
+    pub quick: bool,
+    /// A file with data like that of the disks to be converted, for hashing and compressing [default: files of this system]
+    #[arg(long, value_name = "FILE")]
+    pub sample: Option<PathBuf>,
+    /// The flavor's name, where Nova's metadata service does not tell it
+    #[arg(long, value_name = "NAME")]
+    pub flavor: Option<String>,
+    /// Where the flavor is asked for
+    #[arg(long, value_name = "URL", default_value = machine::METADATA, hide = true)]
+    pub metadata: String,
+    /// Save the run, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub save: Option<PathBuf>,
+    /// Write it as one HTML page with plots
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Measure nothing, lay saved runs side by side (may be repeated, takes several)
+    #[arg(long, value_name = "RUN.json", num_args = 1.., action = ArgAction::Append, conflicts_with_all = ["image_size", "image", "save", "quick", "sample", "flavor"])]
+    pub compare: Vec<PathBuf>,
+    /// What is printed on stdout
+    #[arg(short = 'f', long = "format", value_name = "FORMAT", default_value = "table")]
+    pub format: InspectFormat,
+    #[command(flatten)]
+    pub cloud: CloudArgs,
+}
+
+const EXAMPLES: &str = "\
+Takes about a minute, 512 MiB of the folder's disk for a while, and with a cloud the traffic of a few seconds with 1, 2, 4 and 8 connections, and
+an image of 128 MiB that is sent and deleted again (not with --no-upload). A cloud is measured if --os-cloud, OS_CLOUD or OS_AUTH_URL names one.
+Examples:
+  virta bench --no-cloud
+      disk and processor
+  virta bench --os-cloud pouta --folder /scratch --image-size 80G --data 20G
+      and what a conversion of such a disk would take, what it waits for, and the flags to use
+  virta bench --os-cloud pouta --save io.340GB.json --html io.340GB.html
+      to keep; the flavor is in it
+  virta bench --compare io.160GB.json io.340GB.json io.700GB.json --html flavors.html
+      side by side
+
+Exit status: 0 measured, 1 failed, 2 wrong usage, 130 interrupted.";
+
+/// Bytes of the file that is written and read.
+const FILE_BYTES: u64 = 512 << 20;
+/// Bytes that are sent.
+const UPLOAD_BYTES: u64 = 128 << 20;
+/// Bytes of data to hash and compress.
+const SAMPLE_BYTES: usize = 48 << 20;
+
+/// How much of everything.
+struct Amount {
+    file_bytes: u64,
+    upload_bytes: u64,
+    sample_bytes: usize,
+    /// For one figure of the disk.
+    disk: Duration,
+    /// For one of the processor.
+    processor: Duration,
+    /// For one of Glance.
+    glance: Duration,
+}
+
+impl Amount {
+    fn new(quick: bool) -> Self {
+        let tenth = if quick { 10 } else { 1 };
+        Self {
+            file_bytes: (FILE_BYTES / u64::from(tenth)) >> 21 << 21,
+            upload_bytes: UPLOAD_BYTES / u64::from(tenth),
+            sample_bytes: if quick { SAMPLE_BYTES / 6 } else { SAMPLE_BYTES },
+            disk: Duration::from_secs(4) / tenth,
+            processor: Duration::from_millis(1500) / tenth,
+            glance: Duration::from_secs(4) / tenth,
+        }
+    }
+}
+
+/// Runs the command.
+pub async fn run(arguments: BenchArgs) -> ExitCode {
+    let run = Run::default();
+    let display = Display::start(ProgressChoice::None, &Progress::default(), run.clone());
+    let cancel = CancelToken::new();
+    watch_signals(&cancel, display.held());
+    let result = if arguments.compare.is_empty() { measure(&arguments, &display, &cancel).await } else { compare(&arguments) };
+    display.finish().await;
+    let records = match result {
+        Ok(records) => records,
+        Err(error) => return exit::failure(&error, error.exit_code()),
+    };
+    let written = match (arguments.format, records.as_slice()) {
+        (InspectFormat::Json, [one]) => exit::show(&serde_json::to_string_pretty(one).unwrap_or_default()),
+        (InspectFormat::Json, several) => exit::show(&serde_json::to_string_pretty(several).unwrap_or_default()),
+        (InspectFormat::Table, [one]) if arguments.compare.is_empty() => exit::show(&text::one(one)),
+        (InspectFormat::Table, several) => exit::show(&text::side_by_side(several)),
+    };
+    exit::shown(written)
+}
+
+/// Writes a file whole or not at all.
+fn save(path: &Path, content: &str) -> Result<(), JobError> {
+    let refused = |error: std::io::Error| {
+        JobError::Refused(format!("{} could not be written: {error}", printable(&path.display().to_string())))
+    };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(refused)?;
+    std::io::Write::write_all(&mut file, content.as_bytes()).map_err(refused)?;
+    file.persist(path).map_err(|error| refused(error.error))?;
+    Ok(())
+}
+
+/// A file that will be written at the end has to be possible: a minute's work is not thrown away for a folder that is not there.
+fn check_writable(path: Option<&PathBuf>) -> Result<(), JobError> {
+    let Some(path) = path else { return Ok(()) };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if path.is_dir() || tempfile::tempfile_in(folder).is_err() {
+        return Err(JobError::Usage(format!("{} cannot be written", printable(&path.display().to_string()))));
+    }
+    Ok(())
+}
+
+fn compare(arguments: &BenchArgs) -> Result<Vec<Record>, JobError> {
+    check_writable(arguments.html.as_ref())?;
+    let read = |path: &PathBuf| {
+        let shown = printable(&path.display().to_string());
+        let text = std::fs::read(path).map_err(|error| JobError::Usage(format!("{shown} cannot be read: {error}")))?;
+        serde_json::from_slice::<Record>(&text)
+            .map_err(|error| JobError::Usage(format!("{shown} is no run that virta bench --save wrote: {error}")))
+    };
+    let records: Vec<Record> = arguments.compare.iter().map(read).collect::<Result<_, _>>()?;
+    if let Some(path) = &arguments.html {
+        save(path, &page::page(&records))?;
+    }
+    Ok(records)
+}
+
+async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken) -> Result<Vec<Record>, JobError> {
+    check_writable(arguments.save.as_ref())?;
+    check_writable(arguments.html.as_ref())?;
+    let folder = arguments
+        .folder
+        .canonicalize()
+        .map_err(|error| JobError::Usage(format!("folder {}: {error}", printable(&arguments.folder.display().to_string()))))?;
+    let started = Instant::now();
+    let mut record = Record {
+        virta: env!("CARGO_PKG_VERSION").to_owned(),
+        date: now_utc(),
+        machine: machine::this(&folder),
+        ..Record::default()
+    };
+    (record.machine.flavor, record.machine.flavor_from) = match &arguments.flavor {
+        Some(flavor) => (Some(flavor.clone()), Some("flag".to_owned())),
+        None => match machine::flavor(&arguments.metadata).await {
+            Some(flavor) => (Some(flavor), Some("metadata".to_owned())),
+            None => (None, None),
+        },
+    };
+    let surroundings = Surroundings::current();
+    // signed in first: who has mistyped a cloud's name need not wait for the disk
+    let session = if !arguments.no_cloud && names_a_cloud(arguments, &surroundings) {
+        Some(sign_in("cloud", &arguments.cloud, &surroundings, display, cancel).await?)
+    } else {
+        record.notes.push("no cloud was measured: --os-cloud, OS_CLOUD or OS_AUTH_URL choose one".to_owned());
+        None
+    };
+    let amount = Amount::new(arguments.quick);
+    display.note(&format!("disk of {} …", printable(&record.machine.folder)));
+    let (found, notes) = on_the_machine(arguments, &folder, &amount, record.machine.cores, display, cancel).await?;
+    record.measures.extend(found);
+    record.notes.extend(notes);
+    if let Some(session) = &session {
+        let who = session.whoami();
+        record.machine.cloud = Some(format!("{}, project {}", who.cloud, who.project));
+        let glance = Glance { session, slice: amount.glance, upload_bytes: amount.upload_bytes, cancel };
+        in_the_cloud(arguments, &glance, &mut record, display).await?;
+    }
+    if let Some(image_bytes) = arguments.image_size {
+        record.job = Some(predict::job(&record, image_bytes, arguments.data.unwrap_or(image_bytes / 4)));
+    }
+    record.elapsed_s = started.elapsed().as_secs_f64();
+    if let Some(path) = &arguments.save {
+        save(path, &(serde_json::to_string_pretty(&record).unwrap_or_default() + "\n"))?;
+    }
+    let records = vec![record];
+    if let Some(path) = &arguments.html {
+        save(path, &page::page(&records))?;
+    }
+    Ok(records)
+}
+
+/// Was a cloud asked for?
+fn names_a_cloud(arguments: &BenchArgs, surroundings: &Surroundings) -> bool {
+    let set = |name: &str| surroundings.env.get(name).is_some_and(|value| !value.is_empty());
+    arguments.cloud.os_cloud.is_some() || arguments.image.is_some() || set("OS_CLOUD") || set("OS_AUTH_URL")
+}
+
+/// Disk and processor, on a thread of their own: both block.
+async fn on_the_machine(
+    arguments: &BenchArgs,
+    folder: &Path,
+    amount: &Amount,
+    cores: usize,
+    display: &Display,
+    cancel: &CancelToken,
+) -> Result<(Vec<record::Measure>, Vec<String>), JobError> {
+    let refused = |what: &str, error: std::io::Error| match cancel.check() {
+        Err(_) => JobError::interrupted(),
+        Ok(()) => JobError::Refused(format!("{what}: {error}")),
+    };
+    let shown = printable(&folder.display().to_string());
+    let room = disk::room_bytes(folder).map_err(|error| refused(&shown, error))?;
+    // never more than a quarter of what is free
+    let file_bytes = amount.file_bytes.min(room / 4) >> 21 << 21;
+    if file_bytes < 8 << 20 {
+        return Err(JobError::Refused(format!("{shown} has too little room for a measurement: choose another --folder")));
+    }
+    let (folder, patience, slice) = (folder.to_owned(), amount.disk, amount.processor);
+    let sample = sample::of_data(arguments.sample.as_deref(), amount.sample_bytes)
+        .map_err(|error| JobError::Usage(format!("--sample: {error}")))?;
+    let (token, teller) = (cancel.clone(), display.clone());
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("bench".to_owned()).spawn(move || {
+        let (data, what) = sample;
+        let mut notes = vec![format!("hashed and compressed: {} MiB, {what}", data.len() >> 20)];
+        let disk = Disk { folder: &folder, file_bytes, patience, cancel: &token };
+        let result = disk.measure(&mut notes).map_err(|error| ("the disk", error)).and_then(|mut found| {
+            teller.note(&format!("processor, {cores} cores …"));
+            let processor = Processor { cores, slice, sample: &data, cancel: &token };
+            found.extend(processor.measure().map_err(|error| ("the processor", error))?);
+            Ok(found)
+        });
+        let _ = sender.send(result.map(|found| (found, notes)));
+    });
+    thread.map_err(|error| refused("a thread", error))?;
+    match receiver.await {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err((what, error))) => Err(refused(&format!("measuring {what} ({shown})"), error)),
+        Err(_) => Err(JobError::bug("the measuring thread ended without a result")),
+    }
+}
+
+/// Fetching and sending. What does not work is a note: the rest has been measured.
+async fn in_the_cloud(
+    arguments: &BenchArgs,
+    glance: &Glance<'_>,
+    record: &mut Record,
+    display: &Display,
+) -> Result<(), JobError> {
+    match glance.choose(arguments.image.as_deref()).await? {
+        Some(image) => {
+            display.note(&format!("fetching from image {} with 1 to 8 connections …", image.shown()));
+            let found = glance.down(&image, &mut record.notes).await?;
+            record.measures.extend(found);
+        }
+        None => record
+            .notes
+            .push("fetching was not measured: this project has no image of 16 MiB or more; name one with --image".to_owned()),
+    }
+    if arguments.no_upload {
+        record.notes.push("sending was not measured: --no-upload".to_owned());
+        return Ok(());
+    }
+    display.note(&format!("sending an image of {} MiB, which is deleted again …", glance.upload_bytes >> 20));
+    // in the run's record while it is there: virta clean finds it after a kill
+    let run = Run::begin("virta bench", "glance:virta-bench");
+    run.in_cloud(glance.session);
+    let sent = glance.up(&run).await;
+    match &sent {
+        Ok(_) => run.end(0, "sent an image, and deleted it"),
+        Err(error) => run.end_with(error.exit_code(), &printable(&causes(error)), true),
+    }
+    match sent {
+        Ok(measure) => record.measures.extend(measure),
+        Err(JobError::Interrupted(what)) => return Err(JobError::Interrupted(what)),
+        Err(error) => record.notes.push(format!("sending was not measured: {}", causes(&error))),
+    }
+    Ok(())
+}

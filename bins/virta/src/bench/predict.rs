@@ -1,0 +1,217 @@
+//! What a job would take, out of what was measured.
+//!
+//! Parts that run at the same time cost what the longest of them does; the cores' work is added up, and shared by the cores.
+//!
+//! ```text
+//! Glance to Glance:  survey = max(fetch, zero test + compression)      sending = max(upload, its hash)
+//!                    all    = max(survey + sending, hash of the source, the cores' work / cores)
+//! file to file:      all    = max(read, write, zero test + compression)
+//! ```
+//! Left out: signing in, and what Glance does with an image behind the last byte: a second or two.
+
+use super::record::{Job, Part, Record, Route, Way};
+
+/// Compression as the command line has it, with the key of its figure.
+const COMPRESSIONS: [(&str, Option<&str>); 3] =
+    [("", None), (" --compress zlib", Some("processor.zlib.2")), (" --compress zstd", Some("processor.zstd.3"))];
+
+#[expect(clippy::cast_precision_loss, reason = "estimates")]
+const fn real(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+/// The job in all ways that there are figures for, the fastest of each route first.
+pub fn job(record: &Record, image_bytes: u64, data_bytes: u64) -> Job {
+    let data_bytes = data_bytes.min(image_bytes);
+    let mut ways = Vec::new();
+    for (flags, key) in COMPRESSIONS {
+        ways.extend(local(record, data_bytes, flags, key));
+        for hashed in [true, false] {
+            ways.extend(glance(record, image_bytes, data_bytes, flags, key, hashed));
+        }
+    }
+    ways.sort_by(|a: &Way, b: &Way| {
+        (a.route == Route::Local).cmp(&(b.route == Route::Local)).then(a.seconds.total_cmp(&b.seconds))
+    });
+    Job { image_bytes, data_bytes, ways }
+}
+
+/// Seconds of compression by all cores, and the bytes that are stored.
+fn compression(record: &Record, data_bytes: u64, key: Option<&str>) -> Option<(f64, f64)> {
+    let Some(key) = key else { return Some((0.0, real(data_bytes))) };
+    let measure = record.measure(key)?;
+    Some((real(data_bytes) / measure.bytes_per_s, real(data_bytes) * measure.ratio?.min(1.0)))
+}
+
+/// The best of several figures, with its key.
+fn best<'a>(record: &'a Record, prefix: &str) -> Option<(&'a str, f64)> {
+    let of_them = record.measures.iter().filter(|measure| measure.key.starts_with(prefix));
+    let best = of_them.max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s))?;
+    Some((&best.key, best.bytes_per_s))
+}
+
+fn zero_test(record: &Record) -> Option<f64> {
+    best(record, "processor.zero.").map(|(_, rate)| rate)
+}
+
+fn local(record: &Record, data_bytes: u64, flags: &str, key: Option<&str>) -> Option<Way> {
+    let (compress, stored) = compression(record, data_bytes, key)?;
+    let read = real(data_bytes) / record.rate("disk.read.buffered.1")?;
+    let uring = record.rate("disk.write.uring.buffered").unwrap_or(0.0);
+    let pwrite = record.rate("disk.write.pwrite.buffered")?;
+    let write = stored / uring.max(pwrite);
+    let zero = real(data_bytes) / zero_test(record)?;
+    // the converter takes io_uring where it works; a tenth is noise
+    let io = if uring > 0.0 && pwrite > uring * 1.1 { " --io pwrite" } else { "" };
+    let cores = zero + compress;
+    let bottleneck = longest(&[("reading the disk", read), ("writing the disk", write), (named(key), cores)]);
+    Some(Way {
+        route: Route::Local,
+        command: format!("virta convert disk.raw disk.qcow2{flags}{io}"),
+        seconds: read.max(write).max(cores),
+        stored_bytes: whole(stored),
+        bottleneck,
+        parts: parts(&[("read", read), ("zero test", zero), ("compress", compress), ("write", write)]),
+    })
+}
+
+fn glance(record: &Record, image_bytes: u64, data_bytes: u64, flags: &str, key: Option<&str>, hashed: bool) -> Option<Way> {
+    let (compress, stored) = compression(record, data_bytes, key)?;
+    let (fastest, down) = best(record, "glance.down.")?;
+    let up = record.rate("glance.up.1")?;
+    let sha_data = record.rate("processor.sha512.data")?;
+    let fetch = real(image_bytes) / down;
+    let zero = real(image_bytes) / zero_test(record)?;
+    let hash = if hashed {
+        real(image_bytes - data_bytes) / record.rate("processor.sha512.zeros")? + real(data_bytes) / sha_data
+    } else {
+        0.0
+    };
+    let (upload, upload_hash) = (stored / up, stored / sha_data);
+    let survey = fetch.max(zero + compress);
+    let sending = upload.max(upload_hash);
+    #[expect(clippy::cast_precision_loss, reason = "a few cores")]
+    let cores = record.machine.cores.max(1) as f64;
+    // zero test and compression were measured on all cores at once
+    let work = zero + compress + (hash + upload_hash) / cores;
+    let (in_turn, chain) = (survey + sending, hash);
+    let seconds = in_turn.max(chain).max(work);
+    let bottleneck = if chain >= in_turn.max(work) {
+        "hashing the source: one chain, one core".to_owned()
+    } else if work > in_turn {
+        "the cores".to_owned()
+    } else {
+        longest(&[("fetching", fetch), ("sending", upload), (named(key), zero + compress)])
+    };
+    // four connections are the default; a tenth is noise
+    let (connections, usual) = (fastest.rsplit('.').next().unwrap_or("4"), record.rate("glance.down.4"));
+    let worth = connections != "4" && usual.is_none_or(|usual| down > usual * 1.1);
+    let connections = if worth { format!(" --connections {connections}") } else { String::new() };
+    let verify = if hashed { "" } else { " --verify none" };
+    Some(Way {
+        route: Route::Glance,
+        command: format!("virta convert glance:IMAGE glance:NEW{flags}{connections}{verify}"),
+        seconds,
+        stored_bytes: whole(stored),
+        bottleneck,
+        parts: parts(&[
+            ("fetch", fetch),
+            ("zero test", zero),
+            ("compress", compress),
+            ("hash of the source", hash),
+            ("upload", upload),
+            ("hash of the upload", upload_hash),
+        ]),
+    })
+}
+
+const fn named(key: Option<&str>) -> &'static str {
+    if key.is_some() { "compressing" } else { "the zero test" }
+}
+
+fn longest(of_them: &[(&str, f64)]) -> String {
+    of_them.iter().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(name, _)| (*name).to_owned()).unwrap_or_default()
+}
+
+fn parts(of_them: &[(&str, f64)]) -> Vec<Part> {
+    let there = of_them.iter().filter(|(_, seconds)| *seconds > 0.0);
+    there.map(|(name, seconds)| Part { name: (*name).to_owned(), seconds: *seconds }).collect()
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate of bytes, above zero")]
+const fn whole(bytes: f64) -> u64 {
+    bytes as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::record::{Group, Machine, Measure},
+        *,
+    };
+
+    const GB: f64 = 1e9;
+
+    fn record(rates: &[(&str, f64)]) -> Record {
+        let measures = rates
+            .iter()
+            .map(|(key, rate)| Measure { ratio: Some(0.5), ..Measure::new(key, Group::Processor, key, 1, vec![*rate]).unwrap() })
+            .collect();
+        Record { measures, machine: Machine { cores: 8, ..Machine::default() }, ..Record::default() }
+    }
+
+    const RATES: [(&str, f64); 13] = [
+        ("disk.read.buffered.1", GB),
+        ("disk.write.pwrite.buffered", GB / 2.0),
+        ("disk.write.uring.buffered", GB / 2.0),
+        ("processor.zero.8", 100.0 * GB),
+        ("processor.sha512.data", GB / 2.0),
+        ("processor.sha512.zeros", GB),
+        ("processor.zlib.2", GB),
+        ("processor.zstd.3", 2.0 * GB),
+        ("glance.down.1", GB / 2.0),
+        ("glance.down.4", GB),
+        ("glance.down.8", 1.05 * GB),
+        ("glance.up.1", GB / 10.0),
+        ("processor.zstd.9", GB / 10.0),
+    ];
+
+    #[test]
+    fn a_slow_upload_asks_for_compression() {
+        let found = job(&record(&RATES), 80_000_000_000, 20_000_000_000);
+        assert_eq!(found.ways.len(), 9);
+        let fastest = &found.ways[0];
+        assert_eq!(fastest.command, "virta convert glance:IMAGE glance:NEW --compress zstd --verify none");
+        // 80 GB at 1.05 GB/s, then 10 GB at 0.1 GB/s
+        assert!((fastest.seconds - (80.0 / 1.05 + 100.0)).abs() < 0.1, "{fastest:?}");
+        assert_eq!(fastest.bottleneck, "sending");
+        assert_eq!(fastest.stored_bytes, 10_000_000_000);
+        // without compression twice as much is sent
+        let exact = found.ways.iter().find(|way| way.command == "virta convert glance:IMAGE glance:NEW").unwrap();
+        assert!((exact.seconds - (80.0 / 1.05 + 200.0)).abs() < 0.1, "{exact:?}");
+        let local = found.ways.iter().find(|way| way.command == "virta convert disk.raw disk.qcow2").unwrap();
+        assert_eq!((local.seconds, local.bottleneck.as_str()), (40.0, "writing the disk"));
+    }
+
+    #[test]
+    fn where_the_network_is_fast_the_hash_is_what_it_waits_for() {
+        let mut rates = RATES.to_vec();
+        rates.retain(|(key, _)| !key.starts_with("glance."));
+        rates.extend([("glance.down.8", 10.0 * GB), ("glance.up.1", 10.0 * GB)]);
+        let found = job(&record(&rates), 80_000_000_000, 20_000_000_000);
+        let hashed = found.ways.iter().find(|way| way.route == Route::Glance && !way.command.contains("none")).unwrap();
+        assert!(hashed.bottleneck.starts_with("hashing the source"), "{hashed:?}");
+        assert_eq!(hashed.seconds, 100.0); // 60 GB at 1 GB/s and 20 at 0.5
+        assert!(hashed.command.contains("--connections 8"));
+    }
+
+    #[test]
+    fn without_a_cloud_there_is_the_local_way_alone_and_without_figures_none() {
+        let mut rates = RATES.to_vec();
+        rates.retain(|(key, _)| !key.starts_with("glance."));
+        let found = job(&record(&rates), 10, 20);
+        assert!(found.ways.iter().all(|way| way.route == Route::Local) && found.ways.len() == 3);
+        assert_eq!(found.data_bytes, 10);
+        assert!(job(&record(&[]), 10, 10).ways.is_empty());
+    }
+}

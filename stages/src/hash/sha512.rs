@@ -1,0 +1,290 @@
+//! SHA-512 that takes zeros as a length.
+//!
+//! Hashing is what a checked conversion waits for: it is one chain, which no second core can help with, and most of a disk is zeros. A block
+//! of zeros needs no message schedule: every word that is expanded out of zeros is zero, because the schedule's functions are
+//! XORs of shifts, and sums. What is left are the 80 rounds with their constants, 1.4 times as fast as hashing zero bytes in assembly
+//! (AMD EPYC, 0.50 against 0.36 GB/s, `benches/benches/sha512.rs`). The digest is the same: FIPS 180-4, section 6.4.
+//!
+//! Data goes to AWS-LC's assembly. Its context's words are public (`openssl/sha.h`: `h`, the count of bits, the bytes of an unfinished block),
+//! so that both work on one state.
+#![allow(unsafe_code)] // three C functions over a plain struct; see each SAFETY line
+
+use std::fmt;
+
+use aws_lc_sys::{SHA512_CTX, SHA512_Final, SHA512_Init, SHA512_Update};
+
+use crate::units::to_usize;
+
+/// Bytes of one block.
+const BLOCK_BYTES: u64 = 128;
+/// Bytes of the digest.
+pub const DIGEST_BYTES: usize = 64;
+
+/// A digest under way.
+#[derive(Clone)]
+pub struct Sha512(SHA512_CTX);
+
+impl fmt::Debug for Sha512 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sha512")
+    }
+}
+
+impl Default for Sha512 {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Sha512 {
+    /// Of no bytes yet.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut context = SHA512_CTX { h: [0; 8], Nl: 0, Nh: 0, p: [0; 128], num: 0, md_len: 0 };
+        // SAFETY: `context` is a valid, exclusive pointer; the function only writes its fields.
+        let done = unsafe { SHA512_Init(&raw mut context) };
+        debug_assert_eq!(done, 1, "documented to return 1");
+        Self(context)
+    }
+
+    /// The next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        // SAFETY: the context was initialised in `new` and is borrowed exclusively; `bytes` is valid for its length and only read.
+        let done = unsafe { SHA512_Update(&raw mut self.0, bytes.as_ptr().cast(), bytes.len()) };
+        debug_assert_eq!(done, 1, "documented to return 1");
+    }
+
+    /// So many zero bytes.
+    pub fn update_zeros(&mut self, bytes: u64) {
+        let zeros = [0_u8; 128];
+        // up to the end of the block that was begun
+        let begun = u64::from(self.0.num);
+        let first = if begun == 0 { 0 } else { (BLOCK_BYTES - begun).min(bytes) };
+        self.update(&zeros[..to_usize(first)]);
+        let blocks = (bytes - first) / BLOCK_BYTES;
+        if blocks > 0 {
+            debug_assert_eq!(self.0.num, 0, "on a block's boundary");
+            compress_zeros(&mut self.0.h, blocks);
+            let bits = u128::from(blocks) * u128::from(BLOCK_BYTES) * 8;
+            let counted = (u128::from(self.0.Nh) << 64 | u128::from(self.0.Nl)).wrapping_add(bits);
+            (self.0.Nh, self.0.Nl) = (high(counted), low(counted));
+        }
+        self.update(&zeros[..to_usize((bytes - first) % BLOCK_BYTES)]);
+    }
+
+    /// The digest.
+    #[must_use]
+    pub fn finish(mut self) -> [u8; DIGEST_BYTES] {
+        let mut digest = [0; DIGEST_BYTES];
+        // SAFETY: the context was initialised in `new`, and `digest` has room for the 64 bytes that SHA-512 writes.
+        let done = unsafe { SHA512_Final(digest.as_mut_ptr(), &raw mut self.0) };
+        debug_assert_eq!(done, 1, "1 for a context that was initialised");
+        digest
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the low half is what is wanted")]
+const fn low(bits: u128) -> u64 {
+    bits as u64
+}
+
+const fn high(bits: u128) -> u64 {
+    low(bits >> 64)
+}
+
+/// The compression function over `blocks` blocks of zeros.
+fn compress_zeros(state: &mut [u64; 8], blocks: u64) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("bmi2") && std::arch::is_x86_feature_detected!("bmi1") {
+        // SAFETY: the processor has both, asked in the line above.
+        return unsafe { compress_zeros_bmi(state, blocks) };
+    }
+    compress_zeros_plain(state, blocks);
+}
+
+/// Rotations into another register, and AND with a complement, in one instruction each.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "bmi1,bmi2")]
+fn compress_zeros_bmi(state: &mut [u64; 8], blocks: u64) {
+    compress_zeros_plain(state, blocks);
+}
+
+/// One round; the names turn instead of the values.
+macro_rules! round {
+    ($a:ident $b:ident $c:ident $d:ident $e:ident $f:ident $g:ident $h:ident, $k:expr) => {
+        let chosen = $g ^ ($e & ($f ^ $g));
+        let sum_1 = $e.rotate_right(14) ^ $e.rotate_right(18) ^ $e.rotate_right(41);
+        let first = $h.wrapping_add($k).wrapping_add(chosen).wrapping_add(sum_1);
+        let majority = ($a & $b) | ($c & ($a | $b));
+        let sum_0 = $a.rotate_right(28) ^ $a.rotate_right(34) ^ $a.rotate_right(39);
+        $d = $d.wrapping_add(first);
+        $h = first.wrapping_add(majority).wrapping_add(sum_0);
+    };
+}
+
+#[inline(always)] // so that the caller's target features apply to the loop
+#[expect(clippy::many_single_char_names, reason = "as FIPS 180-4 names them")]
+fn compress_zeros_plain(state: &mut [u64; 8], blocks: u64) {
+    for _ in 0..blocks {
+        let [mut a, mut b, mut c, mut d, mut e, mut f, mut g, mut h] = *state;
+        let (eights, _) = ROUND_CONSTANTS.as_chunks::<8>();
+        for k in eights {
+            round!(a b c d e f g h, k[0]);
+            round!(h a b c d e f g, k[1]);
+            round!(g h a b c d e f, k[2]);
+            round!(f g h a b c d e, k[3]);
+            round!(e f g h a b c d, k[4]);
+            round!(d e f g h a b c, k[5]);
+            round!(c d e f g h a b, k[6]);
+            round!(b c d e f g h a, k[7]);
+        }
+        for (word, value) in state.iter_mut().zip([a, b, c, d, e, f, g, h]) {
+            *word = word.wrapping_add(value);
+        }
+    }
+}
+
+/// FIPS 180-4, section 4.2.3.
+const ROUND_CONSTANTS: [u64; 80] = [
+    0x428a_2f98_d728_ae22,
+    0x7137_4491_23ef_65cd,
+    0xb5c0_fbcf_ec4d_3b2f,
+    0xe9b5_dba5_8189_dbbc,
+    0x3956_c25b_f348_b538,
+    0x59f1_11f1_b605_d019,
+    0x923f_82a4_af19_4f9b,
+    0xab1c_5ed5_da6d_8118,
+    0xd807_aa98_a303_0242,
+    0x1283_5b01_4570_6fbe,
+    0x2431_85be_4ee4_b28c,
+    0x550c_7dc3_d5ff_b4e2,
+    0x72be_5d74_f27b_896f,
+    0x80de_b1fe_3b16_96b1,
+    0x9bdc_06a7_25c7_1235,
+    0xc19b_f174_cf69_2694,
+    0xe49b_69c1_9ef1_4ad2,
+    0xefbe_4786_384f_25e3,
+    0x0fc1_9dc6_8b8c_d5b5,
+    0x240c_a1cc_77ac_9c65,
+    0x2de9_2c6f_592b_0275,
+    0x4a74_84aa_6ea6_e483,
+    0x5cb0_a9dc_bd41_fbd4,
+    0x76f9_88da_8311_53b5,
+    0x983e_5152_ee66_dfab,
+    0xa831_c66d_2db4_3210,
+    0xb003_27c8_98fb_213f,
+    0xbf59_7fc7_beef_0ee4,
+    0xc6e0_0bf3_3da8_8fc2,
+    0xd5a7_9147_930a_a725,
+    0x06ca_6351_e003_826f,
+    0x1429_2967_0a0e_6e70,
+    0x27b7_0a85_46d2_2ffc,
+    0x2e1b_2138_5c26_c926,
+    0x4d2c_6dfc_5ac4_2aed,
+    0x5338_0d13_9d95_b3df,
+    0x650a_7354_8baf_63de,
+    0x766a_0abb_3c77_b2a8,
+    0x81c2_c92e_47ed_aee6,
+    0x9272_2c85_1482_353b,
+    0xa2bf_e8a1_4cf1_0364,
+    0xa81a_664b_bc42_3001,
+    0xc24b_8b70_d0f8_9791,
+    0xc76c_51a3_0654_be30,
+    0xd192_e819_d6ef_5218,
+    0xd699_0624_5565_a910,
+    0xf40e_3585_5771_202a,
+    0x106a_a070_32bb_d1b8,
+    0x19a4_c116_b8d2_d0c8,
+    0x1e37_6c08_5141_ab53,
+    0x2748_774c_df8e_eb99,
+    0x34b0_bcb5_e19b_48a8,
+    0x391c_0cb3_c5c9_5a63,
+    0x4ed8_aa4a_e341_8acb,
+    0x5b9c_ca4f_7763_e373,
+    0x682e_6ff3_d6b2_b8a3,
+    0x748f_82ee_5def_b2fc,
+    0x78a5_636f_4317_2f60,
+    0x84c8_7814_a1f0_ab72,
+    0x8cc7_0208_1a64_39ec,
+    0x90be_fffa_2363_1e28,
+    0xa450_6ceb_de82_bde9,
+    0xbef9_a3f7_b2c6_7915,
+    0xc671_78f2_e372_532b,
+    0xca27_3ece_ea26_619c,
+    0xd186_b8c7_21c0_c207,
+    0xeada_7dd6_cde0_eb1e,
+    0xf57d_4f7f_ee6e_d178,
+    0x06f0_67aa_7217_6fba,
+    0x0a63_7dc5_a2c8_98a6,
+    0x113f_9804_bef9_0dae,
+    0x1b71_0b35_131c_471b,
+    0x28db_77f5_2304_7d84,
+    0x32ca_ab7b_40c7_2493,
+    0x3c9e_be0a_15c9_bebc,
+    0x431d_67c4_9c10_0d4c,
+    0x4cc5_d4be_cb3e_42b6,
+    0x597f_299c_fc65_7e2a,
+    0x5fcb_6fab_3ad6_faec,
+    0x6c44_198c_4a47_5817,
+];
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::units::to_u64;
+
+    /// What AWS-LC makes of all the bytes.
+    fn reference(bytes: &[u8]) -> Vec<u8> {
+        aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA512, bytes).as_ref().to_vec()
+    }
+
+    proptest! {
+        #[test]
+        fn zeros_as_a_length_give_the_digest_of_zero_bytes(
+            parts in prop::collection::vec((prop::bool::ANY, 0_usize..1000), 0..12)
+        ) {
+            let (mut state, mut all) = (Sha512::new(), Vec::new());
+            for (zeros, bytes) in parts {
+                let fill = if zeros { 0 } else { 0xa5 };
+                all.resize(all.len() + bytes, fill);
+                if zeros { state.update_zeros(to_u64(bytes)) } else { state.update(&vec![fill; bytes]) }
+            }
+            prop_assert_eq!(state.finish().to_vec(), reference(&all));
+        }
+    }
+
+    #[test]
+    fn every_remainder_of_a_block_before_zeros_and_after_them() {
+        for before in 0..=130 {
+            for zeros in [0, 1, 127, 128, 129, 255, 256, 257, 4096] {
+                let mut state = Sha512::new();
+                state.update(&vec![7; before]);
+                state.update_zeros(zeros);
+                state.update(b"end");
+                let mut all = vec![7; before];
+                all.resize(before + to_usize(zeros), 0);
+                all.extend_from_slice(b"end");
+                assert_eq!(state.finish().to_vec(), reference(&all), "{before} bytes, {zeros} zeros");
+            }
+        }
+    }
+
+    #[test]
+    fn both_ways_through_the_rounds_agree() {
+        let mut plain = [1, 2, 3, 4, 5, 6, 7, u64::MAX];
+        let mut chosen = plain;
+        compress_zeros_plain(&mut plain, 3);
+        compress_zeros(&mut chosen, 3);
+        assert_eq!(plain, chosen);
+    }
+
+    #[test]
+    fn the_count_of_bits_carries_into_its_upper_half() {
+        let mut state = Sha512::new();
+        state.0.Nl = u64::MAX - 7; // one byte below 2^61 bytes
+        state.update_zeros(128);
+        assert_eq!((state.0.Nh, state.0.Nl), (1, 128 * 8 - 8));
+    }
+}
