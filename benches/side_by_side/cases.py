@@ -1,0 +1,219 @@
+"""What is run against what, and what the figures have to be.
+
+A case names its input and its contestants; a contestant is a command in which `{virta}`, `{in}`, `{out}` and `{work}` are filled in.
+Local cases look like this one; those of the network are made by functions, for they need ids.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+
+HERE = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass
+class Contestant:
+    name: str
+    command: str
+    #: Commands that have to be there.
+    needs: tuple[str, ...] = ()
+    #: Its output has to be the input's guest bytes: checked after the first round.
+    makes_image: bool = True
+    #: Called before and after each run, untimed.
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
+
+
+@dataclasses.dataclass
+class Ratio:
+    """`over` / `under`: sums of the contestants' medians; of a tuple of alternatives, the one with the lowest median."""
+
+    says: str
+    over: list
+    under: list
+    at_least: float | None = None
+    at_most: float | None = None
+    #: What is divided.
+    of: str = "seconds"
+
+
+@dataclasses.dataclass
+class Case:
+    name: str
+    what: str
+    input: str
+    contestants: list[Contestant]
+    ratios: list[Ratio] = dataclasses.field(default_factory=list)
+    cold: bool = False
+    #: Outputs go to memory instead of the work folder.
+    out_in_memory: bool = False
+    group: str = "local"
+
+
+VIRTA = Contestant("virta --no-sync", "{virta} convert {in} {out}.qcow2 --no-sync --force --progress none")
+VIRTA_SYNC = Contestant("virta", "{virta} convert {in} {out}.qcow2 --force --progress none")
+QEMU_16 = Contestant("qemu-img -W -m 16", "qemu-img convert -f raw -W -m 16 -O qcow2 {in} {out}.qcow2", ("qemu-img",))
+QEMU_W = Contestant("qemu-img -W", "qemu-img convert -f raw -W -O qcow2 {in} {out}.qcow2", ("qemu-img",))
+QEMU = Contestant("qemu-img", "qemu-img convert -f raw -O qcow2 {in} {out}.qcow2", ("qemu-img",))
+QEMU_SYNC = Contestant(
+    "qemu-img -W -m 16 -t writeback", "qemu-img convert -f raw -W -m 16 -t writeback -O qcow2 {in} {out}.qcow2", ("qemu-img",)
+)
+QEMUS = (QEMU_16.name, QEMU_W.name, QEMU.name)
+CP = Contestant("cp --sparse=auto", "cp --sparse=auto {in} {out}.raw", makes_image=False)
+CAT = Contestant("cat to /dev/null", "cat {in} > /dev/null", makes_image=False)
+NBDCOPY = Contestant(
+    "nbdcopy",
+    "size=$(stat -c %s {in}); qemu-img create -q -f qcow2 {out}.qcow2 $size; rm -f {work}/nbd.sock;"
+    " qemu-nbd --fork --persistent --pid-file={work}/nbd.pid -f qcow2 -k {work}/nbd.sock {out}.qcow2;"
+    " nbdcopy -- [ nbdkit --exit-with-parent -r file {in} ] 'nbd+unix:///?socket={work}/nbd.sock';"
+    " server=$(cat {work}/nbd.pid); kill $server; while kill -0 $server 2>/dev/null; do sleep 0.01; done",
+    ("nbdcopy", "nbdkit", "qemu-nbd", "qemu-img"),
+)
+READ_DATA = Contestant(
+    "read the data extents", f"{sys.executable} {HERE}/read_extents.py {{in}}", makes_image=False
+)
+
+
+def compressed(codec, level, extra=""):
+    flags = f"--compress {codec} --compress-level {level}"
+    return Contestant(f"virta {codec} {level}", f"{{virta}} convert {{in}} {{out}}.qcow2 {flags} --no-sync --force --progress none{extra}")
+
+
+QEMU_ZLIB = Contestant("qemu-img -c -W zlib", "qemu-img convert -f raw -c -W -O qcow2 {in} {out}.qcow2", ("qemu-img",))
+QEMU_ZSTD = Contestant(
+    "qemu-img -c -W zstd", "qemu-img convert -f raw -c -W -O qcow2 -o compression_type=zstd {in} {out}.qcow2", ("qemu-img",)
+)
+
+
+def local(size):
+    """The cases without a cloud; `size` scales them: 4g is what the promises speak of."""
+    gib = int(size[:-1])
+    return [
+        Case(
+            "exact", f"local, exact, page cache warm, realistic {size}", f"realistic-{size}",
+            [VIRTA, QEMU_16, QEMU_W, QEMU, VIRTA_SYNC, QEMU_SYNC, NBDCOPY, CP, CAT],
+            [
+                Ratio("best qemu-img / virta --no-sync", [QEMUS], [VIRTA.name], at_least=1.4),
+                Ratio("virta / qemu-img -t writeback", [VIRTA_SYNC.name], [QEMU_SYNC.name], at_most=1.0),
+                Ratio("virta --no-sync / cp --sparse=auto", [VIRTA.name], [CP.name], at_most=1.5),
+            ],
+        ),
+        Case(
+            "cold", f"local, exact, page cache dropped, output in memory, realistic {size}", f"realistic-{size}",
+            [VIRTA, READ_DATA, QEMU_16],
+            [Ratio("virta / reading the data extents", [VIRTA.name], [READ_DATA.name], at_most=1.15)],
+            cold=True, out_in_memory=True,
+        ),
+        Case(
+            "zlib", f"local, zlib, page cache warm, realistic {max(gib // 2, 1)}g", f"realistic-{max(gib // 2, 1)}g",
+            [compressed("zlib", 1), compressed("zlib", 2), QEMU_ZLIB],
+            [
+                Ratio("qemu-img -c -W / virta, equal or smaller", [QEMU_ZLIB.name], ["virta zlib 2"], at_least=4.0),
+                Ratio("the same's size, virta / qemu-img", ["virta zlib 2"], [QEMU_ZLIB.name], at_most=1.0, of="output_bytes"),
+                Ratio("qemu-img -c -W / virta, level 1", [QEMU_ZLIB.name], ["virta zlib 1"], at_least=4.8),
+                Ratio("the same's size, virta / qemu-img", ["virta zlib 1"], [QEMU_ZLIB.name], at_most=1.01, of="output_bytes"),
+            ],
+        ),
+        Case(
+            "zstd", f"local, zstd, page cache warm, realistic {max(gib // 2, 1)}g", f"realistic-{max(gib // 2, 1)}g",
+            [compressed("zstd", 2), compressed("zstd", 3), QEMU_ZSTD],
+            [
+                Ratio("qemu-img -c -W / virta, equal or smaller", [QEMU_ZSTD.name], ["virta zstd 3"], at_least=1.5),
+                Ratio("the same's size, virta / qemu-img", ["virta zstd 3"], [QEMU_ZSTD.name], at_most=1.0, of="output_bytes"),
+                Ratio("qemu-img -c -W / virta, level 2", [QEMU_ZSTD.name], ["virta zstd 2"], at_least=1.8),
+                Ratio("the same's size, virta / qemu-img", ["virta zstd 2"], [QEMU_ZSTD.name], at_most=1.02, of="output_bytes"),
+            ],
+        ),
+        *(
+            Case(
+                kind, f"local, exact, page cache warm, {what}", name,
+                [VIRTA, QEMU_16, QEMU_W, CP],
+                [Ratio("best qemu-img / virta --no-sync", [(QEMU_16.name, QEMU_W.name)], [VIRTA.name])],
+            )
+            for kind, name, what in [
+                ("random", "random-1g", "1 GiB of random bytes"),
+                ("zeros", f"zeros-{size}", f"{size} of stored zeros"),
+                ("alternating", "alternating-1g", "1 GiB, each second 64 KiB zero"),
+                ("sparse", "sparse-1t", "1 TiB, 3 MiB of it data"),
+            ]
+        ),
+    ]  # fmt: skip
+
+
+def glance(cloud, inputs, virta, work, size):
+    """The cases on a real Glance."""
+    path = inputs.get(f"compressible-{size}")
+    raw = cloud.keep(f"bench-{size}", "raw", path)
+    made = "bench-made"
+    new = {}
+    delete = lambda: cloud.delete(made)  # noqa: E731
+    # what virta sends is what curl has to send
+    import measure
+
+    measure.run(f"{virta} convert {path} {work}/sent.qcow2 --force --no-sync --progress none", work / "log")
+
+    def queued():
+        new["id"] = cloud.new(made, "qcow2")
+
+    class Put(Contestant):
+        """A PUT goes to an image that is new for each run."""
+
+        @property
+        def text(self):
+            return cloud.put(new["id"], work / "sent.qcow2")
+
+    def convert(name, flags):
+        return Contestant(
+            name, f"{{virta}} convert glance:{raw} glance:{made} -f value --progress none {flags}", makes_image=False, after=delete
+        )
+
+    raw_file, new_file = work / "procedure.raw", work / "procedure.qcow2"
+    procedure = Contestant(
+        "openstack image save; qemu-img convert; openstack image create",
+        f"openstack image save --file {raw_file} {raw}; qemu-img convert -f raw -O qcow2 {raw_file} {new_file};"
+        f" openstack image create --disk-format qcow2 --container-format bare --file {new_file} {made} -f value -c id;"
+        f" rm {raw_file} {new_file}",
+        ("openstack", "qemu-img"), makes_image=False, after=delete,
+    )  # fmt: skip
+    get = Contestant("curl GET to /dev/null", cloud.get(raw, "/dev/null"), ("curl",), makes_image=False)
+    put = Put("curl PUT", "{put}", ("curl",), makes_image=False, before=queued, after=delete)
+    qemu = dataclasses.replace(QEMU_16, command=QEMU_16.command.replace("{in}", str(path)), makes_image=False)
+    openssl = Contestant("openssl dgst -sha512", f"openssl dgst -sha512 {path}", ("openssl",), makes_image=False)
+    hashed = convert("virta", "")
+    none = convert("virta --verify none", "--verify none")
+    zstd = convert("virta --verify none, zstd", "--verify none --compress zstd")
+    transfers = [get.name, put.name]
+    cases = [
+        Case(
+            "glance", f"real Glance, {size} raw, an eighth of it compressible data", f"compressible-{size}",
+            [get, put, hashed, none, zstd, qemu, openssl, procedure],
+            [
+                Ratio("virta / (GET + PUT)", [hashed.name], transfers, at_most=1.25),
+                Ratio("procedure / virta", [procedure.name], [hashed.name], at_least=4.0),
+                Ratio("virta --verify none / (GET + PUT)", [none.name], transfers, at_most=1.1),
+                Ratio("procedure / virta --verify none", [procedure.name], [none.name], at_least=5.0),
+                Ratio("procedure / virta --verify none, zstd", [procedure.name], [zstd.name], at_least=7.0),
+                Ratio("CPU: virta / (curl + qemu-img + openssl)", [hashed.name], [*transfers, qemu.name, openssl.name], at_most=1.0, of="cpu_s"),
+                Ratio("CPU: virta --verify none / (curl + qemu-img)", [none.name], [*transfers, qemu.name], at_most=1.0, of="cpu_s"),
+            ],
+            group="glance",
+        )
+    ]  # fmt: skip
+    zeros_path = inputs.get(f"sparse-{size}")
+    zeros = cloud.keep(f"bench-zeros-{size}", "raw", zeros_path)
+    once = lambda contestant: dataclasses.replace(  # noqa: E731
+        contestant, command=contestant.command.replace(raw, zeros).replace(str(path), str(zeros_path))
+    )
+    cases.append(
+        Case(
+            "glance-zeros", f"real Glance, {size} of zeros but for 3 MiB", f"sparse-{size}",
+            [once(get), once(hashed), once(none), once(openssl)],
+            [
+                Ratio("virta --verify none / GET", [none.name], [get.name], at_most=1.2),
+                Ratio("virta / the slower of GET and openssl", [hashed.name], [("slowest", get.name, openssl.name)], at_most=1.1),
+            ],
+            group="glance",
+        )
+    )  # fmt: skip
+    return cases
