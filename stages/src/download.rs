@@ -538,13 +538,16 @@ impl BlockingStage for Land {
 
     fn run(self, inlet: Inlet<Extent>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
         while let Some(Extent { guest, payload }) = inlet.recv_blocking()? {
-            let zeros = match payload {
-                Payload::Zeros => guest.bytes(),
-                Payload::Bytes(lease) => self.write(guest.start.0, &lease[..to_usize(guest.bytes())]).map_err(|source| {
-                    let error = WriteError { host_offset: guest.start.0, bytes: guest.bytes(), done: 0, source };
-                    StageError::new(ErrorKind::Io, error)
-                })?,
+            let written = match payload {
+                Payload::Zeros if self.holes => Ok(guest.bytes()),
+                // over what is there already
+                Payload::Zeros => self.write(guest.start.0, &vec![0; to_usize(guest.bytes())]),
+                Payload::Bytes(lease) => self.write(guest.start.0, &lease[..to_usize(guest.bytes())]),
             };
+            let zeros = written.map_err(|source| {
+                let error = WriteError { host_offset: guest.start.0, bytes: guest.bytes(), done: 0, source };
+                StageError::new(ErrorKind::Io, error)
+            })?;
             self.progress.add_surveyed(guest.bytes());
             self.progress.add_zero(zeros);
             self.progress.add_data(guest.bytes() - zeros);

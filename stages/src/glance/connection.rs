@@ -18,6 +18,7 @@ use crate::{
     openstack::{ApiError, Image, Session, config::Secret},
     progress::Progress,
     units::{to_u64, to_usize},
+    zero::is_zero,
 };
 
 /// Why a fetch failed.
@@ -152,6 +153,41 @@ pub enum Asking {
     Whole,
 }
 
+/// What a part of an image holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Zeros, and nothing else.
+    Zeros,
+    /// Something.
+    Data,
+}
+
+/// A buffer being filled. As long as all that came is zeros, nothing is written to it.
+struct Filling<'a> {
+    buf: &'a mut [u8],
+    filled: usize,
+    content: Content,
+}
+
+impl Filling<'_> {
+    const fn left(&self) -> usize {
+        self.buf.len() - self.filled
+    }
+
+    /// The next bytes, at most as many as are left.
+    fn take(&mut self, chunk: &[u8]) {
+        let end = self.filled + chunk.len();
+        if self.content == Content::Zeros && !is_zero(chunk) {
+            self.buf[..self.filled].fill(0);
+            self.content = Content::Data;
+        }
+        if self.content == Content::Data {
+            self.buf[self.filled..end].copy_from_slice(chunk);
+        }
+        self.filled = end;
+    }
+}
+
 /// Reads forward. One request at a time.
 pub struct Connection {
     remote: Remote,
@@ -184,29 +220,44 @@ impl Connection {
     /// # Cancel safety
     /// Not safe: bytes that arrived may be lost with the future. Cancel with the remote's token.
     pub async fn read(&mut self, at: u64, range_end: u64, buf: &mut [u8]) -> Result<(), ReadError> {
-        let mut filled = 0;
+        if self.read_unless_zero(at, range_end, buf).await? == Content::Zeros {
+            buf.fill(0);
+        }
+        Ok(())
+    }
+
+    /// [`Connection::read`] for whoever has no use for zeros: where all bytes are, `buf` is left with anything in it. Most of a disk is zeros, and
+    /// each piece is looked at while it is in the processor's cache: nothing is copied, and nothing looked at once more.
+    ///
+    /// # Errors
+    /// [`ReadError`], when trying again does not help.
+    ///
+    /// # Cancel safety
+    /// As [`Connection::read`].
+    pub async fn read_unless_zero(&mut self, at: u64, range_end: u64, buf: &mut [u8]) -> Result<Content, ReadError> {
+        let mut filling = Filling { buf, filled: 0, content: Content::Zeros };
         loop {
-            match self.try_read(at, range_end, buf, &mut filled).await {
-                Ok(()) => return Ok(()),
+            match self.try_read(at, range_end, &mut filling).await {
+                Ok(()) => return Ok(filling.content),
                 Err(BodyError::Cancelled) => return Err(ReadError::Cancelled),
                 Err(BodyError::Api(error)) => {
                     self.body = None;
-                    self.after(error, at + to_u64(filled)).await?;
+                    self.after(error, at + to_u64(filling.filled)).await?;
                 }
             }
         }
     }
 
-    async fn try_read(&mut self, at: u64, range_end: u64, buf: &mut [u8], filled: &mut usize) -> Result<(), BodyError> {
-        while *filled < buf.len() {
-            let wanted = at + to_u64(*filled);
+    async fn try_read(&mut self, at: u64, range_end: u64, filling: &mut Filling<'_>) -> Result<(), BodyError> {
+        while filling.left() > 0 {
+            let wanted = at + to_u64(filling.filled);
             let fits = |place: u64, end: u64| match self.asking {
                 Asking::Whole => place <= wanted,
                 Asking::Ranges => place == wanted && wanted < end,
             };
             if !self.body.as_ref().is_some_and(|(_, place, end)| fits(*place, *end)) {
                 self.body = None;
-                let range = (self.asking == Asking::Ranges).then_some(wanted..range_end.max(at + to_u64(buf.len())));
+                let range = (self.asking == Asking::Ranges).then_some(wanted..range_end.max(at + to_u64(filling.buf.len())));
                 let body = self.open(range.as_ref()).await?;
                 self.body = Some(match range {
                     Some(range) => (body, range.start, range.end),
@@ -215,7 +266,7 @@ impl Connection {
             }
             let Some((body, place, _)) = self.body.as_mut() else { continue };
             let skip = wanted - *place;
-            let most = if skip > 0 { to_usize(skip) } else { buf.len() - *filled };
+            let most = if skip > 0 { to_usize(skip) } else { filling.left() };
             let Some(chunk) = body.next(most, &self.remote.cancel).await? else {
                 let what = format!("the body ended at file offset {place:#x}, too early");
                 return Err(self.answer(what));
@@ -226,8 +277,7 @@ impl Connection {
             self.arrived(place, bytes);
             self.remote.cancel.guard(self.remote.session.pace(bytes)).await?;
             if skip == 0 {
-                buf[*filled..*filled + chunk.len()].copy_from_slice(&chunk);
-                *filled += chunk.len();
+                filling.take(&chunk);
             }
         }
         Ok(())
@@ -368,5 +418,31 @@ impl Connection {
             return Err(self.answer(format!("server announced {length} bytes, expected {expected_bytes}")));
         }
         Ok(Body::new(response, url, patience.silence))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fills a buffer that holds somebody else's bytes, in pieces of `piece` bytes.
+    fn filled(bytes: &[u8], piece: usize) -> (Content, Vec<u8>) {
+        let mut buf = vec![0xff; bytes.len()];
+        let mut filling = Filling { buf: &mut buf, filled: 0, content: Content::Zeros };
+        bytes.chunks(piece).for_each(|chunk| filling.take(chunk));
+        assert_eq!(filling.left(), 0);
+        (filling.content, buf)
+    }
+
+    #[test]
+    fn zeros_are_told_and_what_stood_in_the_buffer_never_shows_through() {
+        for piece in [1, 7, 512, 4096, 10_000] {
+            assert_eq!(filled(&[0; 10_000], piece).0, Content::Zeros, "pieces of {piece}");
+            for at in [0, 1, 511, 512, 4096, 9_999] {
+                let mut bytes = vec![0; 10_000];
+                bytes[at] = 1;
+                assert_eq!(filled(&bytes, piece), (Content::Data, bytes.clone()), "pieces of {piece}, data at {at}");
+            }
+        }
     }
 }

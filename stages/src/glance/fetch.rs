@@ -8,7 +8,7 @@
 //! downstream until it is their turn, with their leases, so a range is claimed only together with the leases that it needs, in guest
 //! order: the oldest one that is wanted can always land.
 //!
-//! A lease is taken before its bytes are asked for. How broken connections are mended: [`super::connection`].
+//! A lease is taken before its bytes are asked for. Zeros travel as a length, and leave their lease to what comes next. How broken connections are mended: [`super::connection`].
 
 use std::{num::NonZeroUsize, sync::Arc};
 
@@ -16,7 +16,7 @@ use engine::{BufferPool, ErrorKind, Inlet, Lease, NoInput, Outlet, Stage, StageC
 use tokio::{sync::Mutex, task::JoinSet};
 
 use super::{
-    connection::{Asking, Connection, Remote},
+    connection::{Asking, Connection, Content, Remote},
     probe::{Candidate, Probe, probe},
     range::{RangeWindow, range_bytes},
 };
@@ -30,6 +30,8 @@ use crate::{
 
 /// Images below this are fetched with one GET: a probe and more connections would cost more than they save.
 const RANDOM_BYTES_MIN: u64 = 32 << 20;
+/// The beginning of an extent of zeros.
+static ZEROS: [u8; to_usize(HEAD_BYTES)] = [0; to_usize(HEAD_BYTES)];
 /// Extents that one request of a second reading covers at most.
 const BATCH_EXTENTS: usize = 8;
 
@@ -126,11 +128,44 @@ impl Shared {
         Connection::new(self.remote.clone(), asking)
     }
 
-    async fn lease(&self, connection: &mut Connection) -> Result<Lease, StageError> {
-        Ok(connection.while_waiting(self.pool.acquire_for(&self.cx.metrics)).await?)
+    /// The lease at hand, else one from the pool.
+    async fn lease(&self, connection: &mut Connection, spare: &mut Option<Lease>) -> Result<Lease, StageError> {
+        match spare.take() {
+            Some(lease) => Ok(lease),
+            None => Ok(connection.while_waiting(self.pool.acquire_for(&self.cx.metrics)).await?),
+        }
     }
 
-    /// Reads one extent into a lease and sends it on. A connection that nobody reads from meanwhile is closed in time.
+    /// Reads one extent and sends it on; its lease comes back if it was not needed, because all of it is zeros. A connection that nobody reads
+    /// from meanwhile is closed in time.
+    async fn extent_or_zeros(
+        &self,
+        connection: &mut Connection,
+        guest: GuestRange,
+        range_end: u64,
+        mut lease: Lease,
+    ) -> Result<Option<Lease>, StageError> {
+        let bytes = &mut lease[..to_usize(guest.bytes())];
+        let content = connection.read_unless_zero(guest.start.0, range_end, bytes).await?;
+        self.send_content(connection, guest, content, lease).await
+    }
+
+    async fn send_content(
+        &self,
+        connection: &mut Connection,
+        guest: GuestRange,
+        content: Content,
+        lease: Lease,
+    ) -> Result<Option<Lease>, StageError> {
+        let (payload, lease) = match content {
+            Content::Zeros => (Payload::Zeros, Some(lease)),
+            Content::Data => (Payload::Bytes(lease), None),
+        };
+        connection.while_waiting(self.outlet.send(Extent { guest, payload })).await?;
+        Ok(lease)
+    }
+
+    /// Reads one extent into a lease and sends it on, whatever is in it.
     async fn extent(
         &self,
         connection: &mut Connection,
@@ -139,12 +174,7 @@ impl Shared {
         mut lease: Lease,
     ) -> Result<(), StageError> {
         connection.read(guest.start.0, range_end, &mut lease[..to_usize(guest.bytes())]).await?;
-        self.send(connection, guest, lease).await
-    }
-
-    async fn send(&self, connection: &mut Connection, guest: GuestRange, lease: Lease) -> Result<(), StageError> {
-        let extent = Extent { guest, payload: Payload::Bytes(lease) };
-        Ok(connection.while_waiting(self.outlet.send(extent)).await?)
+        self.send_content(connection, guest, Content::Data, lease).await.map(|_| ())
     }
 }
 
@@ -159,23 +189,29 @@ async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<u64, 
     let mut connection = shared.connection(Asking::Whole);
     let mut candidate = look_for_ranges.then(Candidate::default);
     let mut probing: Option<tokio::task::JoinHandle<Probe>> = None;
+    // a lease that zeros did not need is kept for what comes next
+    let mut spare = None;
     let mut at = 0;
     while at < remote.image_bytes {
         let guest = extent_at(at, remote.image_bytes);
         let admitted = shared.watermark.admit(guest.end.0);
         connection.while_waiting(remote.cancel.guard(admitted)).await?;
-        let mut lease = shared.lease(&mut connection).await?;
+        let mut lease = shared.lease(&mut connection, &mut spare).await?;
         let bytes = to_usize(guest.bytes());
-        connection.read(at, guest.end.0, &mut lease[..bytes]).await?;
+        let content = connection.read_unless_zero(at, guest.end.0, &mut lease[..bytes]).await?;
+        let head = match content {
+            Content::Zeros => &ZEROS[..bytes.min(ZEROS.len())],
+            Content::Data => &lease[..bytes],
+        };
         if at == 0 && shared.only_raw {
-            refuse_other_formats(shared, &lease[..bytes])?;
+            refuse_other_formats(shared, head)?;
         }
-        if let Some((place, sample)) = candidate.as_mut().and_then(|candidate| candidate.look(at, &lease[..bytes])) {
+        if let Some((place, sample)) = candidate.as_mut().and_then(|candidate| candidate.look(at, head)) {
             candidate = None;
             let remote = remote.clone();
             probing = Some(tokio::spawn(async move { probe(&remote, place, &sample).await }));
         }
-        shared.send(&mut connection, guest, lease).await?;
+        spare = shared.send_content(&mut connection, guest, content, lease).await?;
         at = guest.end.0;
         if let Some(task) = probing.take_if(|task| task.is_finished()) {
             match task.await {
@@ -232,11 +268,13 @@ async fn parallel(shared: &Arc<Shared>, start: u64, connections: u64) -> Result<
                 // one connection a range: Glance closes it at the end
                 let mut connection = shared.connection(Asking::Ranges);
                 shared.remote.cancel.guard(shared.watermark.admit(range.end)).await?;
+                // given back before the next range is claimed: whoever waits for its turn holds no lease
+                let mut spare = None;
                 let mut at = range.start;
                 while at < range.end {
                     let guest = extent_at(at, range.end);
-                    let lease = shared.lease(&mut connection).await?;
-                    shared.extent(&mut connection, guest, range.end, lease).await?;
+                    let lease = shared.lease(&mut connection, &mut spare).await?;
+                    spare = shared.extent_or_zeros(&mut connection, guest, range.end, lease).await?;
                     at = guest.end.0;
                 }
                 window.landed(range.start);
@@ -280,7 +318,7 @@ async fn again_by_ranges(shared: &Arc<Shared>, wanted: Arc<Vec<GuestRange>>, con
 async fn again_in_one_stream(shared: &Arc<Shared>, wanted: &[GuestRange]) -> Result<(), StageError> {
     let mut connection = shared.connection(Asking::Whole);
     for guest in wanted {
-        let lease = shared.lease(&mut connection).await?;
+        let lease = shared.lease(&mut connection, &mut None).await?;
         shared.extent(&mut connection, *guest, guest.end.0, lease).await?;
     }
     Ok(())
