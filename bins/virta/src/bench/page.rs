@@ -238,6 +238,10 @@ mod tests {
         assert!(!text.contains("http") && !text.contains("url("), "something is fetched");
         assert_eq!(text.matches("class=\"bar\"").count(), 4);
         assert_eq!(text.matches("<polyline").count(), 2);
-        assert_eq!(text.matches("286 MiB/s").count(), 2 + 2 + 2, "figure, tooltip of the bar, tooltip of the point");
+        assert_eq!(
+            text.matches("286 MiB/s").count(),
+            2 * (1 + 3 + 1),
+            "figure, tooltip of the bar with its range, tooltip of the point"
+        );
     }
 }
