@@ -3,6 +3,7 @@
     cargo build --release -p virta
     python3 benches/side_by_side --work /var/tmp/bench                      all local cases, 7 rounds, 4 GiB
     python3 benches/side_by_side --case exact --case cold                   some of them
+    python3 benches/side_by_side --scaling                                  one job, growing
     eval "$(.ci/openstack/up | grep '^export ')"; OS_CLOUD=donor python3 benches/side_by_side --glance      those on a real cloud
 
 Writes NAME.json (every sample) and NAME.md (medians, spread, ratios) into --out. Inputs are kept in --work (about 14 GiB), so
@@ -13,6 +14,7 @@ import argparse
 import datetime
 import os
 import pathlib
+import random
 import shlex
 import shutil
 import subprocess
@@ -33,9 +35,10 @@ def arguments():
     parser.add_argument("--rounds", default=7, type=int)
     parser.add_argument("--size", default="4g", help="of the realistic disk: 1g, 2g, 4g …")
     parser.add_argument("--case", action="append", help="only this case; may be repeated")
+    parser.add_argument("--scaling", action="store_true", help="as disks, data, threads and, with --glance, connections and jobs grow")
     parser.add_argument("--glance", action="store_true", help="the cases on a real Glance; OS_CLOUD says which")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the report [default: benches/runs/DATE]")
-    parser.add_argument("--name", help="the report's name [default: local or glance]")
+    parser.add_argument("--name", help="the report's name [default: local, glance, scaling-local, scaling-glance]")
     return parser.parse_args()
 
 
@@ -49,9 +52,10 @@ def main():
     if given.glance:
         if not Cloud.available():
             sys.exit("--glance wants OS_CLOUD and a clouds.yaml: see the head of this file")
-        wanted = cases.glance(Cloud(), inputs, virta, work, given.size)
+        cloud = Cloud(work)
+        wanted = cases.connections(cloud, inputs, given.size) if given.scaling else cases.glance(cloud, inputs, virta, work, given.size)
     else:
-        wanted = cases.local(given.size)
+        wanted = cases.scaling() if given.scaling else cases.local(given.size)
     names = [case.name for case in wanted]
     if unknown := set(given.case or []) - set(names):
         sys.exit(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
@@ -64,10 +68,13 @@ def main():
     for case in wanted:
         if not given.case or case.name in given.case:
             results.append(run_case(case, given.rounds, virta, inputs, work))
-            report.write(given.out or pathlib.Path("benches/runs") / today, given.name or ("glance" if given.glance else "local"), about, results)
+            report.write(given.out or pathlib.Path("benches/runs") / today, given.name or "-".join(word for word, on in [("scaling", given.scaling), ("glance" if given.glance else "local", True)] if on), about, results)
     ratios = [ratio for result in results for ratio in result["ratios"]]
     for ratio in ratios:
         limit = f"at least {ratio['at_least']}" if ratio["at_least"] else f"at most {ratio['at_most']}" if ratio["at_most"] else ""
+        if ratio["value"] is None:
+            print(f"     ---  {ratio['says']}  {limit}  not checked: a contestant was not run")
+            continue
         verdict = {True: "holds", False: "DOES NOT HOLD", None: ""}[ratio["held"]]
         print(f"{ratio['value']:8.3f}  {ratio['says']}  {limit}  {verdict}")
     sys.exit(any(ratio["held"] is False for ratio in ratios))
@@ -89,17 +96,17 @@ def run_case(case, rounds, virta, inputs, work):
         if case.cold and not measure.drop_caches():
             skipped = {contestant.name: "dropping the page cache needs root" for contestant in case.contestants}
             entered = []
-        if not case.cold:
-            measure.warm(source)
+        shuffled = random.Random(1)
         for number in range(rounds):
-            turn = number % max(len(entered), 1)
-            for contestant in entered[turn:] + entered[:turn]:
+            for contestant in shuffled.sample(entered, len(entered)):
                 contestant.before()
                 command = getattr(contestant, "text", None) or fill(contestant.command)
                 commands[contestant.name] = command.replace(str(virta), "virta").replace(str(work), "WORK").replace(folder, "OUT")
                 if case.cold:
                     measure.drop_caches()
                 measure.settle(2 * source.stat().st_blocks * 512 + (1 << 30))
+                if not case.cold:
+                    measure.warm(source)
                 sample = measure.run(command, f"{folder}/log")
                 for output in pathlib.Path(folder).glob("out.*"):
                     sample.output_bytes = output.stat().st_blocks * 512 if output.suffix == ".raw" else output.stat().st_size

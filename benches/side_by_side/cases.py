@@ -7,6 +7,7 @@ Local cases look like this one; those of the network are made by functions, for 
 import dataclasses
 import pathlib
 import sys
+import uuid
 from collections.abc import Callable
 
 HERE = pathlib.Path(__file__).parent
@@ -141,11 +142,58 @@ def local(size):
     ]  # fmt: skip
 
 
+def scaling():
+    """What becomes of time and memory as the disk grows, as its data grows, and with more threads than there are cores."""
+    alone = lambda flags: f"{{virta}} convert {{in}} {{out}}.qcow2 --no-sync --force --progress none{flags}"  # noqa: E731
+    growing = [("sparse-1g", "1 GiB"), ("sparse-64g", "64 GiB"), ("sparse-1t", "1 TiB"), ("sparse-10t", "10 TiB")]
+    filling = [("realistic-1g", "1 GiB"), ("realistic-2g", "2 GiB"), ("realistic-4g", "4 GiB")]
+    workers = [Contestant(f"--workers {count}", alone(f" --workers {count}")) for count in (1, 2, 4, 8)]
+    compressing = [
+        Contestant(f"zstd, --workers {count}", alone(f" --compress zstd --workers {count}")) for count in (1, 2, 4, 8)
+    ]
+    return [
+        *(Case(f"disk-{name}", f"{size}, 3 MiB of it data", name, [Contestant("virta", alone(""))]) for name, size in growing),
+        *(Case(f"data-{name}", f"{size}, 45 % of it data", name, [Contestant("virta", alone(""))]) for name, size in filling),
+        Case(
+            "workers", "more threads than cores, exact", "realistic-2g", workers,
+            [Ratio("8 workers / the best number", ["--workers 8"], [tuple(one.name for one in workers)])],
+        ),
+        Case(
+            "workers-zstd", "more threads than cores, zstd", "realistic-1g", compressing,
+            [Ratio("8 workers / the best number", ["zstd, --workers 8"], [tuple(one.name for one in compressing)])],
+        ),
+    ]  # fmt: skip
+
+
+def connections(cloud, inputs, size):
+    """Fetching with more connections, and many conversions at once, from a real Glance."""
+    raw = cloud.keep(f"bench-{size}", "raw", inputs.get(f"compressible-{size}"))
+    fetch = [
+        Contestant(f"--connections {count}", f"{{virta}} convert glance:{raw} {{out}}.qcow2 --connections {count} --verify none --no-sync --force --progress none")
+        for count in (1, 2, 4, 8)
+    ]  # fmt: skip
+    small = [cloud.keep(f"bench-small-{number}", "raw", inputs.get("compressible-1g")) for number in range(8)]
+    made = f"bench-made-{uuid.uuid4()}"
+    batch = [
+        Contestant(
+            f"batch --jobs {jobs}", f"{{virta}} batch --verify none --jobs {jobs} --name-template {made} --force --progress none {' '.join(small)}",
+            makes_image=False, before=lambda: cloud.delete(made), after=lambda: cloud.delete(made),
+        )
+        for jobs in (1, 2, 4, 8)
+    ]  # fmt: skip
+    best = lambda of_them: [tuple(one.name for one in of_them)]  # noqa: E731
+    return [
+        Case("connections", f"real Glance, {size}, to a file", f"compressible-{size}", fetch, [Ratio("8 connections / the best number", [fetch[-1].name], best(fetch))], group="glance"),
+        Case("jobs", "real Glance, 8 images of 1 GiB", "compressible-1g", batch, [Ratio("8 jobs / the best number", [batch[-1].name], best(batch))], group="glance"),
+    ]  # fmt: skip
+
+
 def glance(cloud, inputs, virta, work, size):
     """The cases on a real Glance."""
     path = inputs.get(f"compressible-{size}")
     raw = cloud.keep(f"bench-{size}", "raw", path)
-    made = "bench-made"
+    # of this run alone: images of this name are deleted
+    made = f"bench-made-{uuid.uuid4()}"
     new = {}
     delete = lambda: cloud.delete(made)  # noqa: E731
     # what virta sends is what curl has to send

@@ -9,8 +9,14 @@ import urllib.request
 
 
 class Cloud:
-    def __init__(self):
+    """`folder` keeps the token for curl, readable by its owner alone: a command line can be read by everybody, and is in the report."""
+
+    def __init__(self, folder):
         self.token = self.openstack("token", "issue", "-f", "value", "-c", "id")
+        self.headers = folder / "headers"
+        self.headers.unlink(missing_ok=True)
+        with open(os.open(self.headers, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"X-Auth-Token: {self.token}\n")
         catalog = json.loads(self.openstack("catalog", "show", "image", "-f", "json"))
         self.glance = next(end["url"] for end in catalog["endpoints"] if end["interface"] == "public").rstrip("/")
 
@@ -50,18 +56,20 @@ class Cloud:
             self.call("DELETE", f"/v2/images/{image}")
 
     def keep(self, name, disk_format, path):
-        """The id of the image of this name, which is made of a file if it is not there."""
+        """The id of the image of this name, which is made of a file if it is not there. It stays, so that the next run begins at once."""
         for image in self.images(name):
-            return image
+            found = self.call("GET", f"/v2/images/{image}")
+            if found["status"] == "active" and found["size"] == path.stat().st_size:
+                return image
         image = self.new(name, disk_format)
         subprocess.run(["sh", "-ec", self.put(image, path)], check=True)
         return image
 
     def get(self, image, path):
-        return f"curl -sS --fail -H 'X-Auth-Token: {self.token}' -o {path} {self.glance}/v2/images/{image}/file"
+        return f"curl -sS --fail -H @{self.headers} -o {path} {self.glance}/v2/images/{image}/file"
 
     def put(self, image, path):
         return (
-            f"curl -sS --fail -X PUT -H 'X-Auth-Token: {self.token}' -H 'Content-Type: application/octet-stream'"
+            f"curl -sS --fail -X PUT -H @{self.headers} -H 'Content-Type: application/octet-stream'"
             f" -T {path} {self.glance}/v2/images/{image}/file"
         )

@@ -1,11 +1,15 @@
 """One command, run once and measured as the kernel saw it."""
 
 import dataclasses
+import json
 import mmap
 import os
 import pathlib
 import subprocess
-import time
+import sys
+
+HERE = pathlib.Path(__file__).parent
+TOUCH = "import mmap, sys; mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
 
 
 @dataclasses.dataclass
@@ -30,28 +34,20 @@ class Failed(Exception):
 def run(command, log):
     """Runs a command (a list, or a line for `sh -c`) to its end. Its output goes to `log`, which is shown if it fails."""
     argv = command if isinstance(command, list) else ["sh", "-ec", command]
-    with open(log, "wb") as out:
-        started = time.monotonic()
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
-        # a process that has ended keeps its counters until it is waited for
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        seconds = time.monotonic() - started
-        counters = dict(line.split(": ") for line in pathlib.Path(f"/proc/{child.pid}/io").read_text().splitlines())
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
+    reader, writer = os.pipe()
+    with open(log, "wb") as out, os.fdopen(reader) as answer:
+        starter = subprocess.Popen(
+            [sys.executable, "-S", "-E", HERE / "start.py", str(writer), *map(str, argv)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            pass_fds=[writer],
+        )  # fmt: skip
+        os.close(writer)
+        text = answer.read()
+        starter.wait()
+    told = json.loads(text) if text else {"code": f"nothing: {starter.returncode}"}
+    if told["code"] != 0:
         said = pathlib.Path(log).read_text(errors="replace")[-2000:]
-        raise Failed(f"{shown(command)}\nended with {child.returncode}:\n{said}")
-    return Sample(
-        seconds=seconds,
-        cpu_s=usage.ru_utime + usage.ru_stime,
-        memory_bytes=usage.ru_maxrss * 1024,
-        read_bytes=int(counters["rchar"]),
-        written_bytes=int(counters["wchar"]),
-        read_calls=int(counters["syscr"]),
-        write_calls=int(counters["syscw"]),
-        switches=usage.ru_nvcsw + usage.ru_nivcsw,
-    )
+        raise Failed(f"{shown(command)}\nended with {told['code']}:\n{said}")
+    return Sample(**told["took"])
 
 
 def shown(command):
@@ -76,8 +72,7 @@ def settle(bytes_):
     """
     os.sync()
     available = int(next(line.split()[1] for line in open("/proc/meminfo") if line.startswith("MemAvailable"))) << 10
-    with mmap.mmap(-1, max(min(bytes_, available // 2), mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE):
-        pass
+    subprocess.run([sys.executable, "-S", "-E", "-c", TOUCH, str(max(min(bytes_, available // 2), mmap.PAGESIZE))], check=True)
 
 
 def drop_caches():

@@ -48,12 +48,13 @@ def figure(ratio, samples, pick=statistics.median):
         if isinstance(term, tuple):
             slowest = term[0] == "slowest"
             names = [name for name in (term[1:] if slowest else term) if name in samples]
-            return (max if slowest else min)(names, key=of)
+            return (max if slowest else min)(names, key=of, default=None)
         return term
 
     over, under = [settled(term) for term in ratio.over], [settled(term) for term in ratio.under]
     if not all(name in samples for name in over + under):
-        return None
+        return {"says": ratio.says, "of": ratio.of, "over": over, "under": under, "value": None, "rounds": [],
+                "at_least": ratio.at_least, "at_most": ratio.at_most, "held": None}  # fmt: skip
     total = lambda names, number=None: sum(of(name, number) for name in names)  # noqa: E731
     rounds = [total(over, number) / total(under, number) for number in range(len(samples[over[0]]))]
     value = total(over) / total(under)
@@ -84,8 +85,9 @@ def as_markdown(about, results):
         f"# {about['date']}", "",
         f"{about['cpu']}, {about['cores']} cores, {about['memory_bytes'] / (1 << 30):.1f} GiB of memory, Linux {about['kernel']}. {versions}; {about['virta']}.",
         "",
-        f"`{about['command']}`: {about['rounds']} rounds, all contestants of a case in turn in each, the first one another each time. Median (range).",
-        "CPU: user and system seconds of the command and its children. Read, written: by system calls, page cache included.", "",
+        f"`{about['command']}`: {about['rounds']} rounds, all contestants of a case in turn in each, in an order that is shuffled for each. Median (range).",
+        "CPU: user and system seconds of the command and its children; a server that goes into the background (nbdcopy's qemu-nbd) is not among them. Read, written,"
+        " calls: by read and write calls, page cache included; what goes through io_uring (virta's writes to files) is not counted there.", "",
     ]  # fmt: skip
     for result in results:
         case = result["case"]
@@ -106,6 +108,9 @@ def as_markdown(about, results):
             )
         lines.append("")
         for ratio in result["ratios"]:
+            if ratio["value"] is None:
+                lines.append(f"- {ratio['says']}: not checked, a contestant was not run")
+                continue
             limit = f", at least {ratio['at_least']}" if ratio["at_least"] else f", at most {ratio['at_most']}" if ratio["at_most"] else ""
             verdict = {True: ": holds", False: ": **does not hold**", None: ""}[ratio["held"]]
             spread = f"{min(ratio['rounds']):.2f} to {max(ratio['rounds']):.2f}"

@@ -687,3 +687,62 @@ impl BlockingStage for Forward {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use engine::{BlockingStage, CancelToken, Inlet, NoInput, NoOutput, Outlet, Pipeline, StageContext, StageError};
+
+    use super::*;
+
+    /// Source: one extent of zeros.
+    struct Zeros;
+
+    impl BlockingStage for Zeros {
+        type In = NoInput;
+        type Out = Extent;
+        type Report = ();
+
+        fn run(self, _: Inlet<NoInput>, outlet: Outlet<Extent>, _: StageContext) -> Result<(), StageError> {
+            outlet.send_blocking(Extent { guest: GuestRange::new(4096, 8192), payload: Payload::Zeros })?;
+            outlet.finish();
+            Ok(())
+        }
+    }
+
+    /// Sink: whatever landed.
+    struct Landed;
+
+    impl BlockingStage for Landed {
+        type In = Placed;
+        type Out = NoOutput;
+        type Report = ();
+
+        fn run(self, inlet: Inlet<Placed>, outlet: Outlet<NoOutput>, _: StageContext) -> Result<(), StageError> {
+            while inlet.recv_blocking()?.is_some() {}
+            outlet.finish();
+            Ok(())
+        }
+    }
+
+    /// The first 16 KiB of a file that was full of something else, after zeros landed on its second and third page.
+    async fn landed(holes: bool) -> Vec<u8> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[0xff; 16384]).unwrap();
+        let (file, progress) = (Arc::new(file), Progress::default());
+        let land = || Land { file: Arc::clone(&file), holes, progress: progress.clone() };
+        let pipeline = Pipeline::new(&CancelToken::new()).threads("zeros", 1, || Zeros).threads("write", 1, land);
+        pipeline.threads("landed", 1, || Landed).start(&Handle::current()).join().await.unwrap();
+        let mut bytes = vec![0; 16384];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    #[tokio::test]
+    async fn zeros_that_come_as_a_length_are_written_where_there_can_be_no_holes() {
+        let device = landed(false).await;
+        assert!(device[4096..12288].iter().all(|&byte| byte == 0), "what stood on the device shows through");
+        assert!(device[..4096].iter().chain(&device[12288..]).all(|&byte| byte == 0xff));
+        // a fresh file has a hole there; this one shows that nothing was written
+        assert!(landed(true).await.iter().all(|&byte| byte == 0xff));
+    }
+}

@@ -20,6 +20,19 @@ pub fn size(bytes: u64) -> String {
     format!("{value:.1} {unit}")
 }
 
+/// Seconds as people read them: `1.3 s`, `2 min 05 s`, `2 h 01 min`.
+#[must_use]
+pub fn time(seconds: f64) -> String {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "rounded, and above zero")]
+    let whole = seconds.round().max(0.0) as u64;
+    match whole {
+        0..10 => format!("{seconds:.1} s"),
+        10..120 => format!("{whole} s"),
+        120..7200 => format!("{} min {:02} s", whole / 60, whole % 60),
+        _ => format!("{} h {:02} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
 /// A name from the cloud or a file system with its control characters escaped, so that it cannot drive a terminal.
 #[must_use]
 pub fn printable(name: &str) -> String {
@@ -60,6 +73,11 @@ mod tests {
         assert_eq!(size(1023), "1023 B");
         assert_eq!(size(80 << 30), "80.0 GiB");
         assert_eq!(size((1 << 20) - 1), "1.0 MiB");
+    }
+
+    #[test]
+    fn times_are_as_fine_as_anybody_wants_them() {
+        assert_eq!([time(1.26), time(59.7), time(125.0), time(7265.0)], ["1.3 s", "60 s", "2 min 05 s", "2 h 01 min"]);
     }
 
     #[test]

@@ -10,7 +10,11 @@ use engine::CancelToken;
 use reqwest::StatusCode;
 use stages::{
     convert::{JobError, Notices},
-    openstack::{ApiError, Compute, Session, config::Surroundings, image::RUN},
+    openstack::{
+        ApiError, Compute, Session,
+        config::Surroundings,
+        image::{BENCH, RUN},
+    },
     text::{causes, printable},
 };
 
@@ -216,7 +220,7 @@ pub async fn clean_up_before(session: &Session, display: &Display) -> Result<(),
     }
 }
 
-/// Only what is `queued` or `saving` and carries the dead run's name is removed: an image that is active may be wanted.
+/// Only what carries the dead run's name and is `queued` or `saving`, or the noise of a bench, is removed: an image that is active may be wanted.
 async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notices) -> Result<(), JobError> {
     for found in dead {
         let mut all_gone = true;
@@ -227,7 +231,8 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
                 Err(error) => return Err(error.into()),
             };
             let ours = image.property(RUN) == Some(found.record.run.as_str());
-            if ours && matches!(image.status.as_str(), "queued" | "saving") {
+            let half_made = matches!(image.status.as_str(), "queued" | "saving");
+            if ours && (half_made || image.property(BENCH).is_some()) {
                 match session.delete_image(id).await {
                     Ok(()) => notices.note(&format!(
                         "removed image {} ({id}), which run {} left {} when it was killed",

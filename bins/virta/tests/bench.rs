@@ -65,6 +65,8 @@ async fn everything_is_measured_and_nothing_is_left_behind() {
     cloud.assert_nothing_made();
     assert!(cloud.service.requests().iter().any(|request| request.starts_with("DELETE /v2/images/")));
     assert_eq!(files(), before + 3);
+    // said before anything is made there
+    run.ends(0, &["cloud mini", "sending an image of 12 MiB, which is deleted again"]);
     // the run that sent it is over, and has nothing to clean
     cloud.run(&["status", "-f", "json"]).await.ends(0, &["deleted it"]);
 }
@@ -91,6 +93,23 @@ async fn an_upload_that_is_refused_is_a_note_and_its_image_goes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_bench_sent_is_removed_by_clean() {
+    let cloud = Cloud::start(|faults| faults.latency = std::time::Duration::from_millis(700)).await;
+    let mut child = cloud.command(&["bench", "--quick", "--os-cloud", "mini"]).spawn().unwrap();
+    let started = std::time::Instant::now();
+    // its last byte has come, and the answer is on its way
+    while !cloud.others().iter().any(|image| image["status"] == "active") {
+        assert!(started.elapsed().as_secs() < 60 && child.try_wait().unwrap().is_none(), "no image was sent");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    child.kill().await.unwrap();
+    cloud.service.faults(|faults| faults.latency = std::time::Duration::ZERO);
+    assert_eq!(cloud.others().len(), 1);
+    cloud.run(&["clean", "--os-cloud", "mini"]).await.ends(0, &["removed image virta-bench-"]);
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_work_is_told_before_the_minute_is_spent() {
     let cloud = Cloud::start(|_| {}).await;
     for (words, texts) in [
@@ -99,6 +118,9 @@ async fn what_cannot_work_is_told_before_the_minute_is_spent() {
         (&["bench", "--no-cloud", "--sample", "nowhere"], &["--sample"]),
         (&["bench", "--os-cloud", "nobody"], &["nobody"]),
         (&["bench", "--data", "1G"], &["--image-size"]),
+        (&["bench", "--no-cloud", "--save", "clouds.yaml"], &["clouds.yaml is there, and is nothing that virta bench wrote"]),
+        (&["bench", "--no-cloud", "--html", "/dev/null"], &["/dev/null cannot be written: it is no file"]),
+        (&["bench", "--no-cloud", "--save", "x", "--html", "x"], &["name the same file"]),
         (&["bench", "--compare", "clouds.yaml"], &["clouds.yaml is no run"]),
         (&["bench", "--compare", "nowhere.json"], &["nowhere.json cannot be read"]),
     ] {

@@ -188,7 +188,7 @@ impl Source {
     pub fn leases(&self, options: &Options) -> usize {
         let workers = options.workers.get();
         match self {
-            Self::Local(_) | Self::Pipe(_) => 2 * workers + 28,
+            Self::Local(_) | Self::Pipe(_) => 2 * workers + 4,
             Self::Glance { .. } => 2 * options.connections.get() + 2 * workers + 4,
         }
     }

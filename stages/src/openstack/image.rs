@@ -19,6 +19,8 @@ pub const SOURCE_ID: &str = "virta_source_id";
 pub const SOURCE_HASH: &str = "virta_source_hash";
 /// Property that names the run that makes the image.
 pub const RUN: &str = "virta_run";
+/// Property of an image that `virta bench` sends: noise, of no use to anybody.
+pub const BENCH: &str = "virta_bench";
 /// Property that is there only once the image was verified.
 pub const VERIFIED: &str = "virta_verified";
 

@@ -4,10 +4,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use stages::{
     batch::{Outcome, Summary, Wish},
-    text::{printable, shell_word, size},
+    text::{printable, shell_word, size, time},
 };
 
-use super::{BatchArgs, planned::duration};
+use super::BatchArgs;
 use crate::{care::chosen_cloud, cli::FormatChoice, convert::write_report, exit};
 
 /// Failed images that a command to retry them names; more go into a file.
@@ -59,7 +59,7 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
             parts.push(format!("{number} {word}"));
         }
     }
-    let mut lines = vec![format!("{} in {}", parts.join(", "), duration(float_seconds(summary.elapsed_s)))];
+    let mut lines = vec![format!("{} in {}", parts.join(", "), time(summary.elapsed_s))];
     if done > 0 {
         let saved = summary.converted_bytes.saturating_sub(summary.made_bytes);
         let millis = float_seconds(summary.elapsed_s * 1000.0).max(1);

@@ -9,7 +9,7 @@ use stages::{
     glance::connection::{Asking, Connection},
     openstack::{Image, Session},
     progress::Progress,
-    text::size,
+    text::{size, time},
 };
 
 use super::BatchArgs;
@@ -103,7 +103,7 @@ pub(super) async fn show_plan(
     let rate = arguments.rate_limit.map_or(measured, |limit| limit.min(measured)).max(1);
     display.note(&format!(
         "reading takes about {} at {}/s, {}; sending{} comes on top",
-        duration(bytes / rate),
+        time(float(bytes) / float(rate)),
         size(rate),
         if rate < measured { "the limit" } else { "which one connection gave just now" },
         if work.iter().any(|entry| entry.options.verify == Verify::Readback) { ", and reading it back," } else { "" }
@@ -138,11 +138,7 @@ async fn measure(session: &Session, image: &Image, cancel: &CancelToken) -> Resu
     Ok(u64::try_from(read).unwrap_or(0).saturating_mul(1000) / millis)
 }
 
-/// `2 h 10 min`, `45 s`.
-pub(super) fn duration(seconds: u64) -> String {
-    match seconds {
-        0..90 => format!("{seconds} s"),
-        90..5400 => format!("{} min", seconds.div_ceil(60)),
-        _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
-    }
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+const fn float(bytes: u64) -> f64 {
+    bytes as f64
 }

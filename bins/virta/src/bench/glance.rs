@@ -1,15 +1,10 @@
 //! The image service, and the network to it: fetching with 1, 2, 4 and 8 connections, and sending.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use engine::{BlockingStage, CancelToken, Inlet, NoInput, Outlet, Pipeline, StageContext, StageError};
+use reqwest::StatusCode;
 use serde_json::json;
 use stages::{
     convert::JobError,
@@ -17,7 +12,10 @@ use stages::{
         Patience, Upload,
         connection::{Asking, Connection, ReadError},
     },
-    openstack::{Image, Session, image::RUN},
+    openstack::{
+        Image, Session,
+        image::{BENCH, RUN},
+    },
     progress::Progress,
     store::Chunk,
     text::causes,
@@ -33,6 +31,8 @@ use crate::{inspect::quiet_remote, runs::Run};
 
 /// Bytes of one read.
 const PIECE_BYTES: usize = 2 << 20;
+/// Bytes of one request where there are several connections: Glance closes the connection behind each.
+const RANGE_BYTES: u64 = 64 << 20;
 /// An image that is large enough to say something.
 const IMAGE_BYTES_MIN: u64 = 16 << 20;
 /// Connections that are tried.
@@ -101,25 +101,25 @@ impl Glance<'_> {
 
     async fn down_with(&self, image: &Image, connections: usize) -> Result<Vec<f64>, ReadError> {
         let progress = Progress::default();
-        let fetched = Arc::new(AtomicU64::new(0));
         let image_bytes = image.size.unwrap_or(0);
         let mut set: JoinSet<Result<(), ReadError>> = (0..connections as u64)
             .map(|number| {
                 let remote = quiet_remote(self.session, image, &progress, self.cancel);
-                let fetched = Arc::clone(&fetched);
                 let share = (image_bytes / connections as u64).max(1);
                 async move {
                     let asking = if connections == 1 { Asking::Whole } else { Asking::Ranges };
                     let mut buffer = vec![0; PIECE_BYTES];
                     loop {
-                        // one request after another over this connection's share, until the time is up
-                        let mut connection = Connection::new(remote.clone(), asking);
+                        // range after range of this connection's share, as a conversion asks for them, until the time is up
                         let (mut at, end) = (number * share, ((number + 1) * share).min(image_bytes));
                         while at < end {
-                            let bytes = PIECE_BYTES.min(usize::try_from(end - at).unwrap_or(PIECE_BYTES));
-                            connection.read(at, end, &mut buffer[..bytes]).await?;
-                            at += bytes as u64;
-                            fetched.fetch_add(bytes as u64, Relaxed);
+                            let range_end = if connections == 1 { end } else { (at + RANGE_BYTES).min(end) };
+                            let mut connection = Connection::new(remote.clone(), asking);
+                            while at < range_end {
+                                let bytes = PIECE_BYTES.min(usize::try_from(range_end - at).unwrap_or(PIECE_BYTES));
+                                connection.read(at, range_end, &mut buffer[..bytes]).await?;
+                                at += bytes as u64;
+                            }
                         }
                     }
                 }
@@ -128,14 +128,14 @@ impl Glance<'_> {
         // the first bytes have arrived: from then on it counts
         let mut samples = Vec::new();
         let failed = loop {
-            let (before, since) = (fetched.load(Relaxed), Instant::now());
+            let (before, since) = (progress.fetched_bytes(), Instant::now());
             tokio::select! {
                 ended = set.join_next() => break ended,
                 () = tokio::time::sleep(self.slice / 4) => {}
             }
-            let arrived = fetched.load(Relaxed) - before;
-            if before > 0 && arrived > 0 {
-                samples.push(rate(arrived, since));
+            // once the first bytes are there, a second without any counts, too
+            if before > 0 {
+                samples.push(rate(progress.fetched_bytes() - before, since).max(1.0));
             }
             if samples.len() == 3 {
                 break None;
@@ -156,7 +156,7 @@ impl Glance<'_> {
         let id = uuid::Uuid::new_v4().hyphenated().to_string();
         let name = format!("virta-bench-{}", &id[..8]);
         let record = json!({
-            "id": id, "name": name, "disk_format": "raw", "container_format": "bare", "visibility": "private", RUN: run.id().unwrap_or_default(),
+            "id": id, "name": name, "disk_format": "raw", "container_format": "bare", "visibility": "private", RUN: run.id().unwrap_or_default(), BENCH: "noise",
         });
         let record = record.as_object().expect("an object");
         run.making(&id);
@@ -165,9 +165,16 @@ impl Glance<'_> {
         let sent = self.send(&id).await;
         // deleted whatever happened, an interrupt included
         let deleted = self.session.delete_image(&id).await;
+        // what is left behind comes first, whatever became of the sending
+        match deleted {
+            Ok(()) => {}
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
+            Err(left) => {
+                let error = sent.err().unwrap_or_else(|| JobError::Refused("it was sent, and is of no use any more".to_owned()));
+                return Err(JobError::LeftBehind { id, error: Box::new(error), left: Some(left) });
+            }
+        }
         let rate = sent?;
-        deleted
-            .map_err(|error| JobError::Refused(format!("image {id} of this bench could not be deleted: {}", causes(&error))))?;
         Ok(Measure::new("glance.up.1", Group::Glance, "send, 1 connection", 1, vec![rate]))
     }
 

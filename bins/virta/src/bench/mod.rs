@@ -154,7 +154,7 @@ impl Amount {
 /// Runs the command.
 pub async fn run(arguments: BenchArgs) -> ExitCode {
     let run = Run::default();
-    let display = Display::start(ProgressChoice::None, &Progress::default(), run.clone());
+    let display = Display::start(ProgressChoice::Auto, &Progress::default(), run.clone());
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
     let result = if arguments.compare.is_empty() { measure(&arguments, &display, &cancel).await } else { compare(&arguments) };
@@ -184,18 +184,43 @@ fn save(path: &Path, content: &str) -> Result<(), JobError> {
     Ok(())
 }
 
+/// What a file that will be written is. One that is there is replaced if an earlier run wrote it, and nothing else is.
+#[derive(Clone, Copy)]
+enum Written {
+    Run,
+    Page,
+}
+
+impl Written {
+    fn is_one(self, path: &Path) -> bool {
+        let content = std::fs::read(path).unwrap_or_default();
+        match self {
+            Self::Run => serde_json::from_slice::<Record>(&content).is_ok(),
+            Self::Page => content.starts_with(b"<!DOCTYPE html>") && content.windows(11).any(|part| part == b"virta bench"),
+        }
+    }
+}
+
 /// A file that will be written at the end has to be possible: a minute's work is not thrown away for a folder that is not there.
-fn check_writable(path: Option<&PathBuf>) -> Result<(), JobError> {
+fn check_writable(path: Option<&PathBuf>, what: Written) -> Result<(), JobError> {
     let Some(path) = path else { return Ok(()) };
+    let shown = printable(&path.display().to_string());
+    match std::fs::symlink_metadata(path) {
+        Ok(there) if !there.is_file() => return Err(JobError::Usage(format!("{shown} cannot be written: it is no file"))),
+        Ok(there) if there.len() > 0 && (there.len() > 64 << 20 || !what.is_one(path)) => {
+            return Err(JobError::Usage(format!("{shown} is there, and is nothing that virta bench wrote: choose another name")));
+        }
+        _ => {}
+    }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if path.is_dir() || tempfile::tempfile_in(folder).is_err() {
-        return Err(JobError::Usage(format!("{} cannot be written", printable(&path.display().to_string()))));
+    if tempfile::tempfile_in(folder).is_err() {
+        return Err(JobError::Usage(format!("{shown} cannot be written")));
     }
     Ok(())
 }
 
 fn compare(arguments: &BenchArgs) -> Result<Vec<Record>, JobError> {
-    check_writable(arguments.html.as_ref())?;
+    check_writable(arguments.html.as_ref(), Written::Page)?;
     let read = |path: &PathBuf| {
         let shown = printable(&path.display().to_string());
         let text = std::fs::read(path).map_err(|error| JobError::Usage(format!("{shown} cannot be read: {error}")))?;
@@ -210,8 +235,11 @@ fn compare(arguments: &BenchArgs) -> Result<Vec<Record>, JobError> {
 }
 
 async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken) -> Result<Vec<Record>, JobError> {
-    check_writable(arguments.save.as_ref())?;
-    check_writable(arguments.html.as_ref())?;
+    check_writable(arguments.save.as_ref(), Written::Run)?;
+    check_writable(arguments.html.as_ref(), Written::Page)?;
+    if arguments.save.is_some() && arguments.save == arguments.html {
+        return Err(JobError::Usage("--save and --html name the same file".to_owned()));
+    }
     let folder = arguments
         .folder
         .canonicalize()
@@ -346,7 +374,7 @@ async fn in_the_cloud(
     }
     match sent {
         Ok(measure) => record.measures.extend(measure),
-        Err(JobError::Interrupted(what)) => return Err(JobError::Interrupted(what)),
+        Err(error @ (JobError::Interrupted(_) | JobError::LeftBehind { .. })) => return Err(error),
         Err(error) => record.notes.push(format!("sending was not measured: {}", causes(&error))),
     }
     Ok(())

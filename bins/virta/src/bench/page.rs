@@ -1,11 +1,11 @@
 //! Runs as one HTML page: nothing is fetched, nothing is run, it can be mailed.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use stages::text::size;
+use stages::text::{size, time};
 
 use super::{
     record::{Group, Job, Measure, Record},
-    text::{keys, speed, time},
+    text::{keys, speed},
 };
 
 const STYLE: &str = include_str!("page.css");

@@ -1,7 +1,7 @@
 //! Runs as text: one run, or several side by side.
 
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
-use stages::text::{printable, size};
+use stages::text::{printable, size, time};
 
 use super::record::{Group, Job, Machine, Record, Route};
 
@@ -14,18 +14,6 @@ pub fn speed(bytes_per_s: f64) -> String {
         format!("{mib:.0} MiB/s")
     } else {
         format!("{mib:.1} MiB/s")
-    }
-}
-
-/// Seconds, for people.
-pub fn time(seconds: f64) -> String {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "rounded, and above zero")]
-    let whole = seconds.round().max(0.0) as u64;
-    match whole {
-        0..10 => format!("{seconds:.1} s"),
-        10..120 => format!("{whole} s"),
-        120..7200 => format!("{} min {:02} s", whole / 60, whole % 60),
-        _ => format!("{} h {:02} min", whole / 3600, whole % 3600 / 60),
     }
 }
 
@@ -172,7 +160,6 @@ mod tests {
         assert_eq!(speed(500.0 * f64::from(1 << 20)), "500 MiB/s");
         assert_eq!(speed(12.34 * f64::from(1 << 20)), "12.3 MiB/s");
         assert_eq!(speed(20.0 * f64::from(1 << 30)), "20.0 GiB/s");
-        assert_eq!([time(1.26), time(59.7), time(125.0), time(7265.0)], ["1.3 s", "60 s", "2 min 05 s", "2 h 01 min"]);
     }
 
     #[test]
