@@ -85,10 +85,20 @@ async fn without_ranges_there_is_one_connection_and_a_note() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upload_that_is_refused_is_a_note_and_its_image_goes() {
+async fn a_quota_that_is_too_small_is_a_note_and_no_image_is_made() {
     let cloud = Cloud::start(|faults| faults.quota_bytes = Some(1 << 20)).await;
     let run = cloud.run(&["bench", "--quick", "--os-cloud", "mini"]).await;
-    run.ends(0, &["sending was not measured", "413"]);
+    run.ends(0, &["sending was not measured", "the quota for images has 0 B left, and 12.8 MiB would be sent"]);
+    assert_eq!(cloud.posts(), 0);
+    cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_breaks_is_a_note_and_its_image_goes() {
+    let cloud = Cloud::start(|faults| (faults.cut_puts, faults.cut_after_bytes) = (1, 3 << 20)).await;
+    let run = cloud.run(&["bench", "--quick", "--os-cloud", "mini"]).await;
+    run.ends(0, &["sending was not measured", "the connection broke"]);
+    assert_eq!(cloud.posts(), 1);
     cloud.assert_nothing_made();
 }
 

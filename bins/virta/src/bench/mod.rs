@@ -36,7 +36,7 @@ use stages::{
     convert::{JobError, Notices},
     openstack::{config::Surroundings, error::now_utc},
     progress::Progress,
-    text::{causes, printable},
+    text::{causes, printable, size},
 };
 
 use crate::{
@@ -361,6 +361,15 @@ async fn in_the_cloud(
     }
     if arguments.no_upload {
         record.notes.push("sending was not measured: --no-upload".to_owned());
+        return Ok(());
+    }
+    // asked beforehand: a service that refuses what is on its way resets the connection, and its reason can be lost with that
+    if let Some(left) = glance.session.quota_left_bytes().await.filter(|left| *left < glance.upload_bytes) {
+        record.notes.push(format!(
+            "sending was not measured: the quota for images has {} left, and {} would be sent",
+            size(left),
+            size(glance.upload_bytes)
+        ));
         return Ok(());
     }
     display.note(&format!("sending an image of {} MiB, which is deleted again …", glance.upload_bytes >> 20));
