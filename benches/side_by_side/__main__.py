@@ -71,7 +71,7 @@ def main():
             report.write(given.out or pathlib.Path("benches/runs") / today, given.name or "-".join(word for word, on in [("scaling", given.scaling), ("glance" if given.glance else "local", True)] if on), about, results)
     ratios = [ratio for result in results for ratio in result["ratios"]]
     for ratio in ratios:
-        limit = f"at least {ratio['at_least']}" if ratio["at_least"] else f"at most {ratio['at_most']}" if ratio["at_most"] else ""
+        limit = report.limit_of(ratio)
         if ratio["value"] is None:
             print(f"     ---  {ratio['says']}  {limit}  not checked: a contestant was not run")
             continue
@@ -100,7 +100,7 @@ def run_case(case, rounds, virta, inputs, work):
         for number in range(rounds):
             for contestant in shuffled.sample(entered, len(entered)):
                 contestant.before()
-                command = getattr(contestant, "text", None) or fill(contestant.command)
+                command = contestant.command() if callable(contestant.command) else fill(contestant.command)
                 commands[contestant.name] = command.replace(str(virta), "virta").replace(str(work), "WORK").replace(folder, "OUT")
                 if case.cold:
                     measure.drop_caches()
@@ -117,7 +117,7 @@ def run_case(case, rounds, virta, inputs, work):
                 samples.setdefault(contestant.name, []).append(sample)
                 print(f"{case.name} {number + 1}/{rounds} {sample.seconds:8.3f} s  {contestant.name}", file=sys.stderr, flush=True)
     ordered = {contestant.name: samples[contestant.name] for contestant in case.contestants if contestant.name in samples}
-    ratios = [figure for ratio in case.ratios if (figure := report.figure(ratio, ordered))]
+    ratios = [report.figure(ratio, ordered) for ratio in case.ratios]
     return {"case": case, "skipped": skipped, "samples": ordered, "commands": commands, "ratios": ratios}
 
 

@@ -36,12 +36,12 @@ def machine():
     return {"cpu": model, "cores": os.cpu_count(), "memory_bytes": memory, "kernel": platform.release(), "versions": versions}
 
 
-def figure(ratio, samples, pick=statistics.median):
+def figure(ratio, samples):
     """The ratio of the medians, and its value in each round."""
 
     def of(name, number=None):
         values = [getattr(sample, ratio.of) for sample in samples[name]]
-        return pick(values) if number is None else values[number]
+        return statistics.median(values) if number is None else values[number]
 
     def settled(term):
         """Alternatives are settled by their medians, once for all rounds."""
@@ -62,6 +62,11 @@ def figure(ratio, samples, pick=statistics.median):
     limited = ratio.at_least is not None or ratio.at_most is not None
     return {"says": ratio.says, "of": ratio.of, "over": over, "under": under, "value": value, "rounds": rounds,
             "at_least": ratio.at_least, "at_most": ratio.at_most, "held": held if limited else None}  # fmt: skip
+
+
+def limit_of(ratio):
+    """What a figure has to be, in words."""
+    return f"at least {ratio['at_least']}" if ratio["at_least"] else f"at most {ratio['at_most']}" if ratio["at_most"] else ""
 
 
 def as_json(about, results):
@@ -111,7 +116,7 @@ def as_markdown(about, results):
             if ratio["value"] is None:
                 lines.append(f"- {ratio['says']}: not checked, a contestant was not run")
                 continue
-            limit = f", at least {ratio['at_least']}" if ratio["at_least"] else f", at most {ratio['at_most']}" if ratio["at_most"] else ""
+            limit = f", {limit_of(ratio)}" if limit_of(ratio) else ""
             verdict = {True: ": holds", False: ": **does not hold**", None: ""}[ratio["held"]]
             spread = f"{min(ratio['rounds']):.2f} to {max(ratio['rounds']):.2f}"
             over = " + ".join(ratio["over"])

@@ -116,10 +116,16 @@ fn default_for(available: u64) -> u64 {
 /// Memory that this process could take now: the machine's, or the cgroup's if that is less.
 #[must_use]
 pub fn available_bytes() -> Option<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let machine = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024;
+    let machine = meminfo_bytes("MemAvailable:")?;
     Some(cgroup_available_bytes().map_or(machine, |cgroup| cgroup.min(machine)))
+}
+
+/// A line of `/proc/meminfo`, by its key with the colon.
+#[must_use]
+pub fn meminfo_bytes(key: &str) -> Option<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(key))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
 }
 
 /// What is left of the tightest memory limit on the way from this process's cgroup to the root (version 2), or of

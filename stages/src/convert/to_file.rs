@@ -28,9 +28,9 @@ use crate::{
 };
 
 /// Writes in flight: enough to keep a device and the page cache busy, few enough to be no matter for memory.
-const WRITE_DEPTH: usize = 8;
+pub const WRITE_DEPTH: usize = 8;
 /// Threads that call `pwrite` where there is no io_uring.
-const PWRITE_THREADS: usize = 2;
+pub const PWRITE_THREADS: usize = 2;
 
 /// Converts the job's source into a qcow2 file at `destination`.
 ///

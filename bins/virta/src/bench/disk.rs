@@ -10,10 +10,13 @@ use std::{
 
 use engine::{BufferPool, CancelToken, LocalExecutor, Slice, TokioLocal};
 use rustix::fs::{Advice, OFlags, fadvise, fcntl_getfl, fcntl_setfl, statvfs};
-use stages::disk::{
-    pwrite::PwriteQueue,
-    queue::{WriteBytes, WriteOp, WriteQueue},
-    uring::{UringExecutor, UringQueue},
+use stages::{
+    convert::to_file::{PWRITE_THREADS, WRITE_DEPTH},
+    disk::{
+        pwrite::PwriteQueue,
+        queue::{WriteBytes, WriteOp, WriteQueue},
+        uring::{UringExecutor, UringQueue},
+    },
 };
 
 use super::{
@@ -23,10 +26,6 @@ use super::{
 
 /// Bytes of one write or read.
 const PIECE_BYTES: usize = 2 << 20;
-/// Writes in flight, as many as a conversion has.
-const WRITE_DEPTH: usize = 8;
-/// Threads behind `pwrite`, as many as a conversion has.
-const PWRITE_THREADS: usize = 2;
 /// Files written for each figure.
 const SAMPLES: usize = 3;
 
@@ -124,17 +123,11 @@ impl Disk<'_> {
         let mut result = Ok(());
         let ran = if uring {
             UringExecutor.block_on(Box::pin(async {
-                result = match UringQueue::new(file, WRITE_DEPTH) {
-                    Ok(queue) => fill(queue, piece, bytes).await,
-                    Err(error) => Err(error),
-                };
+                result = fill(UringQueue::new(file, WRITE_DEPTH), piece, bytes).await;
             }))
         } else {
             TokioLocal.block_on(Box::pin(async {
-                result = match PwriteQueue::new(file, WRITE_DEPTH, PWRITE_THREADS) {
-                    Ok(queue) => fill(queue, piece, bytes).await,
-                    Err(error) => Err(error),
-                };
+                result = fill(PwriteQueue::new(file, WRITE_DEPTH, PWRITE_THREADS), piece, bytes).await;
             }))
         };
         ran.map_err(io::Error::other)?;
@@ -188,7 +181,8 @@ impl Disk<'_> {
 }
 
 /// Fills the file through a queue, as the writer stage does, and flushes it.
-async fn fill<Q: WriteQueue>(mut queue: Q, piece: &Slice, bytes: u64) -> io::Result<()> {
+async fn fill<Q: WriteQueue>(queue: io::Result<Q>, piece: &Slice, bytes: u64) -> io::Result<()> {
+    let mut queue = queue?;
     let mut first = Ok(());
     let mut at = 0;
     while at < bytes && first.is_ok() {

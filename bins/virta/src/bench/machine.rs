@@ -4,6 +4,8 @@ use std::{fs, path::Path, time::Duration};
 
 use rustix::{fs::statfs, system::uname};
 
+use stages::convert::budget::meminfo_bytes;
+
 use super::record::Machine;
 
 /// Nova's metadata service, in the form of EC2: its `instance-type` is the flavor's name.
@@ -20,7 +22,7 @@ pub fn this(folder: &Path) -> Machine {
         flavor_from: None,
         cpu: cpu().unwrap_or_else(|| system.machine().to_string_lossy().into_owned()),
         cores: std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get),
-        memory_bytes: memory_bytes().unwrap_or(0),
+        memory_bytes: meminfo_bytes("MemTotal:").unwrap_or(0),
         kernel: system.release().to_string_lossy().into_owned(),
         folder: folder.display().to_string(),
         filesystem: filesystem(folder),
@@ -32,12 +34,6 @@ fn cpu() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let (_, name) = text.lines().find(|line| line.starts_with("model name"))?.split_once(':')?;
     Some(name.trim().to_owned())
-}
-
-fn memory_bytes() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10)
 }
 
 /// statfs(2)'s numbers of file systems that such machines have.

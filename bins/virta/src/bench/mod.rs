@@ -153,8 +153,7 @@ impl Amount {
 
 /// Runs the command.
 pub async fn run(arguments: BenchArgs) -> ExitCode {
-    let run = Run::default();
-    let display = Display::start(ProgressChoice::Auto, &Progress::default(), run.clone());
+    let display = Display::start(ProgressChoice::Auto, &Progress::default(), Run::default());
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
     let result = if arguments.compare.is_empty() { measure(&arguments, &display, &cancel).await } else { compare(&arguments) };
@@ -172,13 +171,17 @@ pub async fn run(arguments: BenchArgs) -> ExitCode {
     exit::shown(written)
 }
 
+/// Where a file is, or will be.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Writes a file whole or not at all.
 fn save(path: &Path, content: &str) -> Result<(), JobError> {
     let refused = |error: std::io::Error| {
         JobError::Refused(format!("{} could not be written: {error}", printable(&path.display().to_string())))
     };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(refused)?;
+    let mut file = tempfile::NamedTempFile::new_in(folder_of(path)).map_err(refused)?;
     std::io::Write::write_all(&mut file, content.as_bytes()).map_err(refused)?;
     file.persist(path).map_err(|error| refused(error.error))?;
     Ok(())
@@ -212,8 +215,7 @@ fn check_writable(path: Option<&PathBuf>, what: Written) -> Result<(), JobError>
         }
         _ => {}
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if tempfile::tempfile_in(folder).is_err() {
+    if tempfile::tempfile_in(folder_of(path)).is_err() {
         return Err(JobError::Usage(format!("{shown} cannot be written")));
     }
     Ok(())
