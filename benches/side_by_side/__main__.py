@@ -67,7 +67,10 @@ def main():
     results = []
     for case in wanted:
         if not given.case or case.name in given.case:
-            results.append(run_case(case, given.rounds, virta, inputs, work))
+            try:
+                results.append(run_case(case, given.rounds, virta, inputs, work))
+            finally:
+                case.after()
             report.write(given.out or pathlib.Path("benches/runs") / today, given.name or "-".join(word for word, on in [("scaling", given.scaling), ("glance" if given.glance else "local", True)] if on), about, results)
     ratios = [ratio for result in results for ratio in result["ratios"]]
     for ratio in ratios:

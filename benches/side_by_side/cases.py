@@ -4,6 +4,7 @@ A case names its input and its contestants; a contestant is a command in which `
 Local cases look like this one; those of the network are made by functions, for they need ids.
 """
 
+import concurrent.futures
 import dataclasses
 import pathlib
 import sys
@@ -52,6 +53,8 @@ class Case:
     cold: bool = False
     #: Outputs go to memory instead of the work folder.
     out_in_memory: bool = False
+    #: Called after the last round.
+    after: Callable[[], object] = lambda: None
 
 
 VIRTA = Contestant("virta --no-sync", "{virta} convert {in} {out}.qcow2 --no-sync --force --progress none")
@@ -178,7 +181,7 @@ def connections(cloud, inputs, size):
     made = f"bench-made-{uuid.uuid4()}"
     batch = [
         Contestant(
-            f"batch --jobs {jobs}", f"{{virta}} batch --verify none --jobs {jobs} --name-template {made} --force --progress none {' '.join(small)}",
+            f"batch --jobs {jobs}", f"{{virta}} batch --verify none --jobs {jobs} --name-template '{made}-{{{{name}}}}' --force --progress none {' '.join(small)}",
             makes_image=False, before=lambda: cloud.delete(made), after=lambda: cloud.delete(made),
         )
         for jobs in (1, 2, 4, 8)
@@ -256,4 +259,57 @@ def glance(cloud, inputs, virta, work, size):
             ],
         )
     )  # fmt: skip
+    cases.append(many(cloud, inputs, virta, work))
     return cases
+
+
+def many(cloud, inputs, virta, work):
+    """A batch of 12 images, against as many transfers of the same bytes with as many curls at once as serve best."""
+    names = [f"quarter-{160 + 40 * number}m" for number in range(12)]
+    packed = [work / f"{name}.qcow2" for name in names]
+    for name, path in zip(names, packed):
+        measure.run(f"{virta} convert {inputs.get(name)} {path} --force --no-sync --progress none", work / "log")
+    raw, made = f"bench-raw-{uuid.uuid4()}", f"bench-made-{uuid.uuid4()}"
+    sources = []
+
+    def finish():
+        for prefix in (raw, made):
+            cloud.delete(prefix)
+        sources.clear()
+
+    def ready():
+        """Sources that were never converted: each conversion that was deleted costs the next one of its source a request or two."""
+        if not sources:
+            finish()
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                sources[:] = pool.map(lambda name: cloud.keep(f"{raw}-{name}", "raw", inputs.get(name)), names)
+
+    def batch(jobs):
+        def command():
+            return f"{virta} batch --verify none --jobs {jobs} --name-template '{made}-{{id}}' --progress none {' '.join(sources)}"
+
+        return Contestant(f"virta batch --verify none --jobs {jobs}", command, makes_image=False, before=ready, after=finish)
+
+    def transfers(parallel):
+        lines = work / "transfers"
+
+        def one(source, path):
+            # a PUT that a test cloud's SQLite refuses is sent again, to another image
+            puts = [cloud.put(cloud.new(made, "qcow2"), path) for _ in range(3)]
+            return f"{cloud.get(source, '/dev/null')}; {' || '.join(puts)}\0"
+
+        def command():
+            lines.write_text("".join(map(one, sources, packed)))
+            return f"xargs -0 -n 1 -P {parallel} sh -ec < {lines}"
+
+        return Contestant(f"curl GET, curl PUT, {parallel} at once", command, ("curl", "xargs"), makes_image=False, before=ready, after=lambda: cloud.delete(made))
+
+    batches, curls = [batch(jobs) for jobs in (1, 4)], [transfers(parallel) for parallel in (1, 2, 4)]
+    return Case(
+        "glance-batch", "real Glance, 12 raw images of 160 to 600 MiB, a quarter of them data", names[0], [*batches, *curls],
+        [
+            Ratio("virta batch --jobs 4 / the best number of curls", [batches[1].name], [tuple(curl.name for curl in curls)], at_most=1.25),
+            Ratio("virta batch --jobs 4 / --jobs 1", [batches[1].name], [batches[0].name]),
+        ],
+        after=finish,
+    )  # fmt: skip

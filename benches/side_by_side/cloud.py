@@ -51,9 +51,11 @@ class Cloud:
     def images(self, name):
         return [image["id"] for image in self.call("GET", f"/v2/images?name={name}&limit=100")["images"]]
 
-    def delete(self, name):
-        for image in self.images(name):
-            self.call("DELETE", f"/v2/images/{image}")
+    def delete(self, prefix):
+        """All images whose name begins so. Lists come in pages; one of a thousand is enough here."""
+        for image in self.call("GET", "/v2/images?visibility=private&limit=1000")["images"]:
+            if (image["name"] or "").startswith(prefix):
+                self.call("DELETE", f"/v2/images/{image['id']}")
 
     def keep(self, name, disk_format, path):
         """The id of the image of this name, which is made of a file if it is not there. It stays, so that the next run begins at once."""

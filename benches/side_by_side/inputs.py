@@ -55,6 +55,15 @@ class Inputs:
                     file.write(part)
                     left -= len(part)
 
+    def quarter(self, path, size):
+        """Random bytes in the first 2 MiB of each 8, the rest holes."""
+        generator = random.Random(size)
+        with open(path, "wb") as file:
+            file.truncate(size)
+            for at in range(0, size, 8 * MIB):
+                file.seek(at)
+                file.write(generator.randbytes(2 * MIB))
+
     def random(self, path, size):
         """Nothing that is zero, nothing that compresses."""
         generator = random.Random(1)

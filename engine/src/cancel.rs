@@ -80,6 +80,14 @@ impl Shared {
             hook(true);
         }
     }
+
+    /// What somebody outside asked for, until it is told.
+    fn requested(&self) -> Option<String> {
+        match &self.cause.lock().unwrap_or_else(PoisonError::into_inner).cause {
+            Some(Cause::Requested(why)) => Some(why.clone()),
+            _ => None,
+        }
+    }
 }
 
 /// Cancels a run, or tells whether it is. Clones are the same token.
@@ -105,12 +113,15 @@ impl CancelToken {
         }))
     }
 
-    /// A token that is cancelled with this one, and can be cancelled without it: for a part of a job that may fail and be tried
-    /// again while the rest goes on.
+    /// A token that is cancelled with this one, for the reason that was asked for, and can be cancelled without it: for a part of a job that
+    /// may fail and be tried again while the rest goes on.
     #[must_use]
     pub fn child(&self) -> Self {
-        let child = Self::new();
-        self.on_cancel(&child.0, |shared| shared.cancel(Cause::Requested("cancelled with the job it is a part of".to_owned())));
+        let (child, parent) = (Self::new(), Arc::downgrade(&self.0));
+        self.on_cancel(&child.0, move |shared| {
+            let why = parent.upgrade().and_then(|parent| parent.requested());
+            shared.cancel(Cause::Requested(why.unwrap_or_else(|| "cancelled with the job it is a part of".to_owned())));
+        });
         child
     }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use engine::{
-    BlockingStage, BufferPool, CancelToken, ErrorKind, Inlet, NoInput, NoOutput, Outlet, Pipeline, RunError, StageContext,
+    BlockingStage, BufferPool, CancelToken, Cause, ErrorKind, Inlet, NoInput, NoOutput, Outlet, Pipeline, RunError, StageContext,
     StageError,
     testing::{Block, CountingSink, CountingSource, FailAt, assert_conserves},
 };
@@ -114,4 +114,28 @@ async fn a_stage_that_leaves_input_behind_fails_the_run() {
         .await
         .unwrap_err();
     assert!(matches!(error, RunError::Failed { error, .. } if error.kind == ErrorKind::Bug));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_of_a_job_ends_for_the_reason_that_the_job_was_given() {
+    for (before, grandchild) in [(true, false), (false, false), (true, true), (false, true)] {
+        let job = CancelToken::new();
+        let ask = || job.cancel(Cause::Requested("time is up".to_owned()));
+        if before {
+            ask();
+        }
+        let child = job.child();
+        let part = if grandchild { child.child() } else { child.clone() };
+        let pool = BufferPool::new(1, 512, 512, &part);
+        let source = CountingSource { blocks: u64::MAX, pool: Some(pool), emitted: Arc::default() };
+        let running = Pipeline::new(&part)
+            .network("source", source)
+            .threads("sink", 1, || CountingSink::<Block> { received: Arc::new(AtomicU64::new(0)), item: PhantomData })
+            .start(&Handle::current());
+        if !before {
+            ask();
+        }
+        let error = running.join().await.unwrap_err();
+        assert!(matches!(&error, RunError::Cancelled(why) if why == "time is up"), "{error:?}");
+    }
 }

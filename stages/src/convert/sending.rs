@@ -86,13 +86,7 @@ impl<C: Content> Sending<'_, C> {
                     // without an answer Glance may still be at work on what it got
                     let within = if answered { patience.saving } else { patience.answer };
                     match self.wait_until_active(&id, within).await {
-                        Ok(found) => {
-                            if let Some(claim) = &self.maker.claim {
-                                self.guard(claim.renew(self.maker.session, &id)).await??;
-                                claim.keep(self.maker.session, &id, self.maker.cancel);
-                            }
-                            return Ok(Active { image: found, emitted, stages });
-                        }
+                        Ok(image) => return Ok(Active { image, emitted, stages }),
                         Err(error) => error,
                     }
                 }
@@ -130,6 +124,8 @@ impl<C: Content> Sending<'_, C> {
         if !retryable {
             return Ok(None);
         }
+        // Glance's own refusal ends its work on the image; a gateway's (502 to 504) says nothing of it
+        let is_over = api.status() == Some(StatusCode::INTERNAL_SERVER_ERROR);
         // what became of the image? A client that goes away leaves it saving for about a second
         let started = Instant::now();
         let patience = self.maker.patience;
@@ -140,7 +136,7 @@ impl<C: Content> Sending<'_, C> {
                 Ok("queued") if api.status().is_some_and(|status| status.is_server_error()) => return Ok(Some(Next::New)),
                 Ok("queued") => return Ok(Some(Next::Again)),
                 Ok("active" | "deactivated" | "killed" | "deleted") => return Ok(Some(Next::New)),
-                Ok(_) if started.elapsed() > patience.saving / 4 => return Ok(Some(Next::New)),
+                Ok(_) if is_over || started.elapsed() > patience.saving / 4 => return Ok(Some(Next::New)),
                 Ok(_) => {}
                 Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(Some(Next::New)),
                 Err(_) if started.elapsed() > patience.saving => return Ok(Some(Next::New)),

@@ -233,6 +233,11 @@ impl Emission<'_> {
         // a source never goes on the strength of a size alone
         let goes = self.job.options.after != After::Keep;
         let read_back = self.job.options.verify == Verify::Readback || (goes && !image_hash.checked);
+        if let Some(claim) = self.maker.claim.as_ref().filter(|_| read_back || goes) {
+            // what follows may take long; the claim that was set ahead of the upload may be over by then, or be good for hours after a death
+            self.guard(claim.renew(self.maker.session, &image.id)).await??;
+            claim.keep(self.maker.session, &image.id, &self.job.cancel);
+        }
         if read_back {
             self.read_back(&image).await?;
         }
@@ -256,29 +261,22 @@ impl Emission<'_> {
         Ok(Proven { id: image.id, image_hash, read_back, read_twice, stages })
     }
 
-    /// Marks the image as verified, and ends the claim, unless the source is still to go: then nobody may delete the image any more.
+    /// Marks the image as verified, and ends the claim with the same request, unless the source is still to go: then nobody may delete the
+    /// image any more.
     async fn mark(&self, image_id: &str, verified: &str) -> Result<(), JobError> {
         let mut changes = vec![Change::Set(VERIFIED.to_owned(), json!(verified))];
-        let goes = self.job.options.after != After::Keep;
-        if self.maker.claim.is_some() && goes {
-            changes.push(Change::Set("protected".to_owned(), json!(true)));
+        if let Some(claim) = &self.maker.claim {
+            if self.job.options.after == After::Keep {
+                claim.leave().await;
+                changes.extend(Change::take_off(CLAIM_UNTIL));
+            } else {
+                changes.push(Change::Set("protected".to_owned(), json!(true)));
+            }
         }
         match self.guard(self.maker.session.change_image(image_id, &changes)).await? {
-            Ok(_) => {}
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
-                return Err(JobError::Lost { image: image_id.to_owned() });
-            }
-            Err(error) => return Err(error.into()),
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Err(JobError::Lost { image: image_id.to_owned() }),
+            other => Ok(other.map(drop)?),
         }
-        if let Some(claim) = &self.maker.claim
-            && !goes
-        {
-            claim.leave().await;
-            if let Err(error) = self.maker.session.remove_property(image_id, CLAIM_UNTIL).await {
-                self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {}", causes(&error)));
-            }
-        }
-        Ok(())
     }
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.
