@@ -35,6 +35,7 @@ def arguments():
     parser.add_argument("--rounds", default=7, type=int)
     parser.add_argument("--size", default="4g", help="of the realistic disk: 1g, 2g, 4g …")
     parser.add_argument("--case", action="append", help="only this case; may be repeated")
+    parser.add_argument("--without", action="append", default=[], metavar="TEXT", help="no contestant whose name has this in it; may be repeated")
     parser.add_argument("--scaling", action="store_true", help="as disks, data, threads and, with --glance, connections and jobs grow")
     parser.add_argument("--glance", action="store_true", help="the cases on a real Glance; OS_CLOUD says which")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the report [default: benches/runs/DATE]")
@@ -68,7 +69,7 @@ def main():
     for case in wanted:
         if not given.case or case.name in given.case:
             try:
-                results.append(run_case(case, given.rounds, virta, inputs, work))
+                results.append(run_case(case, given.rounds, virta, inputs, work, given.without))
             finally:
                 case.after()
             report.write(given.out or pathlib.Path("benches/runs") / today, given.name or "-".join(word for word, on in [("scaling", given.scaling), ("glance" if given.glance else "local", True)] if on), about, results)
@@ -83,7 +84,7 @@ def main():
     sys.exit(any(ratio["held"] is False for ratio in ratios))
 
 
-def run_case(case, rounds, virta, inputs, work):
+def run_case(case, rounds, virta, inputs, work, without):
     """All rounds of a case."""
     source = inputs.get(case.input)
     skipped, samples, commands = {}, {}, {}
@@ -92,7 +93,9 @@ def run_case(case, rounds, virta, inputs, work):
         fill = lambda text: text if "{" not in text else text.format(**places)  # noqa: E731
         entered = []
         for contestant in case.contestants:
-            if missing := [tool for tool in contestant.needs if shutil.which(tool) is None]:
+            if any(text in contestant.name for text in without):
+                skipped[contestant.name] = "left out (--without)"
+            elif missing := [tool for tool in contestant.needs if shutil.which(tool) is None]:
                 skipped[contestant.name] = f"{', '.join(missing)} not installed"
             else:
                 entered.append(contestant)

@@ -53,7 +53,7 @@ class Cloud:
 
     def delete(self, prefix):
         """All images whose name begins so. Lists come in pages; one of a thousand is enough here."""
-        for image in self.call("GET", "/v2/images?visibility=private&limit=1000")["images"]:
+        for image in self.call("GET", "/v2/images?limit=1000")["images"]:
             if (image["name"] or "").startswith(prefix):
                 self.call("DELETE", f"/v2/images/{image['id']}")
 

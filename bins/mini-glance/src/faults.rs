@@ -57,6 +57,8 @@ pub struct Faults {
     pub failing_puts: u32,
     /// So many PUTs end as if their worker was killed halfway: no answer, and the image stays `saving`.
     pub dying_puts: u32,
+    /// So many PUTs end with a 500 when all is sent, and the image stays `saving`, as when Glance's database refuses to make it `active`.
+    pub erring_puts: u32,
     /// In so many PUTs the image is deleted halfway: 410.
     pub vanishing_puts: u32,
     /// So many PUTs stop reading for `stall` after `cut_after_bytes`.

@@ -664,6 +664,7 @@ fn download(shared: &Arc<Shared>, id: &str, range: &str, project: &str) -> Answe
 struct PutFate {
     cut: bool,
     dies: bool,
+    errs: bool,
     vanishes: bool,
     stalls: bool,
 }
@@ -714,6 +715,7 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>, proj
         let fate = PutFate {
             cut: Faults::take(&mut faults.cut_puts) | faults.cuts_this_one(),
             dies: Faults::take(&mut faults.dying_puts),
+            errs: Faults::take(&mut faults.erring_puts),
             vanishes: Faults::take(&mut faults.vanishing_puts),
             stalls: Faults::take(&mut faults.stalling_puts),
         };
@@ -795,6 +797,12 @@ async fn upload(shared: &Arc<Shared>, id: &str, request: Request<Incoming>, proj
     if let Some(verdict) = verdict {
         back_to_queued(true);
         return Ok(html(StatusCode::UNSUPPORTED_MEDIA_TYPE, &verdict));
+    }
+    if fate.errs {
+        return Ok(html(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "The server has either erred or is incapable of performing the requested operation.",
+        ));
     }
     if !faults.stuck_saving {
         activate(&mut shared.state(), id, &path, &stored);

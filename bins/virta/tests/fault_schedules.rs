@@ -80,6 +80,7 @@ fn faults(chance: &mut Chance) -> Faults {
         dying_puts: chance.rarely(3),
         vanishing_puts: chance.rarely(3),
         stalling_puts: chance.rarely(2),
+        erring_puts: chance.rarely(2),
         ..Faults::default()
     }
 }
@@ -227,4 +228,22 @@ fn every_schedule_of_faults_ends_with_a_verified_image_or_a_clear_error_and_noth
         let done = ends.get("done").copied().unwrap_or(0);
         assert!(done > seeds / 3 && done < seeds, "{done} of {seeds}: schedules that always or never fail show nothing");
     });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_glance_itself_gave_up_goes_into_a_new_image_without_waiting_for_the_old_one() {
+    let mut chance = Chance(1);
+    let raw = raw_disk(&mut chance);
+    let service = MiniGlance::start(Config::default()).await.unwrap();
+    let record = json!({ "name": "snap", "disk_format": "raw", "container_format": "bare", "visibility": "private" });
+    let source = service.add_image(&record, |storing| storing.write(&raw)).unwrap();
+    service.faults(|faults| faults.erring_puts = 1);
+    let mut options = options(&mut chance);
+    // an image that nobody is at stays `saving` for ever: whoever waits for it does not end here
+    options.patience = Patience { saving: Duration::from_secs(3600), ..options.patience };
+    let lines = Arc::new(Lines::default());
+    let converting = convert(&service, &source, options, &lines);
+    tokio::time::timeout(Duration::from_secs(60), converting).await.expect("it does not wait").unwrap();
+    assert!(lines.0.lock().unwrap().iter().any(|line| line.contains("a new one is made")));
+    assert_eq!(service.images().len(), 2, "the source, and one conversion");
 }

@@ -7,12 +7,12 @@
 //! again only one can.
 //!
 //! ```text
-//! POST g ── 201 ── survey (claim renewed) ── claim set far ahead ── PUT ── active ┬─ proven, claim off
+//! POST g ── 201 ── survey (claim renewed) ── claim set far ahead ── PUT ── active ┬─ proven ── claim off
 //!   │                                                                             └─ (renewed) proven, protected ── source goes ── claim off
 //!   └── 409: gone ─> g + 1 · claim good: held by another · claim over, queued or saving: DELETE g, POST g + 1
 //! ```
-//! `virta_claim_until` says how long others have to keep away. It is renewed while the image is `queued`, and while it is `active` if it is
-//! read back or its source is to go; a change while it is `saving` is lost, so before the PUT it is set to an hour or four times the
+//! `virta_claim_until` says how long others have to keep away. It is renewed while the image is `queued`, and while it is `active` if that may
+//! last (it is read back, hashed anew, or its source is to go); a change while it is `saving` is lost, so before the PUT it is set to an hour or four times the
 //! estimate from then on, whichever is more.
 //!
 //! # What cannot happen

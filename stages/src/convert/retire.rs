@@ -24,7 +24,7 @@ use super::{
 use crate::{
     glance::Remote,
     openstack::{
-        ApiError, Change, Image, Session,
+        ApiError, Image, Session,
         image::{CLAIM_UNTIL, ImageError, REPLACES, REPLACES_NAME, SOURCE_ID, VERIFIED},
     },
     store::Survey,
@@ -249,11 +249,13 @@ pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<bo
 /// # Errors
 /// [`ApiError`].
 pub async fn release(session: &Session, image_id: &str) -> Result<(), ApiError> {
-    let mut changes = vec![Change::Set("protected".to_owned(), json!(false))];
-    changes.extend(Change::take_off(CLAIM_UNTIL));
-    match session.change_image(image_id, &changes).await {
+    let released = async {
+        session.set_property(image_id, "protected", &json!(false)).await?;
+        session.remove_property(image_id, CLAIM_UNTIL).await
+    };
+    match released.await {
         Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(()),
-        other => other.map(drop),
+        other => other,
     }
 }
 

@@ -124,8 +124,8 @@ impl<C: Content> Sending<'_, C> {
         if !retryable {
             return Ok(None);
         }
-        // Glance's own refusal ends its work on the image; a gateway's (502 to 504) says nothing of it
-        let is_over = api.status() == Some(StatusCode::INTERNAL_SERVER_ERROR);
+        // the PUT's own 500 ends Glance's work on the image; a gateway's answer (502 to 504) says nothing of it
+        let is_over = matches!(error, JobError::Stage { .. }) && api.status() == Some(StatusCode::INTERNAL_SERVER_ERROR);
         // what became of the image? A client that goes away leaves it saving for about a second
         let started = Instant::now();
         let patience = self.maker.patience;

@@ -229,15 +229,18 @@ impl Emission<'_> {
     /// Size, hash and, if asked for, content of the new image; then its mark.
     async fn prove(&self, active: Active, surveyed_stages: Stages) -> Result<Proven, JobError> {
         let Active { image, emitted, stages } = active;
-        let image_hash = self.sending.compare(&image, &emitted).await?;
-        // a source never goes on the strength of a size alone
         let goes = self.job.options.after != After::Keep;
-        let read_back = self.job.options.verify == Verify::Readback || (goes && !image_hash.checked);
-        if let Some(claim) = self.maker.claim.as_ref().filter(|_| read_back || goes) {
-            // what follows may take long; the claim that was set ahead of the upload may be over by then, or be good for hours after a death
+        let by_another = image.expected_hash().is_some_and(|theirs| theirs.algorithm != "sha512");
+        if let Some(claim) =
+            self.maker.claim.as_ref().filter(|_| goes || by_another || self.job.options.verify == Verify::Readback)
+        {
+            // what follows may take long, and the claim that was set ahead of the upload be over, or good for hours after a death
             self.guard(claim.renew(self.maker.session, &image.id)).await??;
             claim.keep(self.maker.session, &image.id, &self.job.cancel);
         }
+        let image_hash = self.sending.compare(&image, &emitted).await?;
+        // a source never goes on the strength of a size alone
+        let read_back = self.job.options.verify == Verify::Readback || (goes && !image_hash.checked);
         if read_back {
             self.read_back(&image).await?;
         }
@@ -261,22 +264,33 @@ impl Emission<'_> {
         Ok(Proven { id: image.id, image_hash, read_back, read_twice, stages })
     }
 
-    /// Marks the image as verified, and ends the claim with the same request, unless the source is still to go: then nobody may delete the
-    /// image any more.
+    /// Marks the image as verified, and ends the claim, unless the source is still to go: then nobody may delete the image any more.
+    ///
+    /// The claim comes off by a request of its own: while the mark is on its way, or its answer is lost, others still keep away.
     async fn mark(&self, image_id: &str, verified: &str) -> Result<(), JobError> {
         let mut changes = vec![Change::Set(VERIFIED.to_owned(), json!(verified))];
+        let goes = self.job.options.after != After::Keep;
         if let Some(claim) = &self.maker.claim {
-            if self.job.options.after == After::Keep {
-                claim.leave().await;
-                changes.extend(Change::take_off(CLAIM_UNTIL));
-            } else {
+            // Glance reads an image, changes it and saves it: a renewal meanwhile would undo the mark
+            claim.leave().await;
+            if goes {
                 changes.push(Change::Set("protected".to_owned(), json!(true)));
             }
         }
         match self.guard(self.maker.session.change_image(image_id, &changes)).await? {
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Err(JobError::Lost { image: image_id.to_owned() }),
-            other => Ok(other.map(drop)?),
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
+                return Err(JobError::Lost { image: image_id.to_owned() });
+            }
+            other => other.map(drop)?,
         }
+        if let Some(claim) = &self.maker.claim {
+            if goes {
+                claim.keep(self.maker.session, image_id, &self.job.cancel);
+            } else if let Err(error) = self.maker.session.remove_property(image_id, CLAIM_UNTIL).await {
+                self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {}", causes(&error)));
+            }
+        }
+        Ok(())
     }
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.

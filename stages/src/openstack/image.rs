@@ -102,12 +102,6 @@ pub enum Change {
 }
 
 impl Change {
-    /// Takes a property off that may not be there (any more: the answer to this request may be lost, and the request repeated).
-    #[must_use]
-    pub fn take_off(key: &str) -> [Self; 2] {
-        [Self::Set(key.to_owned(), Value::String(String::new())), Self::Remove(key.to_owned())]
-    }
-
     /// The operation of a JSON patch.
     fn operation(&self) -> Value {
         let path = |key: &str| format!("/{}", key.replace('~', "~0").replace('/', "~1"));
