@@ -23,6 +23,14 @@ pub fn digest(cluster: &[u8]) -> [u32; 4] {
     [words[0], words[1], words[2], words[3]].map(u32::from_le_bytes)
 }
 
+/// Appends a cluster as it is stored: compressed, or as it is where that would save too little.
+pub fn append_stored(encoder: &mut Encoder, cluster: &[u8], packed: &mut Vec<u8>) {
+    let limit = cluster.len() - SAVED_BYTES_MIN.min(cluster.len() / 4);
+    if looks_incompressible(cluster) || encoder.append(cluster, limit, packed).is_none() {
+        packed.extend_from_slice(cluster);
+    }
+}
+
 /// Digests, compresses and packs clusters. One a thread; holds a cluster's worth of scratch beside the codec's context.
 #[derive(Debug)]
 pub struct EncodeClusters {
@@ -43,18 +51,13 @@ impl EncodeClusters {
     /// Appends the stored form of one cluster to `packed`; returns its record.
     fn encode_one(&mut self, cluster: &[u8]) -> Record {
         let digest = digest(cluster);
-        let whole = u32::try_from(cluster.len()).expect("a cluster has at most 2 MiB");
-        if let Some(encoder) = &mut self.encoder
-            && !looks_incompressible(cluster)
-        {
-            let limit = cluster.len() - SAVED_BYTES_MIN.min(cluster.len() / 4);
-            if let Some(bytes) = encoder.append(cluster, limit, &mut self.packed) {
-                let stored_bytes = u32::try_from(bytes).expect("smaller than a cluster");
-                return Record { stored_bytes, digest };
-            }
+        let before = self.packed.len();
+        match &mut self.encoder {
+            Some(encoder) => append_stored(encoder, cluster, &mut self.packed),
+            None => self.packed.extend_from_slice(cluster),
         }
-        self.packed.extend_from_slice(cluster);
-        Record { stored_bytes: whole, digest }
+        let stored_bytes = u32::try_from(self.packed.len() - before).expect("at most a cluster, and that has at most 2 MiB");
+        Record { stored_bytes, digest }
     }
 
     /// Makes the records of an extent's data clusters and, with compression, their packed form: then its lease returns.

@@ -20,4 +20,4 @@ pub mod encode;
 pub mod policy;
 
 pub use codec::{Codec, Compression, Decoder, Encoder};
-pub use encode::EncodeClusters;
+pub use encode::{EncodeClusters, append_stored};

@@ -8,7 +8,7 @@ use std::{
 
 use engine::CancelToken;
 use stages::{
-    compress::{Codec, Compression, Encoder, policy::looks_incompressible},
+    compress::{Codec, Compression, Encoder, append_stored},
     hash::Hasher,
     zero::is_zero,
 };
@@ -19,8 +19,6 @@ use super::{
 };
 
 const CLUSTER_BYTES: usize = 64 << 10;
-/// A cluster that saves less than this is stored as it is; so does the converter.
-const SAVED_BYTES_MIN: usize = 512;
 /// Levels that are measured: the fastest, the default, one for patience.
 const LEVELS: [(Codec, &str, [u8; 3]); 2] = [(Codec::Deflate, "zlib", [1, 2, 6]), (Codec::Zstd, "zstd", [1, 3, 9])];
 
@@ -143,10 +141,7 @@ impl Processor<'_> {
 /// Stores clusters as the converter does.
 fn compress(encoder: &mut Encoder, piece: &[u8], packed: &mut Vec<u8>) {
     for cluster in piece.chunks(CLUSTER_BYTES) {
-        let stored = !looks_incompressible(cluster) && encoder.append(cluster, cluster.len() - SAVED_BYTES_MIN, packed).is_some();
-        if !stored {
-            packed.extend_from_slice(cluster);
-        }
+        append_stored(encoder, cluster, packed);
     }
 }
 
