@@ -6,8 +6,11 @@
     python3 benches/side_by_side --scaling                                  one job, growing
     eval "$(.ci/openstack/up | grep '^export ')"; OS_CLOUD=donor python3 benches/side_by_side --glance      those on a real cloud
 
+Cases: exact cold zlib zstd random zeros alternating sparse; with --glance: glance glance-zeros glance-batch; with --scaling: disk-* data-*
+workers workers-zstd, and with both: connections jobs.
 Writes NAME.json (every sample) and NAME.md (medians, spread, ratios) into --out. Inputs are kept in --work (about 14 GiB), so
-that a second run begins at once. A contestant that is not installed is named in the report. Exit 1 if a limit does not hold.
+that a second run begins at once. A contestant that is not installed is named in the report. Some ratios have a limit (`at least`, `at most` in
+the report): exit 1 if one does not hold.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import datetime
 import os
 import pathlib
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,12 +32,34 @@ from cloud import Cloud
 from inputs import Inputs
 
 
+def above_zero(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("at least one round is needed")
+    return int(text)
+
+
+def a_size(text):
+    if not re.fullmatch(r"[1-9][0-9]*g", text):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of GiB, such as 4g")
+    return text
+
+
+def folder(path):
+    """Makes a folder, or ends with a line that says why not: before a minute's work, not behind it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        sys.exit(f"nothing can be written in {path}: {error.strerror}")
+    return path
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--virta", default="target/release/virta", type=pathlib.Path, help="the program")
     parser.add_argument("--work", default="target/side-by-side", type=pathlib.Path, help="folder for inputs and outputs")
-    parser.add_argument("--rounds", default=7, type=int)
-    parser.add_argument("--size", default="4g", help="of the realistic disk: 1g, 2g, 4g …")
+    parser.add_argument("--rounds", default=7, type=above_zero)
+    parser.add_argument("--size", default="4g", type=a_size, help="of the realistic disk: 1g, 2g, 4g …")
     parser.add_argument("--case", action="append", help="only this case; may be repeated")
     parser.add_argument("--without", action="append", default=[], metavar="TEXT", help="no contestant whose name has this in it; may be repeated")
     parser.add_argument("--scaling", action="store_true", help="as disks, data, threads and, with --glance, connections and jobs grow")
@@ -48,7 +74,9 @@ def main():
     virta = given.virta.resolve()
     if not virta.exists():
         sys.exit(f"{virta} is not there: cargo build --release -p virta, or --virta PATH")
-    work = given.work.resolve()
+    work = folder(given.work.resolve())
+    today = datetime.date.today().isoformat()
+    out = folder(given.out or pathlib.Path("benches/runs") / today)
     inputs = Inputs(work / "inputs")
     if given.glance:
         if not Cloud.available():
@@ -60,7 +88,6 @@ def main():
     names = [case.name for case in wanted]
     if unknown := set(given.case or []) - set(names):
         sys.exit(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    today = datetime.date.today().isoformat()
     about = {
         "date": today, "command": shlex.join(["python3", "benches/side_by_side", *sys.argv[1:]]), "rounds": given.rounds,
         "virta": subprocess.run([virta, "--version"], capture_output=True, text=True, check=True).stdout.strip(), **report.machine(),
@@ -72,7 +99,7 @@ def main():
                 results.append(run_case(case, given.rounds, virta, inputs, work, given.without))
             finally:
                 case.after()
-            report.write(given.out or pathlib.Path("benches/runs") / today, given.name or "-".join(word for word, on in [("scaling", given.scaling), ("glance" if given.glance else "local", True)] if on), about, results)
+            report.write(out, given.name or "-".join(word for word, on in [("scaling", given.scaling), ("glance" if given.glance else "local", True)] if on), about, results)
     ratios = [ratio for result in results for ratio in result["ratios"]]
     for ratio in ratios:
         limit = report.limit_of(ratio)

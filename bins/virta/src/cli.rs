@@ -380,8 +380,9 @@ Examples:
       the same into a local file
   virta convert --compress zstd --verify readback glance:my-snapshot glance:my-snapshot-qcow2
       compressed, and read back before it counts as done
-  ssh host 'sudo dd if=/dev/vda bs=4M' | virta convert - glance:host
-      a disk that comes through a pipe; its data has to fit into --memory, or into a file in --scratch DIR
+  ssh host 'sudo dd if=/dev/vda bs=4M' | virta convert - glance:host --source-size 80G
+      a disk that comes through a pipe, whose size tells a pipe that broke from one that ended (blockdev --getsize64); its data has to fit into
+      --memory, or into a file in --scratch DIR
   virta convert --replace glance:my-snapshot glance:my-snapshot
       the new image takes the old one's place, after it was read back
   virta convert --to-os-cloud epouta glance:my-snapshot glance:my-server
@@ -396,6 +397,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 interru
 
 /// `64K`, `1GiB`, `5MB`, `512`.
 pub fn parse_size(text: &str) -> Result<u64, String> {
+    if text.starts_with('-') {
+        return Err("a size cannot be negative".to_owned());
+    }
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let factor: u64 = match unit.trim() {

@@ -79,7 +79,7 @@ Examples:
       a finished qcow2
   virta upload alpine-virt.iso alpine
       an installation medium
-What comes through a pipe: ssh host 'dd if=/dev/vda' | virta convert - glance:NAME
+What comes through a pipe: ssh host 'dd if=/dev/vda' | virta convert - glance:NAME --source-size SIZE
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 interrupted.";
 

@@ -60,10 +60,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub folder: PathBuf,
     /// What would a disk of this SIZE take? (with --data)
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, allow_hyphen_values = true)]
     pub image_size: Option<u64>,
     /// What of that disk is data, SIZE [default: a quarter of it]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "image_size")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "image_size", allow_hyphen_values = true)]
     pub data: Option<u64>,
     /// The image to fetch, by name or id [default: the largest of the project]
     #[arg(long, value_name = "IMAGE")]
@@ -93,7 +93,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
     /// Measure nothing, lay saved runs side by side (may be repeated, takes several)
-    #[arg(long, value_name = "RUN.json", num_args = 1.., action = ArgAction::Append, conflicts_with_all = ["image_size", "image", "save", "quick", "sample", "flavor"])]
+    #[arg(long, value_name = "RUN.json", num_args = 1.., action = ArgAction::Append, conflicts_with_all = ["image_size", "data", "image", "save", "quick", "sample", "flavor"])]
     pub compare: Vec<PathBuf>,
     /// What is printed on stdout
     #[arg(short = 'f', long = "format", value_name = "FORMAT", default_value = "table")]
@@ -105,6 +105,9 @@ pub struct BenchArgs {
 const EXAMPLES: &str = "\
 Takes about a minute, 512 MiB of the folder's disk for a while, and with a cloud the traffic of a few seconds with 1, 2, 4 and 8 connections, and
 an image of 128 MiB that is sent and deleted again (not with --no-upload). A cloud is measured if --os-cloud, OS_CLOUD or OS_AUTH_URL names one.
+SIZE is a number with K, M, G or T (powers of 1024) or kB, MB, GB, TB (of 1000).
+Figures are medians; flags are only advised where a figure's slowest sample beats the other's fastest. A machine that does other work meanwhile
+measures that, too.
 Examples:
   virta bench --no-cloud
       disk and processor
@@ -215,8 +218,9 @@ fn check_writable(path: Option<&PathBuf>, what: Written) -> Result<(), JobError>
         }
         _ => {}
     }
-    if tempfile::tempfile_in(folder_of(path)).is_err() {
-        return Err(JobError::Usage(format!("{shown} cannot be written")));
+    if let Err(error) = tempfile::tempfile_in(folder_of(path)) {
+        let folder = printable(&folder_of(path).display().to_string());
+        return Err(JobError::Usage(format!("{shown} cannot be written: nothing can be made in {folder}: {error}")));
     }
     Ok(())
 }
@@ -225,27 +229,51 @@ fn compare(arguments: &BenchArgs) -> Result<Vec<Record>, JobError> {
     check_writable(arguments.html.as_ref(), Written::Page)?;
     let read = |path: &PathBuf| {
         let shown = printable(&path.display().to_string());
-        let text = std::fs::read(path).map_err(|error| JobError::Usage(format!("{shown} cannot be read: {error}")))?;
+        let text = std::fs::read(path).map_err(|error| {
+            JobError::Usage(format!("{shown} cannot be read: {error}; virta bench --save FILE writes what is compared"))
+        })?;
         serde_json::from_slice::<Record>(&text)
             .map_err(|error| JobError::Usage(format!("{shown} is no run that virta bench --save wrote: {error}")))
     };
-    let records: Vec<Record> = arguments.compare.iter().map(read).collect::<Result<_, _>>()?;
+    let mut records: Vec<Record> = arguments.compare.iter().map(read).collect::<Result<_, _>>()?;
+    label(&mut records, &arguments.compare);
     if let Some(path) = &arguments.html {
         save(path, &page::page(&records))?;
     }
     Ok(records)
 }
 
+/// Runs of one flavor, or of one host, are told apart by their files' names.
+fn label(records: &mut [Record], paths: &[PathBuf]) {
+    let titles: std::collections::HashSet<&str> = records.iter().map(Record::title).collect();
+    if titles.len() < records.len() {
+        for (record, path) in records.iter_mut().zip(paths) {
+            record.label = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        }
+    }
+}
+
 async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken) -> Result<Vec<Record>, JobError> {
+    match (arguments.image_size, arguments.data) {
+        (Some(0), _) => return Err(JobError::Usage("--image-size 0: a disk has at least a byte".to_owned())),
+        (Some(whole), Some(data)) if data > whole => {
+            return Err(JobError::Usage(format!(
+                "--data {} is more than the whole disk (--image-size {})",
+                size(data),
+                size(whole)
+            )));
+        }
+        _ => {}
+    }
     check_writable(arguments.save.as_ref(), Written::Run)?;
     check_writable(arguments.html.as_ref(), Written::Page)?;
     if arguments.save.is_some() && arguments.save == arguments.html {
         return Err(JobError::Usage("--save and --html name the same file".to_owned()));
     }
-    let folder = arguments
-        .folder
-        .canonicalize()
-        .map_err(|error| JobError::Usage(format!("folder {}: {error}", printable(&arguments.folder.display().to_string()))))?;
+    let folder =
+        arguments.folder.canonicalize().and_then(|folder| folder.read_dir().map(|_| folder)).map_err(|error| {
+            JobError::Usage(format!("--folder {}: {error}", printable(&arguments.folder.display().to_string())))
+        })?;
     let started = Instant::now();
     let mut record = Record {
         virta: env!("CARGO_PKG_VERSION").to_owned(),
@@ -320,8 +348,10 @@ async fn on_the_machine(
         return Err(JobError::Refused(format!("{shown} has too little room for a measurement: choose another --folder")));
     }
     let (folder, patience, slice) = (folder.to_owned(), amount.disk, amount.processor);
-    let sample = sample::of_data(arguments.sample.as_deref(), amount.sample_bytes)
-        .map_err(|error| JobError::Usage(format!("--sample: {error}")))?;
+    let sample = sample::of_data(arguments.sample.as_deref(), amount.sample_bytes).map_err(|error| {
+        let path = arguments.sample.as_deref().unwrap_or(Path::new("files of this system")).display().to_string();
+        JobError::Usage(format!("--sample {}: {error}", printable(&path)))
+    })?;
     let (token, teller) = (cancel.clone(), display.clone());
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new().name("bench".to_owned()).spawn(move || {

@@ -15,7 +15,7 @@ const COLORS: [&str; 8] = ["#2a78b8", "#e07b39", "#3a9d6e", "#b4508f", "#8a6fd1"
 /// The page. One run, or several side by side.
 pub fn page(records: &[Record]) -> String {
     let title = match records {
-        [one] => format!("virta bench: {}", one.machine.title()),
+        [one] => format!("virta bench: {}", one.title()),
         several => format!("virta bench: {} runs side by side", several.len()),
     };
     let page = html! {
@@ -53,7 +53,7 @@ fn machines(records: &[Record]) -> Markup {
             @for (run, record) in records.iter().enumerate() {
                 @let machine = &record.machine;
                 div.machine style=(format!("border-color: {}", color(run))) {
-                    h2 { (machine.title()) }
+                    h2 { (record.title()) }
                     dl {
                         dt { "host" } dd { (machine.host) }
                         dt { "processor" } dd { (machine.cpu) ", " (machine.cores) " cores" }
@@ -101,7 +101,7 @@ fn bars(records: &[Record], group: Group) -> Markup {
                                 @if let Some(measure) = measures.iter().find(|measure| measure.key == *key) {
                                     div.track {
                                         div.bar style=(format!("width: {}; background: {}", percent(measure.bytes_per_s, most(key)), color(run)))
-                                            title=(format!("{}: {} ({} to {})", records[run].machine.title(), speed(measure.bytes_per_s), speed(measure.low), speed(measure.high))) {}
+                                            title=(format!("{}: {} ({} to {})", records[run].title(), speed(measure.bytes_per_s), speed(measure.low), speed(measure.high))) {}
                                         div.spread style=(format!("left: {}; width: {}", percent(measure.low, most(key)), percent(measure.high - measure.low, most(key)))) {}
                                     }
                                     div.figure {
@@ -127,7 +127,7 @@ fn ways(record: &Record, job: &Job, several: bool) -> Markup {
         section {
             h2 {
                 (size(job.image_bytes)) " with " (size(job.data_bytes)) " of data"
-                @if several { " on " (record.machine.title()) }
+                @if several { " on " (record.title()) }
             }
             @for (number, way) in job.ways.iter().enumerate() {
                 div.way.best[number == 0] {
@@ -202,7 +202,7 @@ fn notes(records: &[Record]) -> Markup {
             section {
                 h2 { "Notes" }
                 ul { @for record in records { @for note in &record.notes {
-                    li { @if records.len() > 1 { (record.machine.title()) ": " } (note) }
+                    li { @if records.len() > 1 { (record.title()) ": " } (note) }
                 } } }
             }
         }

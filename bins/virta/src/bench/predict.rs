@@ -9,7 +9,7 @@
 //! ```
 //! Left out: signing in, and what Glance does with an image behind the last byte: a second or two.
 
-use super::record::{Job, Part, Record, Route, Way};
+use super::record::{Job, Measure, Part, Record, Route, Way};
 
 /// Compression as the command line has it, with the key of its figure.
 const COMPRESSIONS: [(&str, Option<&str>); 3] =
@@ -33,7 +33,14 @@ pub fn job(record: &Record, image_bytes: u64, data_bytes: u64) -> Job {
     ways.sort_by(|a: &Way, b: &Way| {
         (a.route == Route::Local).cmp(&(b.route == Route::Local)).then(a.seconds.total_cmp(&b.seconds))
     });
-    Job { image_bytes, data_bytes, ways }
+    let read_whole_s = record.rate("disk.read.buffered.1").map(|rate| real(image_bytes) / rate);
+    Job { image_bytes, data_bytes, ways, hash_s: hash(record, image_bytes, data_bytes), read_whole_s }
+}
+
+/// SHA-512 of the source, seconds.
+fn hash(record: &Record, image_bytes: u64, data_bytes: u64) -> Option<f64> {
+    let zeros = real(image_bytes - data_bytes) / record.rate("processor.sha512.zeros")?;
+    Some(zeros + real(data_bytes) / record.rate("processor.sha512.data")?)
 }
 
 /// Seconds of compression by all cores, and the bytes that are stored.
@@ -43,26 +50,25 @@ fn compression(record: &Record, data_bytes: u64, key: Option<&str>) -> Option<(f
     Some((real(data_bytes) / measure.bytes_per_s, real(data_bytes) * measure.ratio?.min(1.0)))
 }
 
-/// The best of several figures, with its key.
-fn best<'a>(record: &'a Record, prefix: &str) -> Option<(&'a str, f64)> {
+/// The best of several figures.
+fn best<'a>(record: &'a Record, prefix: &str) -> Option<&'a Measure> {
     let of_them = record.measures.iter().filter(|measure| measure.key.starts_with(prefix));
-    let best = of_them.max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s))?;
-    Some((&best.key, best.bytes_per_s))
+    of_them.max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s))
 }
 
 fn zero_test(record: &Record) -> Option<f64> {
-    best(record, "processor.zero.").map(|(_, rate)| rate)
+    best(record, "processor.zero.").map(|measure| measure.bytes_per_s)
 }
 
 fn local(record: &Record, data_bytes: u64, flags: &str, key: Option<&str>) -> Option<Way> {
     let (compress, stored) = compression(record, data_bytes, key)?;
     let read = real(data_bytes) / record.rate("disk.read.buffered.1")?;
-    let uring = record.rate("disk.write.uring.buffered").unwrap_or(0.0);
-    let pwrite = record.rate("disk.write.pwrite.buffered")?;
-    let write = stored / uring.max(pwrite);
+    let (uring, pwrite) = (record.measure("disk.write.uring.buffered"), record.measure("disk.write.pwrite.buffered")?);
+    // the converter takes io_uring where it works
+    let by_pwrite = uring.is_some_and(|uring| pwrite.clearly_above(uring));
+    let write = stored / uring.filter(|_| !by_pwrite).unwrap_or(pwrite).bytes_per_s;
     let zero = real(data_bytes) / zero_test(record)?;
-    // the converter takes io_uring where it works; a tenth is noise
-    let io = if uring > 0.0 && pwrite > uring * 1.1 { " --io pwrite" } else { "" };
+    let io = if by_pwrite { " --io pwrite" } else { "" };
     let cores = zero + compress;
     let bottleneck = longest(&[("reading the disk", read), ("writing the disk", write), (named(key), cores)]);
     Some(Way {
@@ -77,21 +83,17 @@ fn local(record: &Record, data_bytes: u64, flags: &str, key: Option<&str>) -> Op
 
 fn glance(record: &Record, image_bytes: u64, data_bytes: u64, flags: &str, key: Option<&str>, hashed: bool) -> Option<Way> {
     let (compress, stored) = compression(record, data_bytes, key)?;
-    let (fastest, fastest_down) = best(record, "glance.down.")?;
-    // four connections are the default; a tenth is noise
-    let (usual, connections) = (record.rate("glance.down.4"), fastest.rsplit('.').next().unwrap_or("4"));
-    let worth = usual.is_some_and(|usual| fastest_down > usual * 1.1);
-    let down = if worth { fastest_down } else { usual.unwrap_or(fastest_down) };
+    let fastest = best(record, "glance.down.")?;
+    // four connections are the default
+    let (usual, connections) = (record.measure("glance.down.4"), fastest.key.rsplit('.').next().unwrap_or("4"));
+    let worth = usual.is_some_and(|usual| fastest.clearly_above(usual));
+    let down = usual.filter(|_| !worth).unwrap_or(fastest).bytes_per_s;
     let connections = if worth { format!(" --connections {connections}") } else { String::new() };
     let up = record.rate("glance.up.1")?;
     let sha_data = record.rate("processor.sha512.data")?;
     let fetch = real(image_bytes) / down;
     let zero = real(image_bytes) / zero_test(record)?;
-    let hash = if hashed {
-        real(image_bytes - data_bytes) / record.rate("processor.sha512.zeros")? + real(data_bytes) / sha_data
-    } else {
-        0.0
-    };
+    let hash = if hashed { hash(record, image_bytes, data_bytes)? } else { 0.0 };
     let (upload, upload_hash) = (stored / up, stored / sha_data);
     let survey = fetch.max(zero + compress);
     let sending = upload.max(upload_hash);
@@ -147,7 +149,7 @@ const fn whole(bytes: f64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::record::{Group, Machine, Measure},
+        super::record::{Group, Machine},
         *,
     };
 
@@ -156,7 +158,10 @@ mod tests {
     fn record(rates: &[(&str, f64)]) -> Record {
         let measures = rates
             .iter()
-            .map(|(key, rate)| Measure { ratio: Some(0.5), ..Measure::new(key, Group::Processor, key, 1, vec![*rate]).unwrap() })
+            .map(|(key, rate)| Measure {
+                ratio: Some(0.5),
+                ..Measure::new(key, Group::Processor, key, 1, vec![*rate; 3]).unwrap()
+            })
             .collect();
         Record { measures, machine: Machine { cores: 8, ..Machine::default() }, ..Record::default() }
     }
@@ -208,12 +213,32 @@ mod tests {
     }
 
     #[test]
+    fn what_may_be_chance_is_no_advice() {
+        let with = |pwrite: [f64; 3], down: [f64; 3]| {
+            let mut record = record(&RATES);
+            for (key, samples) in [("disk.write.pwrite.buffered", pwrite), ("glance.down.8", down)] {
+                let at = record.measures.iter().position(|measure| measure.key == key).unwrap();
+                record.measures[at] = Measure::new(key, Group::Disk, key, 1, samples.to_vec()).unwrap();
+            }
+            job(&record, 80_000_000_000, 20_000_000_000).ways.into_iter().map(|way| way.command).collect::<Vec<_>>().join("\n")
+        };
+        let clear = with([0.7 * GB, 0.8 * GB, 0.9 * GB], [1.5 * GB, 1.6 * GB, 1.7 * GB]);
+        assert!(clear.contains("--io pwrite") && clear.contains("--connections 8"), "{clear}");
+        // the same medians, with one sample as slow as the other's
+        let chance = with([0.4 * GB, 0.8 * GB, 0.9 * GB], [0.9 * GB, 1.6 * GB, 1.7 * GB]);
+        assert!(!chance.contains("--io") && !chance.contains("--connections"), "{chance}");
+    }
+
+    #[test]
     fn without_a_cloud_there_is_the_local_way_alone_and_without_figures_none() {
         let mut rates = RATES.to_vec();
         rates.retain(|(key, _)| !key.starts_with("glance."));
         let found = job(&record(&rates), 10, 20);
         assert!(found.ways.iter().all(|way| way.route == Route::Local) && found.ways.len() == 3);
         assert_eq!(found.data_bytes, 10);
+        let found = job(&record(&rates), 80_000_000_000, 20_000_000_000);
+        // 60 GB of zeros at 1 GB/s and 20 of data at 0.5; all of it read at 1 GB/s
+        assert_eq!((found.hash_s, found.read_whole_s), (Some(100.0), Some(80.0)));
         assert!(job(&record(&[]), 10, 10).ways.is_empty());
     }
 }

@@ -20,6 +20,9 @@ pub struct Record {
     /// What the job would take, if one was asked for.
     #[serde(default)]
     pub job: Option<Job>,
+    /// The file that it was read from, where flavors or hosts do not tell runs apart.
+    #[serde(skip)]
+    pub label: Option<String>,
 }
 
 /// A machine.
@@ -48,13 +51,6 @@ pub struct Machine {
     /// Cloud, region and project, where one was measured.
     #[serde(default)]
     pub cloud: Option<String>,
-}
-
-impl Machine {
-    /// What a column of a comparison is called.
-    pub fn title(&self) -> &str {
-        self.flavor.as_deref().unwrap_or(&self.host)
-    }
 }
 
 /// What a figure is about.
@@ -108,6 +104,11 @@ pub struct Measure {
 }
 
 impl Measure {
+    /// Is it faster than another one, and not by chance: by a tenth, with ranges that do not meet?
+    pub fn clearly_above(&self, other: &Self) -> bool {
+        self.bytes_per_s > other.bytes_per_s * 1.1 && self.low > other.high && self.samples.min(other.samples) >= 2
+    }
+
     /// A figure out of samples; `None` if there are none.
     pub fn new(key: &str, group: Group, name: &str, parallel: usize, mut samples: Vec<f64>) -> Option<Self> {
         samples.retain(|sample| sample.is_finite() && *sample > 0.0);
@@ -130,6 +131,11 @@ impl Measure {
 }
 
 impl Record {
+    /// What a column of a comparison is called.
+    pub fn title(&self) -> &str {
+        self.label.as_deref().or(self.machine.flavor.as_deref()).unwrap_or(&self.machine.host)
+    }
+
     /// A figure by its key.
     pub fn rate(&self, key: &str) -> Option<f64> {
         self.measure(key).map(|measure| measure.bytes_per_s)
@@ -150,6 +156,12 @@ pub struct Job {
     pub data_bytes: u64,
     /// Ways to do it.
     pub ways: Vec<Way>,
+    /// SHA-512 of the whole disk, seconds: no checked conversion out of Glance takes less.
+    #[serde(default)]
+    pub hash_s: Option<f64>,
+    /// Reading the whole disk, seconds: what a file without holes takes at least.
+    #[serde(default)]
+    pub read_whole_s: Option<f64>,
 }
 
 /// From where to where.

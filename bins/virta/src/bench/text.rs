@@ -93,7 +93,19 @@ fn job(job: &Job) -> String {
         );
     }
     if !job.ways.iter().any(|way| way.route == Route::Glance) {
-        lines.push("Glance to Glance: choose a cloud (--os-cloud NAME, or OS_CLOUD), then it is measured, too".to_owned());
+        let hash = job.hash_s.map(|seconds| {
+            format!("at least {}, for SHA-512 of the whole disk alone (--verify none leaves that out); ", time(seconds))
+        });
+        lines.push(format!(
+            "Glance to Glance: {}choose a cloud (--os-cloud NAME, or OS_CLOUD), then fetching and sending are measured, too",
+            hash.unwrap_or_default()
+        ));
+    }
+    if let Some(seconds) = job.read_whole_s {
+        lines.push(format!(
+            "file to file: where the file has holes for its zeros; one without holes takes at least {}, for reading",
+            time(seconds)
+        ));
     }
     lines.join("\n")
 }
@@ -102,28 +114,31 @@ fn job(job: &Job) -> String {
 pub fn side_by_side(records: &[Record]) -> String {
     let mut rows = table();
     let heading = |text: &dyn Fn(&Record) -> String| records.iter().map(text).collect::<Vec<_>>();
-    rows.add_row([vec![String::new()], heading(&|record| printable(record.machine.title()))].concat());
+    rows.add_row([vec![String::new()], heading(&|record| printable(record.title()))].concat());
     rows.add_row([vec!["when".to_owned()], heading(&|record| printable(&record.date))].concat());
     rows.add_row([vec!["folder".to_owned()], heading(&|record| printable(&record.machine.folder))].concat());
     for (key, name) in keys(records) {
-        let rates: Vec<Option<f64>> = records.iter().map(|record| record.rate(&key)).collect();
-        let best = rates.iter().flatten().copied().fold(0.0, f64::max);
-        let cell = |rate: &Option<f64>| match rate {
-            Some(rate) if *rate == best && records.len() > 1 => format!("{} *", speed(*rate)),
-            Some(rate) => format!("{}  ", speed(*rate)),
-            None => "-  ".to_owned(),
+        let figures: Vec<_> = records.iter().map(|record| record.measure(&key)).collect();
+        let cell = |at: usize| {
+            let Some(figure) = figures[at] else { return "-  ".to_owned() };
+            let others: Vec<_> =
+                figures.iter().enumerate().filter(|(other, _)| *other != at).filter_map(|(_, other)| *other).collect();
+            let is_best = !others.is_empty() && others.iter().all(|other| figure.low > other.high);
+            format!("{}{}", speed(figure.bytes_per_s), if is_best { " *" } else { "  " })
         };
-        rows.add_row([vec![name], rates.iter().map(cell).collect()].concat());
+        rows.add_row([vec![name], (0..records.len()).map(cell).collect()].concat());
     }
     right(&mut rows, &(1..=records.len()).collect::<Vec<_>>());
     let mut lines: Vec<String> = rows.lines().map(|line| line.trim_end().to_owned()).collect();
-    lines.push("* the best of its row".to_owned());
+    if lines.iter().any(|line| line.ends_with('*') || line.contains("* ")) {
+        lines.push("* faster than all others in its row, with the slowest of its samples".to_owned());
+    }
     for record in records {
         if let Some(way) = record.job.as_ref().and_then(|job| Some((job, job.ways.first()?))) {
             let (of, first) = way;
             lines.push(format!(
                 "{}: {} with {} of data in about {} ({}; waits for: {})",
-                printable(record.machine.title()),
+                printable(record.title()),
                 size(of.image_bytes),
                 size(of.data_bytes),
                 time(first.seconds),
@@ -165,16 +180,22 @@ mod tests {
     #[test]
     fn runs_stand_side_by_side_and_the_best_of_a_row_is_marked() {
         let run = |flavor: &str, rates: &[(&str, f64)]| {
-            let measures =
-                rates.iter().map(|(key, rate)| Measure::new(key, Group::Disk, key, 1, vec![rate * f64::from(1 << 20)]).unwrap());
+            let samples =
+                |rate: &f64| vec![rate * f64::from(1 << 20), rate * f64::from(1 << 20), rate * 0.9 * f64::from(1 << 20)];
+            let measures = rates.iter().map(|(key, rate)| Measure::new(key, Group::Disk, key, 1, samples(rate)).unwrap());
             let machine = Machine { flavor: Some(flavor.to_owned()), ..Machine::default() };
             Record { machine, measures: measures.collect(), ..Record::default() }
         };
-        let text = side_by_side(&[run("io.160GB", &[("w", 100.0)]), run("io.700GB", &[("w", 300.0), ("r", 7.0)])]);
+        let text = side_by_side(&[
+            run("io.160GB", &[("w", 100.0), ("n", 96.0)]),
+            run("io.700GB", &[("w", 300.0), ("r", 7.0), ("n", 100.0)]),
+        ]);
         let lines: Vec<_> = text.lines().collect();
         assert!(lines[0].contains("io.160GB") && lines[0].contains("io.700GB"), "{text}");
         let row = |name: &str| lines.iter().find(|line| line.trim_start().starts_with(name)).unwrap().to_string();
         assert!(row("w ").contains("100 MiB/s") && row("w ").contains("300 MiB/s *"), "{text}");
-        assert!(row("r ").contains('-') && row("r ").contains("7.0 MiB/s *"), "{text}");
+        assert!(row("r ").contains('-') && row("r ").contains("7.0 MiB/s"), "{text}");
+        assert!(!row("r ").contains('*'), "there is nothing that it beats: {text}");
+        assert!(!row("n ").contains('*'), "their samples overlap: {text}");
     }
 }
