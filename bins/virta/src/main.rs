@@ -39,9 +39,7 @@ fn main() -> ExitCode {
         cli::Command::Man(arguments) => return complete::man(&arguments),
         command => command,
     };
-    // of two cores the stages that compute want one: a second thread for the network only hands chunks from one core to the other
-    let network_threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2).min(2));
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(network_threads).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return exit::failure(&error, 1),
     };
