@@ -141,6 +141,22 @@ async fn what_cannot_work_is_told_before_the_minute_is_spent() {
     assert!(!cloud.service.requests().iter().any(|request| request.starts_with("POST /v2/images")));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_makes_no_sense_is_refused_before_anything_is_measured() {
+    let cloud = Cloud::start(|_| {}).await;
+    for (arguments, says) in [
+        (&["--image-size", "0"][..], "at least a byte"),
+        (&["--image-size", "10G", "--data", "20G"], "more than the whole disk"),
+        (&["--image-size", "-80G"], "cannot be negative"),
+        (&["--folder", "nowhere"], "--folder nowhere: No such file"),
+        (&["--html", "nowhere/page.html"], "nothing can be made in nowhere"),
+        (&["--sample", "nowhere"], "--sample nowhere: No such file"),
+        (&["--compare", "a.json", "--data", "1G"], "cannot be used with"),
+    ] {
+        cloud.run(&[&["bench", "--no-cloud"], arguments].concat()).await.ends(2, &[says]);
+    }
+}
+
 /// A run with figures that are made up.
 fn saved(flavor: &str, factor: f64) -> Value {
     let measure = |key: &str, group: &str, parallel: usize, rate: f64| serde_json::json!({ "key": key, "group": group, "name": key, "bytes_per_s": rate * factor, "low": rate * factor * 0.9, "high": rate * factor * 1.1, "samples": 3, "parallel": parallel, "ratio": 0.4 });
@@ -177,9 +193,15 @@ async fn flavors_stand_side_by_side_and_the_page_is_whole_in_a_real_browser() {
     }
     let run =
         cloud.run(&["bench", "--compare", "io.160GB.json", "io.340GB.json", "io.700GB.json", "--html", "flavors.html"]).await;
-    run.ends(0, &["io.160GB", "io.700GB", "* the best of its row", "hashing the source"]);
+    run.ends(0, &["io.160GB", "io.700GB", "* faster than all others in its row", "hashing the source"]);
     let row = run.stdout.lines().find(|line| line.contains("disk.read.buffered.1")).unwrap();
     assert!(row.trim_end().ends_with('*'), "{row}");
+    // runs of one flavor are told apart by their files
+    std::fs::copy(folder.join("io.160GB.json"), folder.join("evening.json")).unwrap();
+    let same = cloud.run(&["bench", "--compare", "io.160GB.json", "evening.json"]).await;
+    same.ends(0, &["evening"]);
+    assert!(!same.stdout.contains('*'), "none of two equals is the best: {}", same.stdout);
+    cloud.run(&["bench", "--compare", "morning.json"]).await.ends(2, &["morning.json cannot be read", "virta bench --save"]);
     if !Path::new(CHROMIUM).exists() {
         assert!(std::env::var_os("CI_REQUIRE_TOOLS").is_none(), "{CHROMIUM} is missing");
         println!("skipped: no Chromium (apt-get install chromium)");
