@@ -365,6 +365,28 @@ async fn an_image_that_another_run_has_claimed_is_left_alone_until_the_claim_is_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_proof_that_another_run_set_is_not_written_over_by_one_whose_claim_was_over() {
+    let mut place = Place::start(Config::default(), |faults| {
+        faults.stalling_puts = 1;
+        faults.stall = Duration::from_secs(3);
+    })
+    .await;
+    let source = place.add("web", 1, 12 * MIB);
+    let slow = place.command("here", &["web", "--verify", "none", "--no-wait", "--tries", "1"]).spawn().unwrap();
+    seen(&place.service, "PUT /v2/images").await;
+    // what a run on another machine does when the claim is over: it adopts the image, and proves it
+    let made = stages::convert::claim::claimed_id(&source, PROJECT_ID, 0);
+    let proof = json!("hash:sha512:0123");
+    place.service.set(&made, "virta_run", json!("0a0a0a0a-0000-0000-0000-000000000000"));
+    place.service.set(&made, "virta_verified", proof.clone());
+    let output = tokio::time::timeout(Duration::from_secs(60), slow.wait_with_output()).await.unwrap().unwrap();
+    Run::new(output, Duration::ZERO).ends(4, &["0a0a0a0a"]);
+    let image = place.image(&made).expect("it is the other run's, and stays");
+    assert_eq!((&image["virta_verified"], &image["status"]), (&proof, &json!("active")));
+    assert!(place.image(&source).is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_interrupt_leaves_nothing_half_made_and_the_same_command_goes_on() {
     let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(30)).await;
     for seed in 1..=8 {

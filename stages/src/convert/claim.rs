@@ -43,7 +43,8 @@ use uuid::Uuid;
 
 use super::{JobError, Notices};
 use crate::openstack::{
-    Image, Session,
+    Change, Image, Session,
+    error::now_utc,
     image::{CLAIM_UNTIL, RUN},
 };
 
@@ -166,11 +167,21 @@ impl Claim {
         }
     }
 
-    /// Renews it once: whoever goes on has to have it.
-    pub(super) async fn renew(&self, session: &Session, image_id: &str) -> Result<(), JobError> {
-        match session.set_property(image_id, CLAIM_UNTIL, &json!(self.next_end())).await {
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Err(JobError::Lost { image: image_id.to_owned() }),
-            other => Ok(other?),
+    /// Renews it once: whoever goes on has to have it. A run whose claim was over meanwhile may find another one's name in its image: that one
+    /// has proven it, and its proof, which may be all that is left to show for a source that went, is not to be written over.
+    pub(super) async fn renew(&self, session: &Session, image_id: &str, run: &str) -> Result<(), JobError> {
+        let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(self.next_end()));
+        let image = match session.change_image(image_id, &[renewal]).await {
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
+                return Err(JobError::Lost { image: image_id.to_owned() });
+            }
+            other => other?,
+        };
+        match image.property(RUN) {
+            Some(other) if other != run => {
+                Err(JobError::Held { image: image_id.to_owned(), run: other.to_owned(), until: now_utc() })
+            }
+            _ => Ok(()),
         }
     }
 

@@ -67,7 +67,7 @@ impl<'a> Maker<'a> {
         Self { session, record, droppable, patience, cancel, notices, retries, claim, made, generation: AtomicU32::new(0) }
     }
 
-    fn run(&self) -> &str {
+    pub(super) fn run(&self) -> &str {
         self.record.get(RUN).and_then(Value::as_str).unwrap_or_default()
     }
 

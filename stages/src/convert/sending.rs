@@ -86,7 +86,13 @@ impl<C: Content> Sending<'_, C> {
                     // without an answer Glance may still be at work on what it got
                     let within = if answered { patience.saving } else { patience.answer };
                     match self.wait_until_active(&id, within).await {
-                        Ok(image) => return Ok(Active { image, emitted, stages }),
+                        Ok(image) => {
+                            if let Some(claim) = &self.maker.claim {
+                                self.guard(claim.renew(self.maker.session, &id, self.maker.run())).await??;
+                                claim.keep(self.maker.session, &id, self.maker.cancel);
+                            }
+                            return Ok(Active { image, emitted, stages });
+                        }
                         Err(error) => error,
                     }
                 }

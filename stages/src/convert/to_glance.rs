@@ -229,17 +229,9 @@ impl Emission<'_> {
     /// Size, hash and, if asked for, content of the new image; then its mark.
     async fn prove(&self, active: Active, surveyed_stages: Stages) -> Result<Proven, JobError> {
         let Active { image, emitted, stages } = active;
-        let goes = self.job.options.after != After::Keep;
-        let by_another = image.expected_hash().is_some_and(|theirs| theirs.algorithm != "sha512");
-        if let Some(claim) =
-            self.maker.claim.as_ref().filter(|_| goes || by_another || self.job.options.verify == Verify::Readback)
-        {
-            // what follows may take long, and the claim that was set ahead of the upload be over, or good for hours after a death
-            self.guard(claim.renew(self.maker.session, &image.id)).await??;
-            claim.keep(self.maker.session, &image.id, &self.job.cancel);
-        }
         let image_hash = self.sending.compare(&image, &emitted).await?;
         // a source never goes on the strength of a size alone
+        let goes = self.job.options.after != After::Keep;
         let read_back = self.job.options.verify == Verify::Readback || (goes && !image_hash.checked);
         if read_back {
             self.read_back(&image).await?;
