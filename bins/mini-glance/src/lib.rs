@@ -10,7 +10,8 @@
 //! | [`identity`] | tokens and the catalog |
 //! | [`compute`] | servers: stop, start, snapshot |
 //! | [`images`] | records: create, list, change, delete |
-//! | [`data`] | their bytes: PUT, GET, ranges |
+//! | `transfer` | GET and PUT of their bytes |
+//! | [`data`] | the bytes in the store, ranges, what a body is made of |
 //! | [`faults`] | what real clouds do, switched on by a test |
 //! | [`answer`] | responses as Glance words them |
 //!
@@ -24,6 +25,7 @@ pub mod faults;
 pub mod identity;
 pub mod images;
 pub mod server;
+mod transfer;
 
 pub use faults::{Faults, Ranges};
 pub use server::{Config, MiniGlance, StartError};
