@@ -104,9 +104,14 @@ pub struct Measure {
 }
 
 impl Measure {
-    /// Is it faster than another one, and not by chance: by a tenth, with ranges that do not meet?
+    /// Is its slowest sample faster than another one's fastest?
+    pub fn beats(&self, other: &Self) -> bool {
+        self.low > other.high
+    }
+
+    /// Is it faster than another one by so much, and so surely, that it is worth a flag?
     pub fn clearly_above(&self, other: &Self) -> bool {
-        self.bytes_per_s > other.bytes_per_s * 1.1 && self.low > other.high && self.samples.min(other.samples) >= 2
+        self.bytes_per_s > other.bytes_per_s * 1.1 && self.beats(other) && self.samples.min(other.samples) >= 2
     }
 
     /// A figure out of samples; `None` if there are none.

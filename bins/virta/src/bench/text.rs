@@ -117,20 +117,22 @@ pub fn side_by_side(records: &[Record]) -> String {
     rows.add_row([vec![String::new()], heading(&|record| printable(record.title()))].concat());
     rows.add_row([vec!["when".to_owned()], heading(&|record| printable(&record.date))].concat());
     rows.add_row([vec!["folder".to_owned()], heading(&|record| printable(&record.machine.folder))].concat());
+    let mut any_best = false;
     for (key, name) in keys(records) {
         let figures: Vec<_> = records.iter().map(|record| record.measure(&key)).collect();
-        let cell = |at: usize| {
+        let mut cell = |at: usize| {
             let Some(figure) = figures[at] else { return "-  ".to_owned() };
-            let others: Vec<_> =
-                figures.iter().enumerate().filter(|(other, _)| *other != at).filter_map(|(_, other)| *other).collect();
-            let is_best = !others.is_empty() && others.iter().all(|other| figure.low > other.high);
+            let mut others =
+                figures.iter().enumerate().filter(|(other, _)| *other != at).filter_map(|(_, other)| *other).peekable();
+            let is_best = others.peek().is_some() && others.all(|other| figure.beats(other));
+            any_best |= is_best;
             format!("{}{}", speed(figure.bytes_per_s), if is_best { " *" } else { "  " })
         };
-        rows.add_row([vec![name], (0..records.len()).map(cell).collect()].concat());
+        rows.add_row([vec![name], (0..records.len()).map(&mut cell).collect()].concat());
     }
     right(&mut rows, &(1..=records.len()).collect::<Vec<_>>());
     let mut lines: Vec<String> = rows.lines().map(|line| line.trim_end().to_owned()).collect();
-    if lines.iter().any(|line| line.ends_with('*') || line.contains("* ")) {
+    if any_best {
         lines.push("* faster than all others in its row, with the slowest of its samples".to_owned());
     }
     for record in records {
