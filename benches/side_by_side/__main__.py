@@ -44,7 +44,7 @@ def a_size(text):
     return text
 
 
-def folder(path):
+def writable(path):
     """Makes a folder, or ends with a line that says why not: before a minute's work, not behind it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,9 @@ def main():
     virta = given.virta.resolve()
     if not virta.exists():
         sys.exit(f"{virta} is not there: cargo build --release -p virta, or --virta PATH")
-    work = folder(given.work.resolve())
+    work = writable(given.work.resolve())
     today = datetime.date.today().isoformat()
-    out = folder(given.out or pathlib.Path("benches/runs") / today)
+    out = writable(given.out or pathlib.Path("benches/runs") / today)
     inputs = Inputs(work / "inputs")
     if given.glance:
         if not Cloud.available():
@@ -133,7 +133,7 @@ def run_case(case, rounds, virta, inputs, work, without):
         for number in range(rounds):
             for contestant in shuffled.sample(entered, len(entered)):
                 contestant.before()
-                command = contestant.command() if callable(contestant.command) else fill(contestant.command)
+                command = fill(contestant.command() if callable(contestant.command) else contestant.command)
                 commands[contestant.name] = command.replace(str(virta), "virta").replace(str(work), "WORK").replace(folder, "OUT")
                 if case.cold:
                     measure.drop_caches()

@@ -6,6 +6,7 @@ Local cases look like this one; those of the network are made by functions, for 
 
 import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 import sys
 import uuid
@@ -170,6 +171,35 @@ def scaling():
     ]  # fmt: skip
 
 
+class Fresh:
+    """Sources that were never converted, for batches: each conversion that was deleted costs the next one of its source a request or two."""
+
+    def __init__(self, cloud, inputs, names):
+        self.cloud, self.inputs, self.names = cloud, inputs, names
+        self.raw, self.made = f"bench-raw-{uuid.uuid4()}", f"bench-made-{uuid.uuid4()}"
+        self.ids = []
+
+    def ready(self):
+        if not self.ids:
+            self.finish()
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                self.ids[:] = pool.map(self.keep, range(len(self.names)))
+
+    def keep(self, number):
+        return self.cloud.keep(f"{self.raw}-{number}", "raw", self.inputs.get(self.names[number]))
+
+    def finish(self):
+        for prefix in (self.raw, self.made):
+            self.cloud.delete(prefix)
+        self.ids.clear()
+
+    def batch(self, name, jobs):
+        def command():
+            return f"{{virta}} batch --verify none --jobs {jobs} --name-template '{self.made}-{{{{id}}}}' --progress none {' '.join(self.ids)}"
+
+        return Contestant(name, command, makes_image=False, before=self.ready, after=self.finish)
+
+
 def connections(cloud, inputs, size):
     """Fetching with more connections, and many conversions at once, from a real Glance."""
     raw = cloud.keep(f"bench-{size}", "raw", inputs.get(f"compressible-{size}"))
@@ -177,19 +207,12 @@ def connections(cloud, inputs, size):
         Contestant(f"--connections {count}", f"{{virta}} convert glance:{raw} {{out}}.qcow2 --connections {count} --verify none --no-sync --force --progress none")
         for count in (1, 2, 4, 8)
     ]  # fmt: skip
-    small = [cloud.keep(f"bench-small-{number}", "raw", inputs.get("compressible-1g")) for number in range(8)]
-    made = f"bench-made-{uuid.uuid4()}"
-    batch = [
-        Contestant(
-            f"batch --jobs {jobs}", f"{{virta}} batch --verify none --jobs {jobs} --name-template '{made}-{{{{name}}}}' --force --progress none {' '.join(small)}",
-            makes_image=False, before=lambda: cloud.delete(made), after=lambda: cloud.delete(made),
-        )
-        for jobs in (1, 2, 4, 8)
-    ]  # fmt: skip
+    small = Fresh(cloud, inputs, ["compressible-1g"] * 8)
+    batch = [small.batch(f"batch --jobs {jobs}", jobs) for jobs in (1, 2, 4, 8)]
     best = lambda of_them: [tuple(one.name for one in of_them)]  # noqa: E731
     return [
         Case("connections", f"real Glance, {size}, to a file", f"compressible-{size}", fetch, [Ratio("8 connections / the best number", [fetch[-1].name], best(fetch))]),
-        Case("jobs", "real Glance, 8 images of 1 GiB", "compressible-1g", batch, [Ratio("8 jobs / the best number", [batch[-1].name], best(batch))]),
+        Case("jobs", "real Glance, 8 images of 1 GiB", "compressible-1g", batch, [Ratio("8 jobs / the best number", [batch[-1].name], best(batch))], after=small.finish),
     ]  # fmt: skip
 
 
@@ -266,50 +289,39 @@ def glance(cloud, inputs, virta, work, size):
 def many(cloud, inputs, virta, work):
     """A batch of 12 images, against as many transfers of the same bytes with as many curls at once as serve best."""
     names = [f"quarter-{160 + 40 * number}m" for number in range(12)]
-    packed = [work / f"{name}.qcow2" for name in names]
-    for name, path in zip(names, packed):
+    fresh = Fresh(cloud, inputs, names)
+
+    @functools.cache
+    def packed(name):
+        """What virta sends is what curl has to send. Made when it is wanted, not for a run of other cases."""
+        path = work / f"{name}.qcow2"
         measure.run(f"{virta} convert {inputs.get(name)} {path} --force --no-sync --progress none", work / "log")
-    raw, made = f"bench-raw-{uuid.uuid4()}", f"bench-made-{uuid.uuid4()}"
-    sources = []
-
-    def finish():
-        for prefix in (raw, made):
-            cloud.delete(prefix)
-        sources.clear()
-
-    def ready():
-        """Sources that were never converted: each conversion that was deleted costs the next one of its source a request or two."""
-        if not sources:
-            finish()
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                sources[:] = pool.map(lambda name: cloud.keep(f"{raw}-{name}", "raw", inputs.get(name)), names)
-
-    def batch(jobs):
-        def command():
-            return f"{virta} batch --verify none --jobs {jobs} --name-template '{made}-{{id}}' --progress none {' '.join(sources)}"
-
-        return Contestant(f"virta batch --verify none --jobs {jobs}", command, makes_image=False, before=ready, after=finish)
+        return path
 
     def transfers(parallel):
         lines = work / "transfers"
 
-        def one(source, path):
+        def one(source, name):
             # a PUT that a test cloud's SQLite refuses is sent again, to another image
-            puts = [cloud.put(cloud.new(made, "qcow2"), path) for _ in range(3)]
+            puts = [cloud.put(cloud.new(fresh.made, "qcow2"), packed(name)) for _ in range(3)]
             return f"{cloud.get(source, '/dev/null')}; {' || '.join(puts)}\0"
 
         def command():
-            lines.write_text("".join(map(one, sources, packed)))
+            lines.write_text("".join(map(one, fresh.ids, names)))
             return f"xargs -0 -n 1 -P {parallel} sh -ec < {lines}"
 
-        return Contestant(f"curl GET, curl PUT, {parallel} at once", command, ("curl", "xargs"), makes_image=False, before=ready, after=lambda: cloud.delete(made))
+        return Contestant(
+            f"curl GET, curl PUT, {parallel} at once", command, ("curl", "xargs"), makes_image=False,
+            before=fresh.ready, after=lambda: cloud.delete(fresh.made),
+        )  # fmt: skip
 
-    batches, curls = [batch(jobs) for jobs in (1, 4)], [transfers(parallel) for parallel in (1, 2, 4)]
+    batches = [fresh.batch(f"virta batch --verify none --jobs {jobs}", jobs) for jobs in (1, 4)]
+    curls = [transfers(parallel) for parallel in (1, 2, 4)]
     return Case(
         "glance-batch", "real Glance, 12 raw images of 160 to 600 MiB, a quarter of them data", names[0], [*batches, *curls],
         [
             Ratio("virta batch --jobs 4 / the best number of curls", [batches[1].name], [tuple(curl.name for curl in curls)], at_most=1.25),
             Ratio("virta batch --jobs 4 / --jobs 1", [batches[1].name], [batches[0].name]),
         ],
-        after=finish,
+        after=fresh.finish,
     )  # fmt: skip
