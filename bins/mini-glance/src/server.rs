@@ -494,6 +494,9 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
             Ok(unbox(patched.map(|image| json_response(StatusCode::OK, &image))))
         }
         (Method::DELETE, ["v2", "images", id]) => {
+            if Faults::take(&mut shared.state().faults.failing_deletes) {
+                return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
+            }
             let deleted = shared.state().images.delete(id, project);
             Ok(unbox(deleted.map(|()| empty(StatusCode::NO_CONTENT))))
         }
