@@ -53,8 +53,8 @@ pub struct Journal {
     run: String,
     project: String,
     by_id: BTreeMap<String, Known>,
-    /// What was typed, and the id that it meant.
-    by_word: BTreeMap<String, String>,
+    /// What was typed, and the ids that it meant, in the order in which they were first seen.
+    by_word: BTreeMap<String, Vec<String>>,
 }
 
 impl Journal {
@@ -111,8 +111,10 @@ impl Journal {
             Some("planned") => {
                 known.name = known.name.take().or_else(|| text("name"));
                 if let Some(word) = text("word") {
-                    // the first meaning counts: an image of the same name that was made since is another one
-                    self.by_word.entry(word).or_insert(id);
+                    let meanings = self.by_word.entry(word).or_default();
+                    if !meanings.contains(&id) {
+                        meanings.push(id);
+                    }
                 }
             }
             Some("done") => known.made = text("image"),
@@ -132,10 +134,10 @@ impl Journal {
         self.by_id.get(id)
     }
 
-    /// The id that a word meant to an earlier run.
+    /// The ids that a word meant to earlier runs, the latest last: a name is given again when its image has gone.
     #[must_use]
-    pub fn meaning(&self, word: &str) -> Option<&str> {
-        self.by_word.get(word).map(String::as_str)
+    pub fn meanings(&self, word: &str) -> &[String] {
+        self.by_word.get(word).map(Vec::as_slice).unwrap_or_default()
     }
 
     /// Appends a line. `fields` is an object.
@@ -196,7 +198,8 @@ mod tests {
             again.write("planned", &json!({ "id": "k", "name": "x", "word": "web" })).unwrap();
             let third = Journal::open(&path, "r3", "p").unwrap();
             let lines = whole[..cut].split(|byte| *byte == b'\n').filter(|line| line.ends_with(b"}")).count();
-            assert_eq!(third.meaning("web"), Some(if lines > 0 { "i" } else { "k" }), "cut at {cut}");
+            let meanings: &[&str] = if lines > 0 { &["i", "k"] } else { &["k"] };
+            assert_eq!(third.meanings("web"), meanings, "cut at {cut}");
             assert_eq!(third.known("i").and_then(|known| known.made.clone()).is_some(), lines == 3);
             assert_eq!(third.known("k").unwrap().name.as_deref(), Some("x"), "cut at {cut}");
         }

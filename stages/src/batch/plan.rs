@@ -298,14 +298,16 @@ impl<'a> Project<'a> {
         // of two of one name, one that was made of another is not what was meant
         let mut named = self.by_name.get(word).cloned().unwrap_or_default();
         if named.len() > 1 {
-            named.retain(|image| !carries_its_own_proof(image));
+            let all = named.clone();
+            named.retain(|image| !carries_its_own_proof(image) && !all.iter().any(|source| image.looks_made_of(source)));
         }
-        let before = journal.and_then(|journal| journal.meaning(word));
+        let before = journal.map(|journal| journal.meanings(word)).unwrap_or_default();
         match named.as_slice() {
             [image] => {
                 // another one than when this batch began: is that one dealt with?
-                if let Some(other) = before.filter(|id| *id != image.id) {
-                    if let Some(other) = self.by_id.get(other).filter(|other| !self.is_converted(other)) {
+                let others: Vec<&String> = before.iter().filter(|id| **id != image.id).collect();
+                for other in others.iter().filter_map(|id| self.by_id.get(id.as_str())) {
+                    if !self.is_converted(other) {
                         return Err(Verdict::Fail {
                             reason: format!(
                                 "when this batch began, the name meant image {}, called {} now, and now it means {}: use an id",
@@ -315,6 +317,8 @@ impl<'a> Project<'a> {
                             ),
                         });
                     }
+                }
+                if let Some(other) = others.last().filter(|_| before.last() != Some(&image.id)) {
                     notes.push(format!(
                         "{} means image {} now, and meant {} when this batch began",
                         printable(word),
@@ -331,9 +335,9 @@ impl<'a> Project<'a> {
                 return Err(Verdict::Fail { reason });
             }
         }
-        // nothing is called so now: what did it mean when this batch began?
-        if let Some(id) = before {
-            if let Some(image) = self.by_id.get(id) {
+        // nothing is called so now: what did it mean when it was last seen?
+        if let Some(id) = before.last() {
+            if let Some(image) = self.by_id.get(id.as_str()) {
                 self.tell_renamed(image, journal, notes);
                 return Ok(image);
             }
@@ -341,7 +345,7 @@ impl<'a> Project<'a> {
                 return Err(gone);
             }
         }
-        // without a journal: an image of the name that the conversion would have, whose source is gone
+        // without a journal that knows it: an image of the name that the conversion would have, whose source is gone
         let new_name = wish.name.clone().unwrap_or_else(|| template.replace("{name}", word));
         let made = self.by_name.get(new_name.as_str()).into_iter().flatten().find(|made| {
             let source = made.property(SOURCE_ID);

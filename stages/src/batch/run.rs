@@ -171,6 +171,18 @@ impl Notices for ItemNotices {
         self.notices.making(image_id);
     }
 
+    fn deleting(&self, image_id: &str) {
+        self.notices.deleting(image_id);
+    }
+
+    fn left(&self, image_id: &str) {
+        self.notices.left(image_id);
+    }
+
+    fn was_deleting(&self, run: &str, image_id: &str) -> bool {
+        self.notices.was_deleting(run, image_id)
+    }
+
     fn is_dead(&self, run: &str) -> bool {
         self.notices.is_dead(run)
     }

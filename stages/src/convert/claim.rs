@@ -88,7 +88,8 @@ fn text(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
-fn ahead(by: Duration) -> String {
+/// The end of a claim that is good for `by` from now on.
+pub(super) fn ahead(by: Duration) -> String {
     let by = SignedDuration::try_from(by).unwrap_or(SignedDuration::from_hours(1));
     text(Timestamp::now().checked_add(by).unwrap_or(Timestamp::MAX))
 }

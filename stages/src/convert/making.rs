@@ -135,6 +135,9 @@ impl<'a> Maker<'a> {
                 until: now_utc(),
             });
         }
+        if image.status == "active" {
+            self.notices.deleting(&image.id);
+        }
         self.session.delete_image_once(&image.id).await?;
         self.notices.note(&format!(
             "image {} of a run that is over ({}) was {}: it is removed, and its source taken over",
@@ -222,17 +225,18 @@ impl<'a> Maker<'a> {
         for other in others.iter().filter(|other| *other != id) {
             if let Err(error) = self.remove(other).await {
                 let cause = causes(&error);
+                self.notices.left(other);
                 self.notices.warn(&format!(
-                    "an earlier try left image {other} half made, and deleting it failed ({cause}); remove it: virta image delete {other}"
+                    "an earlier try left image {other} half made, and deleting it failed ({cause}): virta clean removes it, or: virta image \
+                     delete {other}"
                 ));
             }
         }
     }
 
-    /// Deletes an image that this run made. A claimed id may be another run's by now, which finished what this one could not, and its source
-    /// may be gone: such an image is left alone.
+    /// Deletes an image that this run made. It may be another run's by now, which finished what this one could not, and its source may be gone:
+    /// such an image is left alone.
     async fn remove(&self, id: &str) -> Result<(), ApiError> {
-        let Some(claim) = &self.claim else { return self.session.delete_image(id).await };
         let image = match self.session.image(id).await {
             Ok(image) => image,
             Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
@@ -241,13 +245,23 @@ impl<'a> Maker<'a> {
         if image.property(RUN) != Some(self.run()) || carries_its_own_proof(&image) {
             return Ok(());
         }
-        // what is the only copy is never half made, whatever its marks say
-        match self.session.image(claim.source()).await {
-            Ok(_) => self.session.delete_image_once(id).await,
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) && image.status == "active" => Ok(()),
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => self.session.delete_image_once(id).await,
-            Err(error) => Err(error),
+        let has_data = image.status == "active";
+        if let (Some(claim), true) = (&self.claim, has_data) {
+            // what is the only copy is never half made, whatever its marks say
+            match self.session.image(claim.source()).await {
+                Ok(_) => {}
+                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
+                Err(error) => return Err(error),
+            }
         }
+        if has_data {
+            self.notices.deleting(id);
+        }
+        // what has all its data, or is claimed, others may come to depend on: a repetition might land after that
+        if has_data || self.claim.is_some() {
+            return self.session.delete_image_once(id).await;
+        }
+        self.session.delete_image(id).await
     }
 
     /// Removes everything that was made, whatever happened, and says so if even that fails.
@@ -281,11 +295,15 @@ impl<'a> Maker<'a> {
         match tokio::time::timeout(within, deleting).await {
             Ok(left) if left.is_empty() => error,
             Ok(mut left) => {
+                left.iter().for_each(|(id, _)| self.notices.left(id));
                 let ids: Vec<String> = left.iter().map(|(id, _)| id.clone()).collect();
                 let first = left.swap_remove(0).1;
                 JobError::LeftBehind { id: ids.join(" "), error: Box::new(error), left: Some(first) }
             }
-            Err(_) => JobError::LeftBehind { id: made.join(" "), error: Box::new(error), left: None::<ApiError> },
+            Err(_) => {
+                made.iter().for_each(|id| self.notices.left(id));
+                JobError::LeftBehind { id: made.join(" "), error: Box::new(error), left: None::<ApiError> }
+            }
         }
     }
 }

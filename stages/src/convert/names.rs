@@ -1,8 +1,10 @@
 //! Who has the new image's name already, and what that means.
 
+use serde_json::json;
+
 use super::{
     After, Job, JobError, Source, Verify,
-    claim::{claimed_id, held},
+    claim::{self, claimed_id, held},
     readback::prove,
     retire::{after_conversion, release},
 };
@@ -11,7 +13,7 @@ use crate::{
         Change, Image, Session,
         image::{CLAIM_UNTIL, RUN, SOURCE_HASH, SOURCE_ID, VERIFIED},
     },
-    text::printable,
+    text::{causes, printable},
 };
 
 /// Claimed ids of a source that are recognised.
@@ -150,8 +152,7 @@ pub async fn go_on_with_finished(job: &Job, session: &Session, image: &Image) ->
         image.line()
     ));
     // an earlier run may have been stopped between its verification and the rest
-    adopt(job, session, image).await?;
-    retire_source(job, session, image, true).await
+    adopted(job, session, image, async || after_conversion(job, session, &image.id, true).await).await
 }
 
 /// An image says that it was made from this source, and was never verified: it is now.
@@ -164,43 +165,78 @@ pub async fn go_on_with_unproven(job: &Job, session: &Session, image: &Image) ->
         image.shown(),
         image.shown_id()
     ));
-    adopt(job, session, image).await?;
-    if !prove(job, session, image).await? {
-        return Err(unproven(image));
-    }
-    retire_source(job, session, image, false).await
+    adopted(job, session, image, async || {
+        if !prove(job, session, image).await? {
+            return Err(unproven(image));
+        }
+        after_conversion(job, session, &image.id, false).await
+    })
+    .await
 }
 
-/// Puts this run's name into an image that a run which is over had claimed, so that that one, should it live after all, lets it be; and
-/// protects it where its source goes.
-async fn adopt(job: &Job, session: &Session, image: &Image) -> Result<(), JobError> {
-    let (Some(_), Some(run)) = (image.property(CLAIM_UNTIL), &job.options.run) else { return Ok(()) };
-    let mut changes = vec![Change::Set(RUN.to_owned(), serde_json::json!(run))];
-    if job.options.after != After::Keep {
-        changes.push(Change::Set("protected".to_owned(), serde_json::json!(true)));
-    }
-    session.change_image(&image.id, &changes).await?;
-    Ok(())
-}
-
-/// The source goes, if it shall, and a claim that a dead run left on the finished image ends. A run that took the dead one over may have seen
-/// the image half made, and its DELETE be on the way: so it is adopted, and protected, before.
-async fn retire_source(job: &Job, session: &Session, image: &Image, compare_first: bool) -> Result<(), JobError> {
+/// Does what is left to do with another run's image, which may be the only copy afterwards.
+///
+/// Before it, this run's name is put into the image, so that the other run, should it live after all, lets it be; where the source goes, the
+/// image is claimed and protected, too, against a DELETE that is on its way. Whatever `work` came to, both come off again.
+async fn adopted(
+    job: &Job,
+    session: &Session,
+    image: &Image,
+    work: impl AsyncFnOnce() -> Result<(), JobError>,
+) -> Result<(), JobError> {
+    let goes = job.options.after != After::Keep;
     let claimed = image.property(CLAIM_UNTIL).is_some();
-    let retired = after_conversion(job, session, &image.id, compare_first).await;
-    // the run that made it, on another machine, may live after all, and its DELETE be on the way for as long as a request may take: only
-    // then is the protection taken off. Interrupted, it stays until the next batch
-    let run = image.property(RUN).unwrap_or_default();
-    let stranger = claimed && job.options.run.as_deref() != Some(run) && !job.notices.is_dead(run);
-    if stranger && job.options.after != After::Keep {
+    // somebody else's protection is not ours to take off
+    let ours = claimed || (goes && image.protected != Some(true));
+    let own_run = image.property(RUN);
+    let stranger = own_run.is_some() && own_run != job.options.run.as_deref();
+    let mut changes = Vec::new();
+    if let Some(run) = &job.options.run
+        && (claimed || goes || !carries_its_own_proof(image))
+    {
+        changes.push(Change::Set(RUN.to_owned(), json!(run)));
+    }
+    if goes && ours {
+        changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::ahead(job.options.patience.claim))));
+        changes.push(Change::Set("protected".to_owned(), json!(true)));
+    }
+    if !changes.is_empty() {
+        let adopting = session.change_image(&image.id, &changes);
+        job.cancel.guard(adopting).await.map_err(|_| JobError::interrupted())??;
+    }
+    let done = work().await;
+    if !ours {
+        return done;
+    }
+    // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
+    // of this machine which died when it deleted. Only then is the protection taken off; while the source is there, at once
+    let may_be_deleted =
+        stranger && own_run.is_some_and(|run| !job.notices.is_dead(run) || job.notices.was_deleting(run, &image.id));
+    let stays =
+        format!("image {id} stays protected; to take that off: virta image set --unprotected {id}", id = image.shown_id());
+    if goes && may_be_deleted && is_source_gone(job).await {
         job.notices.note(&format!("image {} stays protected for a minute: a run elsewhere made it", image.shown_id()));
         let waiting = tokio::time::sleep(job.options.patience.silence);
-        job.cancel.guard(waiting).await.map_err(|_| JobError::interrupted())?;
+        if job.cancel.guard(waiting).await.is_err() {
+            job.notices.warn(&stays);
+            return done.and(Err(JobError::interrupted()));
+        }
     }
-    if claimed && let Err(error) = release(session, &image.id).await {
-        job.notices.warn(&format!("image {} keeps a mark of the run that made it: {error}", image.shown_id()));
+    // an interrupt is answered within seconds
+    let within = if job.cancel.is_cancelled() { job.options.patience.clean_up } else { job.options.patience.silence };
+    match tokio::time::timeout(within, release(session, &image.id)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => job.notices.warn(&format!("{stays} ({})", causes(&error))),
+        Err(_) => job.notices.warn(&stays),
     }
-    retired
+    done
+}
+
+/// Is the job's source not there any more? What cannot be told counts as gone.
+async fn is_source_gone(job: &Job) -> bool {
+    let Source::Glance { session, image, .. } = &job.source else { return false };
+    let looking = tokio::time::timeout(job.options.patience.silence, session.image(&image.id));
+    !matches!(job.cancel.guard(looking).await, Ok(Ok(Ok(_))))
 }
 
 /// The refusal of an image that claims to be this source's conversion and could not be proven to be.

@@ -111,6 +111,22 @@ pub trait Notices: Send + Sync {
         let _ = image_id;
     }
 
+    /// An image that counts as made is about to be deleted all the same: written down before the request leaves.
+    fn deleting(&self, image_id: &str) {
+        let _ = image_id;
+    }
+
+    /// An image that is of no use could not be deleted: whoever keeps a record of runs has it deleted later.
+    fn left(&self, image_id: &str) {
+        let _ = image_id;
+    }
+
+    /// Was this run, which is dead, about to delete that image ([`Self::deleting`])? Its request may still be on the way.
+    fn was_deleting(&self, run: &str, image_id: &str) -> bool {
+        let _ = (run, image_id);
+        false
+    }
+
     /// Is this the name of a run that is known to be dead? Whoever keeps a record of this machine's runs knows; nobody knows of others.
     fn is_dead(&self, run: &str) -> bool {
         let _ = run;

@@ -17,14 +17,14 @@ use reqwest::StatusCode;
 use serde_json::json;
 
 use super::{
-    After, Job, JobError, Notices, Source, Verify,
+    After, Job, JobError, Notices, Source, Verify, claim,
     names::carries_its_own_proof,
     readback::{Target, against_survey, prove},
 };
 use crate::{
     glance::Remote,
     openstack::{
-        ApiError, Image, Session,
+        ApiError, Change, Image, Session,
         image::{CLAIM_UNTIL, ImageError, REPLACES, REPLACES_NAME, SOURCE_ID, VERIFIED},
     },
     store::Survey,
@@ -141,7 +141,7 @@ pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, compar
         }
     }
     if after == After::Replace {
-        rename(session, new_id, source.name.as_deref().unwrap_or_default()).await?;
+        rename(session, new_id, source.name.as_deref().unwrap_or_default(), &[REPLACES, REPLACES_NAME]).await?;
         job.notices.note(&format!(
             "the new image is called {} now; its id is {new_id}: what names the old id has to be changed",
             source.shown()
@@ -164,10 +164,10 @@ fn kept(new_id: &str) -> JobError {
 async fn prepare(job: &Job, session: &Session, source_session: &Session, source: &Image, new_id: &str) -> Result<(), JobError> {
     let after = job.options.after;
     if after == After::Replace {
-        for (key, value) in [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())] {
-            let value = json!(value.chars().take(255).collect::<String>());
-            session.set_property(new_id, key, &value).await.map_err(|error| failed(new_id, "marking the new image", error))?;
-        }
+        let marks = [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())];
+        let set = |(key, value): (&str, String)| Change::Set(key.to_owned(), json!(value.chars().take(255).collect::<String>()));
+        let marking = session.change_image(new_id, &marks.map(set)).await;
+        marking.map_err(|error| failed(new_id, "marking the new image", error))?;
     }
     let visibility = source.visibility.as_deref().unwrap_or("private");
     if job.options.copy_members || (after == After::Replace && visibility != "private") {
@@ -201,6 +201,13 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
         error => error,
     })?;
     let new = session.image(new_id).await?;
+    if new.status == "active" && new.expected_hash().is_none() {
+        return Err(JobError::Refused(format!(
+            "the source is not deleted: Glance computed no hash of the new image {new_id}, so nobody could tell later that it is what was made \
+             and compared just now. If that is enough: virta image delete {}",
+            source.shown_id()
+        )));
+    }
     if new.status != "active" || !carries_its_own_proof(&new) {
         return Err(JobError::Refused(format!(
             "the new image {new_id} is {} and not as it was verified any more: the source is not deleted",
@@ -259,12 +266,18 @@ pub async fn release(session: &Session, image_id: &str) -> Result<(), ApiError> 
     }
 }
 
-/// The last steps of a replacement.
-async fn rename(session: &Session, new_id: &str, name: &str) -> Result<(), JobError> {
+/// The last step of a replacement: the new image's name, and the marks that told of it come off with it.
+async fn rename(session: &Session, new_id: &str, name: &str, marks: &[&str]) -> Result<(), JobError> {
     let named = async {
-        session.set_property(new_id, "name", &json!(name)).await?;
-        session.remove_property(new_id, REPLACES).await?;
-        session.remove_property(new_id, REPLACES_NAME).await
+        let mut changes = vec![Change::Set("name".to_owned(), json!(name))];
+        changes.extend(marks.iter().map(|mark| Change::Remove((*mark).to_owned())));
+        match session.change_image(new_id, &changes).await {
+            // a mark that is to come off is off: somebody did the same just now
+            Err(error) if error.status() == Some(StatusCode::CONFLICT) => {
+                session.set_property(new_id, "name", &json!(name)).await
+            }
+            other => other.map(drop),
+        }
     };
     named.await.map_err(|error| {
         JobError::Refused(format!(
@@ -276,7 +289,75 @@ async fn rename(session: &Session, new_id: &str, name: &str) -> Result<(), JobEr
     })
 }
 
-/// A run that finds the source of a replacement gone: did an earlier one get that far? Then its last steps are done now.
+/// A run that finds its source gone: did an earlier one get that far? Then its last steps are done now.
+///
+/// `name_or_id`: the source, as it was written; `made`: ids of images that earlier runs of the very same command made.
+///
+/// # Errors
+/// [`JobError`] if Glance cannot be asked, or the name cannot be set.
+pub async fn finish_earlier_deletion(
+    source_session: &Session,
+    session: &Session,
+    name_or_id: &str,
+    made: &[String],
+    notices: &dyn Notices,
+) -> Result<Option<Image>, JobError> {
+    let name_or_id = name_or_id.strip_prefix("glance:").unwrap_or(name_or_id);
+    let is_done = |image: &Image| image.status == "active" && carries_its_own_proof(image);
+    let mut candidates = Vec::new();
+    for key in [REPLACES, REPLACES_NAME, SOURCE_ID] {
+        let mut found = session.images_where(key, name_or_id).await?;
+        found.retain(|image| image.property(key) == Some(name_or_id) && is_done(image));
+        // two that a name may mean are none
+        if let [image] = found.as_slice() {
+            candidates.push(image.clone());
+        }
+    }
+    // what was deleted tells its name to nobody any more
+    for id in made {
+        match session.image(id).await {
+            Ok(image) if is_done(&image) => candidates.push(image),
+            Ok(_) => {}
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    for image in candidates {
+        // it may only be called otherwise by now
+        let Some(source) = image.property(REPLACES).or(image.property(SOURCE_ID)) else { continue };
+        match source_session.image(source).await {
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
+            Ok(_) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        finish_marks(session, &image, notices).await?;
+        notices.note(&format!(
+            "the source ({}) is gone, deleted after an earlier run had made and verified image {} ({}) of it",
+            printable(source),
+            image.shown(),
+            image.shown_id()
+        ));
+        return Ok(Some(image));
+    }
+    Ok(None)
+}
+
+/// What a run that was killed after the source's deletion could not do any more: the name of a replacement, and the end of a claim.
+async fn finish_marks(session: &Session, image: &Image, notices: &dyn Notices) -> Result<(), JobError> {
+    let marks: Vec<&str> = [REPLACES, REPLACES_NAME].into_iter().filter(|key| image.property(key).is_some()).collect();
+    match image.property(REPLACES_NAME) {
+        Some(name) => rename(session, &image.id, name, &marks).await?,
+        None if !marks.is_empty() => session.remove_property(&image.id, REPLACES).await?,
+        None => {}
+    }
+    if image.property(CLAIM_UNTIL).is_some() && claim::held(image, notices).is_none() {
+        release(session, &image.id).await?;
+    }
+    Ok(())
+}
+
+/// A replacement that was stopped between the source's deletion and its end: its last steps are done now. Does the name, or id, mean an image
+/// that has been put in its place?
 ///
 /// # Errors
 /// [`JobError`] if Glance cannot be asked, or the name cannot be set.
@@ -284,33 +365,18 @@ pub async fn finish_replacing(session: &Session, name_or_id: &str, notices: &dyn
     match session.find_image(name_or_id).await {
         // it has the name already
         Ok(image) if image.disk_format.as_deref() == Some("qcow2") && carries_its_own_proof(&image) => {
-            for key in [REPLACES, REPLACES_NAME] {
-                if image.property(key).is_some() {
-                    session.remove_property(&image.id, key).await?;
+            if let Some(replaced) = image.property(REPLACES) {
+                match session.image(replaced).await {
+                    Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
+                    Ok(_) => return Ok(None),
+                    Err(error) => return Err(error.into()),
                 }
             }
-            return Ok(Some(image));
+            finish_marks(session, &image, notices).await?;
+            Ok(Some(image))
         }
-        Ok(_) | Err(ImageError::Ambiguous { .. }) => return Ok(None),
-        Err(ImageError::NotFound { .. }) => {}
-        Err(error) => return Err(error.into()),
+        Ok(_) | Err(ImageError::Ambiguous { .. }) => Ok(None),
+        Err(ImageError::NotFound { .. }) => finish_earlier_deletion(session, session, name_or_id, &[], notices).await,
+        Err(error) => Err(error.into()),
     }
-    // the source's id stays in the new image when everything else is done
-    for key in [REPLACES, REPLACES_NAME, SOURCE_ID] {
-        let mut found = session.images_where(key, name_or_id).await?;
-        found.retain(|image| image.property(key) == Some(name_or_id) && image.status == "active" && carries_its_own_proof(image));
-        let [image] = found.as_slice() else { continue };
-        // it may only be called otherwise by now
-        let replaced = image.property(REPLACES).or(image.property(SOURCE_ID)).unwrap_or_default();
-        match session.image(replaced).await {
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
-            Ok(_) => continue,
-            Err(error) => return Err(error.into()),
-        }
-        let Some(name) = image.property(REPLACES_NAME).map(str::to_owned) else { return Ok(Some(image.clone())) };
-        notices.note(&format!("the source is gone, and image {} takes its place: it gets its name now", image.shown_id()));
-        rename(session, &image.id, &name).await?;
-        return Ok(Some(image.clone()));
-    }
-    Ok(None)
 }

@@ -232,6 +232,11 @@ impl Emission<'_> {
         let image_hash = self.sending.compare(&image, &emitted).await?;
         // a source never goes on the strength of a size alone
         let goes = self.job.options.after != After::Keep;
+        if goes && !image_hash.checked {
+            self.job.notices.warn(
+                "Glance computed no hash of the new image, so no later run could tell that it is the one that was verified: the source will stay",
+            );
+        }
         let read_back = self.job.options.verify == Verify::Readback || (goes && !image_hash.checked);
         if read_back {
             self.read_back(&image).await?;

@@ -143,6 +143,19 @@ impl Image {
         printable(self.name.as_deref().filter(|name| !name.is_empty()).unwrap_or(&self.id))
     }
 
+    /// Does it look like a conversion of `source`? Nova copies marks onto the snapshots of servers that were started from a conversion; such a
+    /// snapshot has a base image, or a server, of its own.
+    #[must_use]
+    pub fn looks_made_of(&self, source: &Self) -> bool {
+        let same = |key: &str| self.property(key) == source.property(key);
+        self.id != source.id
+            && self.property(SOURCE_ID) == Some(&source.id)
+            && self.disk_format.as_deref() == Some("qcow2")
+            && source.disk_format.as_deref() != Some("qcow2")
+            && same("base_image_ref")
+            && same("instance_uuid")
+    }
+
     /// The digest to check what is read against: os_hash_value, else checksum, else none.
     #[must_use]
     pub fn expected_hash(&self) -> Option<ExpectedHash> {
