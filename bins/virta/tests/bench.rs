@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::Cloud;
+use common::{Cloud, Run, seen, signal};
 use serde_json::Value;
 
 const CHROMIUM: &str = "/usr/bin/chromium";
@@ -117,6 +117,25 @@ async fn what_a_killed_bench_sent_is_removed_by_clean() {
     assert_eq!(cloud.others().len(), 1);
     cloud.run(&["clean", "--os-cloud", "mini"]).await.ends(0, &["removed image virta-bench-"]);
     cloud.assert_nothing_made();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupt_ends_a_bench_whose_requests_hang_and_names_what_may_be_left() {
+    for what in ["POST /v2/images", "DELETE /v2/images"] {
+        let cloud = Cloud::start(|_| {}).await;
+        let arguments = ["bench", "--quick", "--os-cloud", "mini"];
+        let child = cloud.command(&arguments).spawn().unwrap();
+        // what comes before the upload is over: then its requests hang
+        let before = if what.starts_with("POST") { "GET /v2/info/usage" } else { "PUT " };
+        seen(&cloud.service, before).await;
+        cloud.service.faults(|faults| faults.latency = std::time::Duration::from_secs(600));
+        tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+        let asked = std::time::Instant::now();
+        signal(&child, rustix::process::Signal::INT);
+        let run = Run::new(child.wait_with_output().await.unwrap(), asked.elapsed());
+        run.ends(130, &["may be left behind", "virta image delete"]);
+        assert!(asked.elapsed() < std::time::Duration::from_secs(30), "{what}: {:?}", asked.elapsed());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -160,22 +160,43 @@ impl Glance<'_> {
         });
         let record = record.as_object().expect("an object");
         run.making(&id);
-        // not broken off: an image that was made has to be known, to be deleted
-        self.session.create_image(record).await?;
-        let sent = self.send(&id).await;
-        // deleted whatever happened, an interrupt included
-        let deleted = self.session.delete_image(&id).await;
-        // what is left behind comes first, whatever became of the sending
-        match deleted {
-            Ok(()) => {}
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
-            Err(left) => {
-                let error = sent.err().unwrap_or_else(|| JobError::Refused("it was sent, and is of no use any more".to_owned()));
-                return Err(JobError::LeftBehind { id, error: Box::new(error), left: Some(left) });
+        // an interrupt waits for the answer, but not for ever: an image that was made has to be there to be deleted
+        let sent = match self.soon(self.session.create_image(record)).await {
+            Some(created) => {
+                created?;
+                self.send(&id).await
             }
+            None => Err(JobError::interrupted()),
+        };
+        // deleted whatever happened, an interrupt included
+        let deleted = self.soon(self.session.delete_image(&id)).await;
+        // what is left behind comes first, whatever became of the sending
+        let left = match deleted {
+            Some(Ok(())) => None,
+            Some(Err(gone)) if gone.status() == Some(StatusCode::NOT_FOUND) => None,
+            Some(Err(left)) => Some(Some(left)),
+            None => Some(None),
+        };
+        if let Some(left) = left {
+            let error = match sent {
+                Err(error) => error,
+                Ok(_) if self.cancel.is_cancelled() => JobError::interrupted(),
+                Ok(_) => JobError::Refused("it was sent, and is of no use any more".to_owned()),
+            };
+            return Err(JobError::LeftBehind { id, error: Box::new(error), left });
         }
         let rate = sent?;
+        self.cancel.check().map_err(|_| JobError::interrupted())?;
         Ok(Measure::new("glance.up.1", Group::Glance, "send, 1 connection", 1, vec![rate]))
+    }
+
+    /// A request that is not broken off; after an interrupt it has a few seconds left. `None`: they are over.
+    async fn soon<T>(&self, request: impl Future<Output = T>) -> Option<T> {
+        tokio::pin!(request);
+        tokio::select! {
+            answer = &mut request => Some(answer),
+            () = self.cancel.cancelled() => tokio::time::timeout(Patience::default().clean_up, request).await.ok(),
+        }
     }
 
     async fn send(&self, id: &str) -> Result<f64, JobError> {

@@ -23,6 +23,9 @@ const SYSTEM: [&str; 3] = ["/usr/bin", "/usr/lib", "/usr/share"];
 /// If the named file cannot be read, or is empty.
 pub fn of_data(named: Option<&Path>, bytes: usize) -> std::io::Result<(Vec<u8>, String)> {
     if let Some(path) = named {
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(std::io::Error::other("that is no ordinary file"));
+        }
         let mut sample = Vec::new();
         File::open(path)?.take(bytes as u64).read_to_end(&mut sample)?;
         if sample.len() < 1 << 16 {
