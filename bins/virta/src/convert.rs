@@ -11,7 +11,7 @@ use stages::{
         to_file::same_file,
     },
     disk::output::partial_of,
-    openstack::{Image, Session, config::Surroundings},
+    openstack::{Image, Session, config::Surroundings, image::ImageError},
     progress::Progress,
     text::{causes, printable, shell_word, size},
 };
@@ -23,7 +23,7 @@ use crate::{
     exit, receipt,
     runs::{self, Run},
     sign_in::sign_in,
-    status,
+    status, stderr,
 };
 
 /// Where an image is.
@@ -123,6 +123,7 @@ pub fn watch_signals(cancel: &CancelToken, held: Held) {
                             "virta: stopped at once. A half-made image may be left: the same command, or virta clean, removes it",
                         ),
                     }
+                    stderr::drain(stderr::BRIEFLY);
                     std::process::exit(130);
                 }
                 None => asked = Some(std::time::Instant::now()),
@@ -228,7 +229,17 @@ async fn convert(
                 taken = Some(names?);
                 source
             };
-            interruptible(cancel, looking).await?
+            match interruptible(cancel, looking).await {
+                Err(missing @ JobError::Image(ImageError::NotFound { .. })) => {
+                    // an earlier run of this command may have deleted it, and been killed before it could say so
+                    let made = runs::made_by(&arguments.source, &arguments.destination);
+                    let (End::Glance(_), Some(there)) = (&to, &destination_cloud) else { return Err(missing) };
+                    let finishing = retire::finish_earlier_deletion(&session, there, name, &made, display);
+                    let finished = interruptible(cancel, finishing).await?;
+                    return finished.map(|image| Outcome::AlreadyDone(image.id)).ok_or(missing);
+                }
+                other => other?,
+            }
         }
         End::Path(path) => match Source::local(Path::new(path)) {
             Err(error) if !Path::new(path).exists() => return Err(did_you_mean(error, path, source_cloud.as_ref()).await),
@@ -335,7 +346,7 @@ pub fn stdout_by_its_name(path: String) -> String {
 }
 
 /// A FIFO can only be written forward.
-pub fn is_forward_only(path: &str) -> bool {
+pub fn is_forward_only(path: impl AsRef<Path>) -> bool {
     use std::os::unix::fs::FileTypeExt;
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
@@ -390,22 +401,15 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
         }
         NameCheck::Unproven(image) => {
             refuse_held(job, &image)?;
+            refuse_live(&image)?;
             convert::names::go_on_with_unproven(job, session, &image).await?;
             return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
         }
         NameCheck::Free { unfinished } => {
             for image in unfinished {
                 refuse_held(job, &image)?;
+                refuse_live(&image)?;
                 let id = image.shown_id();
-                let live = runs::all().into_iter().find(|found| found.record.images.contains(&image.id));
-                if let Some(live) = live.filter(|found| found.record.state == runs::State::Running) {
-                    return Err(JobError::Usage(format!(
-                        "run {} of this machine (process {}) makes that very image just now: virta status --follow {}",
-                        live.record.run,
-                        live.record.pid,
-                        &live.record.run[..8]
-                    )));
-                }
                 job.notices.warn(&format!(
                     "image {id} of that name is an unfinished conversion of this source: a run on another machine makes it, or left it. If \
                      none runs: virta image delete {id}"
@@ -414,6 +418,20 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
         }
     }
     Ok(None)
+}
+
+/// A run of this machine is still at it.
+fn refuse_live(image: &Image) -> Result<(), JobError> {
+    let live = runs::all().into_iter().find(|found| found.record.images.contains(&image.id));
+    match live.filter(|found| found.record.state == runs::State::Running) {
+        Some(live) => Err(JobError::Usage(format!(
+            "run {} of this machine (process {}) makes that very image just now: virta status --follow {}",
+            live.record.run,
+            live.record.pid,
+            &live.record.run[..8]
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Another run, a batch's, has claimed the source.
@@ -427,21 +445,34 @@ async fn interruptible<T>(cancel: &CancelToken, work: impl Future<Output = Resul
 
 /// The report's file is opened before anything is done, and it is none of the files that matter.
 fn check_report(arguments: &ConvertArgs) -> Result<(), JobError> {
-    use std::io::Read;
     let Some(report) = &arguments.output.report else { return Ok(()) };
-    let usage = |text: String| Err(JobError::Usage(format!("--report {}: {text}", report.display())));
     for end in [&arguments.source, &arguments.destination] {
         let path = Path::new(end);
         if path == report || same_file(path, report) || partial_of(path) == *report {
-            return usage("that is the source or the destination".to_owned());
+            return Err(JobError::Usage(format!("--report {}: that is the source or the destination", report.display())));
         }
     }
+    check_report_file(report)
+}
+
+/// Can a report be written there at the end, over nothing but an earlier one?
+///
+/// # Errors
+/// [`JobError::Usage`].
+pub fn check_report_file(report: &Path) -> Result<(), JobError> {
+    use std::io::Read;
+    let usage = |text: String| Err(JobError::Usage(format!("--report {}: {text}", report.display())));
+    // one that is open already (/dev/stdout, a shell's >(…)) has its reader; any other would be waited for
+    let is_open = report.starts_with("/dev") || report.starts_with("/proc");
+    if is_forward_only(report) && !is_open {
+        return usage("that is a named pipe, whose reader would have to be waited for: give a file".to_owned());
+    }
     let mut start = [0];
-    match std::fs::File::open(report).map(|mut file| file.read(&mut start)) {
-        Ok(Ok(1)) if start != *b"{" => {
-            return usage("that file is there and is no report of an earlier run; choose another name".to_owned());
-        }
-        _ => {}
+    if report.is_file()
+        && matches!(std::fs::File::open(report).map(|mut file| file.read(&mut start)), Ok(Ok(1)))
+        && start != *b"{"
+    {
+        return usage("that file is there and is no report of an earlier run; choose another name".to_owned());
     }
     match open_private(report) {
         Ok(_) => Ok(()),
@@ -450,7 +481,7 @@ fn check_report(arguments: &ConvertArgs) -> Result<(), JobError> {
 }
 
 /// Opens a file for writing, for its owner alone if it is new.
-pub fn open_private(path: &Path) -> std::io::Result<std::fs::File> {
+fn open_private(path: &Path) -> std::io::Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
     std::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)
 }
@@ -458,7 +489,9 @@ pub fn open_private(path: &Path) -> std::io::Result<std::fs::File> {
 pub fn write_report(path: &Path, json: &str) -> std::io::Result<()> {
     use std::io::Write;
     let mut file = open_private(path)?;
-    file.set_len(0)?;
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
     file.write_all(json.as_bytes())?;
     file.write_all(b"\n")
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use engine::{CancelToken, Cause};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use stages::{
     convert::{FoundServer, Notices},
     progress::{Phase, Progress},
@@ -18,6 +18,7 @@ use crate::{
     cli::ProgressChoice,
     exit,
     runs::{self, Run},
+    stderr,
 };
 
 /// How often bars are drawn.
@@ -61,7 +62,10 @@ impl Display {
             ProgressChoice::Json => Kind::Json,
             ProgressChoice::None => Kind::None,
         };
-        let bars = MultiProgress::new();
+        let bars = match kind {
+            Kind::Bars => MultiProgress::with_draw_target(stderr::draw_target()),
+            _ => MultiProgress::with_draw_target(ProgressDrawTarget::hidden()),
+        };
         let stop = CancelToken::new();
         let task = {
             let (progress, stop, bars, run) = (progress.clone(), stop.clone(), bars.clone(), run.clone());
@@ -134,6 +138,18 @@ impl Notices for Display {
         self.run.making(image_id);
     }
 
+    fn deleting(&self, image_id: &str) {
+        self.run.deleting(image_id);
+    }
+
+    fn left(&self, image_id: &str) {
+        self.run.left(image_id);
+    }
+
+    fn was_deleting(&self, run: &str, image_id: &str) -> bool {
+        runs::was_deleting(run, image_id)
+    }
+
     fn is_dead(&self, run: &str) -> bool {
         runs::is_dead(run)
     }
@@ -199,16 +215,18 @@ impl Drawing {
                 self.run.log(&line);
             }
         }
+        // progress that nobody has read is not told once more: the next line says all that it does
+        let behind = stderr::is_behind();
         match self.kind {
-            Kind::Bars => self.draw_bars(progress, phase),
+            Kind::Bars if !behind => self.draw_bars(progress, phase),
             Kind::Plain if changed => self.last_line = Instant::now(), // nothing worth a line yet
-            Kind::Plain if self.last_line.elapsed() >= LINE_EVERY => {
+            Kind::Plain if !behind && self.last_line.elapsed() >= LINE_EVERY => {
                 self.last_line = Instant::now();
                 if let Some(line) = plain_line(progress, phase, self.started.elapsed()) {
                     exit::say(&line);
                 }
             }
-            Kind::Json if changed || self.last_line.elapsed() >= JSON_EVERY => {
+            Kind::Json if changed || (!behind && self.last_line.elapsed() >= JSON_EVERY) => {
                 self.last_line = Instant::now();
                 exit::say(&json_line(progress, phase, self.started.elapsed()));
             }

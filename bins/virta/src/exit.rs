@@ -4,6 +4,8 @@ use std::{error::Error, io::Write, process::ExitCode};
 
 use stages::text::{chain, printable};
 
+use crate::stderr;
+
 /// Prints an error and what caused it, a line each, and gives the exit code.
 pub fn failure(error: &dyn Error, code: u8) -> ExitCode {
     let lines: Vec<String> = chain(error).iter().map(|line| printable_lines(line)).collect();
@@ -23,24 +25,26 @@ pub fn usage(text: &str) -> ExitCode {
     ExitCode::from(2)
 }
 
-/// A line on stderr. The terminal may be gone: that is no reason to stop.
+/// A line on stderr. Its reader may be gone, or stand still: that is no reason to stop, or to wait.
 pub fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    stderr::write(&format!("{text}\n"));
 }
 
 /// A question on stderr, with the answer behind it.
 pub fn ask(text: &str) {
-    let _ = write!(std::io::stderr(), "{text}");
-    let _ = std::io::stderr().flush();
+    stderr::write(text);
+    stderr::drain(stderr::PATIENT);
 }
 
 /// A line on stdout; was it taken? The reader may be gone: that is no reason to stop.
 pub fn print(text: &str) -> bool {
+    stderr::drain(stderr::BRIEFLY); // both may go to one terminal
     writeln!(std::io::stdout(), "{text}").is_ok()
 }
 
 /// A line on stdout for whoever reads along; `false` only if it could not be written: a reader who has seen enough is no failure.
 pub fn show(text: &str) -> bool {
+    stderr::drain(stderr::BRIEFLY);
     match writeln!(std::io::stdout(), "{text}") {
         Err(error) => error.kind() == std::io::ErrorKind::BrokenPipe,
         Ok(()) => true,

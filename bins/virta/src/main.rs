@@ -20,6 +20,7 @@ mod share;
 mod sign_in;
 mod snapshot;
 mod status;
+mod stderr;
 mod table;
 mod upload;
 mod verify;
@@ -29,6 +30,12 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    let code = run();
+    stderr::drain(stderr::PATIENT);
+    code
+}
+
+fn run() -> ExitCode {
     complete::answer_shell();
     let arguments = habits::reordered(std::env::args_os());
     if let Some(hint) = habits::hint(arguments.clone()) {

@@ -57,6 +57,15 @@ pub struct Record {
     pub project: Option<String>,
     /// Ids of images that it made or was about to make.
     pub images: Vec<String>,
+    /// Those of them that it was about to delete when they had all their data.
+    #[serde(default)]
+    pub deleting: Vec<String>,
+    /// Those of them that are of no use, and could not be deleted.
+    #[serde(default)]
+    pub left: Vec<String>,
+    /// It was killed, and what it left half made is removed.
+    #[serde(default)]
+    pub cleaned: bool,
     /// A server that it has not brought back yet into the state that it was found in.
     #[serde(default)]
     pub server: Option<FoundServer>,
@@ -71,7 +80,8 @@ pub struct Record {
 impl Record {
     /// Is there anything of it to be removed or taken back?
     pub fn left_anything(&self) -> bool {
-        !self.images.is_empty() || self.server.is_some()
+        let made = self.state != State::Done && !self.cleaned && !self.images.is_empty();
+        made || !self.left.is_empty() || self.server.is_some()
     }
 }
 
@@ -151,6 +161,9 @@ impl Run {
             cloud: None,
             project: None,
             images: Vec::new(),
+            deleting: Vec::new(),
+            left: Vec::new(),
+            cleaned: false,
             server: None,
             state: State::Running,
             exit_code: None,
@@ -191,6 +204,16 @@ impl Run {
     /// It is about to make this image.
     pub fn making(&self, image_id: &str) {
         self.change(|record| record.images.push(image_id.to_owned()));
+    }
+
+    /// It is about to delete this image, which has all its data.
+    pub fn deleting(&self, image_id: &str) {
+        self.change(|record| push_once(&mut record.deleting, image_id));
+    }
+
+    /// This image of its own is of no use, and could not be deleted.
+    pub fn left(&self, image_id: &str) {
+        self.change(|record| push_once(&mut record.left, image_id));
     }
 
     /// It is about to change this server, or has brought it back.
@@ -242,8 +265,9 @@ impl Found {
 
     /// What a dead run left is removed, and taken back: it holds nothing any more.
     pub fn cleaned(&self) -> io::Result<()> {
-        let record = Record { images: Vec::new(), server: None, state: State::Killed, ..self.record.clone() };
-        write(&self.folder, &record)
+        // one that came to its end stays so: only what it could not delete is gone now
+        let state = if self.record.state == State::Done { State::Done } else { State::Killed };
+        write(&self.folder, &Record { left: Vec::new(), cleaned: true, server: None, state, ..self.record.clone() })
     }
 
     /// The server that a dead run held is as it was found.
@@ -295,9 +319,9 @@ pub fn all() -> Vec<Found> {
     found
 }
 
-/// Runs of this machine that are over and may have left images, or a server in another state.
+/// Runs of this machine that are over and may have left images that are of no use, or a server in another state.
 pub fn dead() -> Vec<Found> {
-    let over = |found: &Found| matches!(found.record.state, State::Killed | State::Failed) && found.record.host == host();
+    let over = |found: &Found| found.record.state != State::Running && found.record.host == host();
     all().into_iter().filter(|found| over(found) && found.record.left_anything()).collect()
 }
 
@@ -306,6 +330,26 @@ pub fn is_dead(run: &str) -> bool {
     let known = uuid::Uuid::parse_str(run).is_ok(); // a name out of an image is no path before it is looked at
     let found = runs_folder().filter(|_| known).and_then(|folder| read(&folder, run));
     found.is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
+}
+
+/// Ids of images that runs of this machine from `source` to `destination` made, the latest first.
+pub fn made_by(source: &str, destination: &str) -> Vec<String> {
+    let same = |found: &Found| found.record.source == source && found.record.destination == destination;
+    let runs = all().into_iter().rev().filter(same);
+    runs.flat_map(|found| found.record.images).collect()
+}
+
+/// Was this run of this machine, which is over, about to delete that image? [`Run::deleting`].
+pub fn was_deleting(run: &str, image_id: &str) -> bool {
+    let known = uuid::Uuid::parse_str(run).is_ok();
+    let found = runs_folder().filter(|_| known).and_then(|folder| read(&folder, run));
+    found.is_some_and(|found| found.record.deleting.iter().any(|id| id == image_id))
+}
+
+fn push_once(ids: &mut Vec<String>, id: &str) {
+    if ids.iter().all(|known| known != id) {
+        ids.push(id.to_owned());
+    }
 }
 
 fn host() -> String {
@@ -322,7 +366,7 @@ fn forget_old(folder: &Path) {
     };
     for found in over {
         let record = &found.record;
-        if record.state == State::Running || (record.state != State::Done && record.left_anything()) {
+        if record.state == State::Running || record.left_anything() {
             continue;
         }
         for kind in ["json", "log", "lock"] {

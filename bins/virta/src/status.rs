@@ -224,7 +224,9 @@ pub async fn clean_up_before(session: &Session, display: &Display) -> Result<(),
 async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notices) -> Result<(), JobError> {
     for found in dead {
         let mut all_gone = true;
-        for id in &found.record.images {
+        let finished = found.record.state == State::Done;
+        let made = if finished { &found.record.left } else { &found.record.images };
+        for id in made.iter().chain(found.record.left.iter().filter(|left| !made.contains(left))) {
             let image = match session.image(id).await {
                 Ok(image) => image,
                 Err(error) if error.status() == Some(StatusCode::NOT_FOUND) => continue,
@@ -233,12 +235,13 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
             let ours = image.property(RUN) == Some(found.record.run.as_str());
             let half_made = matches!(image.status.as_str(), "queued" | "saving");
             if ours && (half_made || image.property(BENCH).is_some()) {
+                let why = if finished { "could not delete" } else { "left when it was killed" };
                 match session.delete_image(id).await {
                     Ok(()) => notices.note(&format!(
-                        "removed image {} ({id}), which run {} left {} when it was killed",
+                        "removed image {} ({id}, {}), which run {} {why}",
                         image.shown(),
+                        image.status,
                         short(&found.record.run),
-                        image.status
                     )),
                     Err(error) => {
                         all_gone = false;
@@ -246,6 +249,8 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
                         notices.warn(&format!("image {id}, left by a killed run, could not be removed: {}", causes(&error)));
                     }
                 }
+            } else if finished {
+                // whole by now, and not what the run was about
             } else if ours && image.property(stages::openstack::image::SOURCE_ID).is_none() {
                 let shown = image.shown_id();
                 notices.note(&format!(

@@ -444,6 +444,24 @@ async fn killed_at_every_request(flags: &[&str], gone: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_is_given_again_means_its_latest_image_to_the_journal() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    let arguments = ["web", "--delete-source", "--yes", "--journal", "journal.jsonl"];
+    place.add("web", 1, MIB);
+    place.run(&arguments).await.ends(0, &["1 converted"]);
+    // a year later nobody needs that one any more, and there is another
+    let old = place.service.images().remove(0)["id"].as_str().unwrap().to_owned();
+    let deleted = place.clean(env!("CARGO_BIN_EXE_virta")).args(["image", "delete", "--yes", &old]).output().await.unwrap();
+    assert!(deleted.status.success(), "{deleted:?}");
+    place.disks.clear();
+    place.add("web", 2, MIB);
+    place.run(&arguments).await.ends(0, &["1 converted"]);
+    let again = place.run(&arguments).await;
+    again.ends(0, &["1 done before"]);
+    place.assert_all_converted(true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_kill_at_any_request_of_a_conversion_loses_nothing() {
     killed_at_every_request(&[], false).await;
 }

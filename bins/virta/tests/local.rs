@@ -159,3 +159,59 @@ fn a_terabyte_of_hole_takes_no_memory_and_no_time_to_speak_of() {
     assert!(report["rss_peak_bytes"].as_u64().unwrap() < 100 << 20, "{report}");
     assert_eq!(report["data_bytes"], 0);
 }
+
+/// A pipe that is full, and that nobody reads.
+fn full_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
+    use std::io::Write;
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    while writer.write(&[b'x'; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    (reader, writer)
+}
+
+#[test]
+fn nobody_who_stands_still_at_stderr_holds_a_conversion_up_or_an_interrupt() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("disk.raw"), vec![7; 1 << 20]).unwrap();
+    let virta = |arguments: &[&str], stderr: std::io::PipeWriter| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virta"));
+        command.args(arguments).current_dir(folder.path()).env("XDG_STATE_HOME", folder.path().join("state"));
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap()
+    };
+    let (_reader, stderr) = full_pipe();
+    let mut child = virta(&["convert", "disk.raw", "disk.qcow2", "--progress", "json"], stderr);
+    assert!(child.wait().unwrap().success());
+    assert!(folder.path().join("disk.qcow2").exists());
+    // and one that waits for its source: the first interrupt ends it
+    let (_reader, stderr) = full_pipe();
+    let mut child = virta(&["convert", "-", "piped.qcow2", "--source-size", "1M", "--progress", "json"], stderr);
+    let _stdin = child.stdin.take();
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(!folder.path().join("piped.qcow2").exists());
+}
+
+#[test]
+fn a_named_pipe_is_no_place_for_a_report() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("disk.raw"), vec![7; 1 << 20]).unwrap();
+    let fifo = folder.path().join("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virta"));
+        command.args(arguments).current_dir(folder.path()).env("XDG_STATE_HOME", folder.path().join("state"));
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, stderr) = run(&["convert", "disk.raw", "x.qcow2", "--report", "fifo"]);
+    assert!(code == Some(2) && stderr.contains("a named pipe"), "{stderr}");
+    assert!(!folder.path().join("x.qcow2").exists());
+    let (code, stderr) = run(&["bench", "--no-cloud", "--quick", "--sample", "fifo"]);
+    assert!(code == Some(2) && stderr.contains("no ordinary file"), "{stderr}");
+    // what is open already has its reader
+    let (code, stderr) = run(&["convert", "disk.raw", "x.qcow2", "--report", "/dev/stdout"]);
+    assert!(code == Some(0), "{stderr}");
+}

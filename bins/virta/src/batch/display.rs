@@ -20,6 +20,7 @@ use crate::{
     display::{Display, Kind},
     exit,
     runs::Run,
+    stderr,
 };
 
 const DRAW_EVERY: Duration = Duration::from_millis(200);
@@ -247,6 +248,10 @@ impl BatchDisplay {
     }
 
     fn draw(&self, last_line: &mut Instant) {
+        // progress that nobody has read is not told once more: the next line says all that it does
+        if stderr::is_behind() {
+            return;
+        }
         let shared = &self.0;
         let mut state = self.state();
         let done = self.done_bytes(&state);

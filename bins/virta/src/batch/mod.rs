@@ -36,7 +36,7 @@ use crate::{
     care::{confirm, warn_without_record},
     cli::{CloudArgs, ConversionArgs, OutputArgs, SourceArgs, count, parse_size},
     complete::image_names,
-    convert::{job_options, open_private, proven, watch_signals},
+    convert::{check_report_file, job_options, proven, watch_signals},
     display::Display,
     exit, receipt,
     runs::{self, Run},
@@ -246,11 +246,8 @@ pub async fn run(arguments: BatchArgs) -> ExitCode {
         Ok(wishes) => wishes,
         Err(error) => return ended_early(&error, as_task),
     };
-    if let Some(report) = &arguments.output.report
-        && let Err(error) = open_private(report)
-    {
-        let text = format!("--report {}: cannot be written: {error}", report.display());
-        return ended_early(&JobError::Usage(text), as_task);
+    if let Some(Err(error)) = arguments.output.report.as_deref().map(check_report_file) {
+        return ended_early(&error, as_task);
     }
     let only_shows = arguments.dry_run || arguments.plan.is_some();
     let run = if only_shows { Run::default() } else { Run::begin(&described(&arguments, &wishes), &arguments.name_template) };
