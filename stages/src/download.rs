@@ -64,6 +64,8 @@ pub struct Download {
     pub image: Image,
     /// Parallel ranges, where they are served.
     pub connections: NonZeroUsize,
+    /// All of them from the start; otherwise only as many as make it faster.
+    pub all_connections: bool,
     /// Replace a file that is there; start again where a partial one is.
     pub force: bool,
     /// Go on with a partial one.
@@ -427,6 +429,7 @@ impl Download {
             plan,
             only_raw: false,
             connections: self.connections,
+            all_at_once: self.all_connections,
             pool,
             watermark: Watermark::new(u64::MAX),
         };
@@ -475,6 +478,7 @@ impl Download {
                 plan: Plan::All,
                 only_raw: false,
                 connections: NonZeroUsize::MIN,
+                all_at_once: false,
                 pool,
                 watermark: Watermark::new(u64::MAX),
             };

@@ -209,9 +209,9 @@ pub struct CloudArgs {
 /// Flags that decide how much of the machine is used.
 #[derive(Args, Clone)]
 pub struct Tuning {
-    /// Parallel ranges to fetch, where the image store serves ranges
-    #[arg(long, value_name = "N", default_value = "4", value_parser = count)]
-    pub connections: NonZeroUsize,
+    /// Parallel ranges to fetch, where the image store serves ranges [default: up to 4, as many as make it faster]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub connections: Option<NonZeroUsize>,
     /// Threads for zero test and copying [default: one a core, at most 8]
     #[arg(long, value_name = "N", value_parser = count)]
     pub workers: Option<NonZeroUsize>,

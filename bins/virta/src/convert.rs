@@ -59,11 +59,14 @@ pub enum Outcome {
 pub fn options(tuning: &Tuning) -> Options {
     let mut options = Options {
         cluster_bits: tuning.cluster_size,
-        connections: tuning.connections,
+        all_connections: tuning.connections.is_some(),
         io: tuning.io.into(),
         sync: !tuning.no_sync,
         ..Options::default()
     };
+    if let Some(connections) = tuning.connections {
+        options.connections = connections;
+    }
     if let Some(workers) = tuning.workers {
         options.workers = workers;
     }

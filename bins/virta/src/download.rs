@@ -5,7 +5,7 @@ use std::{io::IsTerminal, path::Path, process::ExitCode, sync::Arc};
 use clap::Args;
 use engine::CancelToken;
 use stages::{
-    convert::{JobError, Notices},
+    convert::{JobError, Notices, Options},
     download::{Download, DownloadReport},
     glance::Patience,
     openstack::{Session, config::Surroundings},
@@ -37,9 +37,9 @@ pub struct DownloadArgs {
     /// Replace a file that is there; start again where a partial one is; write onto a block device
     #[arg(long)]
     pub force: bool,
-    /// Parallel ranges to fetch, where the image store serves ranges
-    #[arg(long, value_name = "N", default_value = "4", value_parser = count)]
-    pub connections: std::num::NonZeroUsize,
+    /// Parallel ranges to fetch, where the image store serves ranges [default: up to 4, as many as make it faster]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub connections: Option<std::num::NonZeroUsize>,
     /// Do not wait until the file is on stable storage
     #[arg(long)]
     pub no_sync: bool,
@@ -110,7 +110,8 @@ async fn download(
     let download = Download {
         session,
         image,
-        connections: arguments.connections,
+        connections: arguments.connections.unwrap_or(Options::default().connections),
+        all_connections: arguments.connections.is_some(),
         force: arguments.force,
         resume: arguments.resume,
         sync: !arguments.no_sync,

@@ -17,7 +17,7 @@ use tokio::process::Command;
 #[tokio::test(flavor = "multi_thread")]
 async fn the_main_job_makes_an_exact_image_with_the_sources_properties() {
     let cloud = Cloud::start(|_| {}).await;
-    let run = cloud.convert(&["--property", "os_distro=alpine"]).await;
+    let run = cloud.convert(&["--property", "os_distro=alpine", "--connections", "4"]).await;
     run.ends(
         0,
         &[
@@ -85,13 +85,17 @@ async fn where_ranges_are_not_really_served_one_stream_does_it() {
     let cloud = Cloud::start(|_| {}).await;
     cloud.convert(&["--connections", "1"]).await.ends(0, &[]);
     assert_eq!(cloud.gets_of_data(), (1, 0), "with one connection nobody probes");
+    // where one is fast enough, the GET that it began with goes on to the end
+    let cloud = Cloud::start(|_| {}).await;
+    cloud.convert(&[]).await.ends(0, &["ranges are served: up to 4 connections"]);
+    assert_eq!((cloud.gets_of_data(), &cloud.report()["access"]), ((1, 1), &json!("random")));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_stops_serving_ranges_fails_the_run_with_its_own_words() {
     let cloud = Cloud::start(|faults| faults.ranges = Ranges::RefusedAfter(2)).await;
     cloud
-        .convert(&[])
+        .convert(&["--connections", "4"])
         .await
         .ends(1, &["400 Bad Request", "Getting images randomly from this store is not supported", "request req-"]);
     cloud.assert_nothing_made();

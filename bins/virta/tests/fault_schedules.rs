@@ -90,6 +90,7 @@ fn options(chance: &mut Chance) -> Options {
         compression: chance.one_of(&[None, Some(Compression::new(Codec::Deflate)), Some(Compression::new(Codec::Zstd))]),
         verify: chance.one_of(&[Verify::None, Verify::Hash, Verify::Hash, Verify::Readback]),
         connections: chance.one_of(&[1, 2, 4].map(|count| count.try_into().unwrap())),
+        all_connections: chance.one_of(&[true, true, false]),
         workers: 2.try_into().unwrap(),
         memory_bytes: chance.one_of(&[32 << 20, 32 << 20, 256 << 20]),
         scratch: chance.one_of(&[None, None, Some(std::env::temp_dir())]),

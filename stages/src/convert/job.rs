@@ -380,6 +380,7 @@ impl Surveyed {
                         plan: fetch::Plan::Again { access: self.access, wanted },
                         only_raw: true,
                         connections: super::source::connections_within(job.options.connections, &pool),
+                        all_at_once: job.options.all_connections,
                         pool,
                         watermark: Watermark::new(u64::MAX),
                     };

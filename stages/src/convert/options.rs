@@ -61,6 +61,8 @@ pub struct Options {
     pub copy_members: bool,
     /// The new image goes into another cloud: ids of the source's cloud stay behind.
     pub elsewhere: bool,
+    /// All connections fetch from the start; otherwise only as many as make it faster.
+    pub all_connections: bool,
     /// The source is claimed before it is read, so that no other run converts it at the same time ([`super::claim`]).
     pub claim: bool,
     /// The run's name, by which a half-made image is recognised; a random one if there is none.
@@ -89,6 +91,7 @@ impl Default for Options {
             after: After::Keep,
             copy_members: false,
             elsewhere: false,
+            all_connections: false,
             claim: false,
             run: None,
             patience: Patience::default(),

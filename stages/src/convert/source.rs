@@ -239,6 +239,7 @@ impl Source {
                     plan: Plan::All,
                     only_raw: true,
                     connections: connections_within(options.connections, pool),
+                    all_at_once: options.all_connections,
                     pool: pool.clone(),
                     watermark: watermark.clone(),
                 };

@@ -206,6 +206,12 @@ impl Connection {
         Self { remote, asking, tries: Tries::default(), body: None, reached: 0 }
     }
 
+    /// Goes on by ranges: what is open is a range up to the image's end from now on.
+    #[must_use]
+    pub fn by_ranges(self) -> Self {
+        Self { asking: Asking::Ranges, ..self }
+    }
+
     /// The image.
     #[must_use]
     pub const fn remote(&self) -> &Remote {

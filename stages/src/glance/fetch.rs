@@ -1,8 +1,8 @@
 //! The source stage over an image in Glance.
 //!
-//! The first reading begins with one plain GET. On the way it looks for a place to probe for ranges (see [`super::probe`]); if they
-//! are served, it leaves the GET at an extent boundary and goes on with N parallel ranges; if not, the GET goes on to the
-//! end. No byte is fetched twice either way, but for the probe's few.
+//! The first reading begins with one plain GET. On the way it looks for a place to probe for ranges (see [`super::probe`]); if they are
+//! served, others may fetch ranges ahead of it, as many at once as make it faster (see [`super::crew`]); if not, the GET goes on to the end. No
+//! byte is fetched twice either way, but for the probe's few, and what is on its way when a GET is left.
 //!
 //! A second reading fetches the extents that are wanted: by ranges, or out of one GET that discards the rest. Its extents wait
 //! downstream until it is their turn, with their leases, so a range is claimed only together with the leases that it needs, in guest
@@ -17,6 +17,7 @@ use tokio::{sync::Mutex, task::JoinSet};
 
 use super::{
     connection::{Asking, Connection, Content, Remote},
+    crew::Crew,
     probe::{Candidate, Probe, probe},
     range::{RangeWindow, range_bytes},
 };
@@ -69,8 +70,10 @@ pub struct Fetch {
     pub plan: Plan,
     /// Another format than raw is an error, told by the first bytes.
     pub only_raw: bool,
-    /// Parallel ranges; with 1, ranges are not even probed for.
+    /// Parallel ranges, at most; with 1, ranges are not even probed for.
     pub connections: NonZeroUsize,
+    /// So many from the start, and not only as many as make it faster.
+    pub all_at_once: bool,
     /// Where leases come from.
     pub pool: BufferPool,
     /// How far ahead it may read.
@@ -94,18 +97,22 @@ impl Stage for Fetch {
 
     async fn run(self, _: Inlet<NoInput>, outlet: Outlet<Extent>, cx: StageContext) -> Result<Access, StageError> {
         let connections = self.connections.get();
-        let Self { remote, pool, watermark, only_raw, .. } = self;
+        let Self { remote, pool, watermark, only_raw, all_at_once, .. } = self;
         let shared = Arc::new(Shared { remote, pool, watermark, only_raw, outlet, cx });
         let image_bytes = shared.remote.image_bytes;
         let access = match self.plan {
             Plan::All => {
                 let look_for_ranges = connections > 1 && image_bytes >= RANDOM_BYTES_MIN;
-                let reached = sequential(&shared, look_for_ranges).await?;
-                if reached < image_bytes {
-                    parallel(&shared, reached, to_u64(connections)).await?;
-                    Access::Random
-                } else {
-                    Access::Sequential
+                match sequential(&shared, look_for_ranges).await? {
+                    Some((reached, connection)) => {
+                        let crew = match all_at_once {
+                            true => Crew::all_at_once(connections),
+                            false => Crew::new(connections, image_bytes - reached),
+                        };
+                        parallel(&shared, reached, connection, to_u64(connections), crew).await?;
+                        Access::Random
+                    }
+                    None => Access::Sequential,
                 }
             }
             Plan::Again { access: Access::Random, wanted } => {
@@ -183,8 +190,8 @@ fn extent_at(start: u64, end: u64) -> GuestRange {
     GuestRange::new(start, ((start / EXTENT_BYTES + 1) * EXTENT_BYTES).min(end) - start)
 }
 
-/// Reads with one GET from the start. Returns where it stopped: the image's end, or an extent boundary if ranges were proven.
-async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<u64, StageError> {
+/// Reads with one GET from the start, to the image's end, or to an extent boundary where ranges are proven: which one, and the GET.
+async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<Option<(u64, Connection)>, StageError> {
     let remote = &shared.remote;
     let mut connection = shared.connection(Asking::Whole);
     let mut candidate = look_for_ranges.then(Candidate::default);
@@ -215,7 +222,7 @@ async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<u64, 
         at = guest.end.0;
         if let Some(task) = probing.take_if(|task| task.is_finished()) {
             match task.await {
-                Ok(Probe::Random) if at < remote.image_bytes => return Ok(at),
+                Ok(Probe::Random) if at < remote.image_bytes => return Ok(Some((at, connection))),
                 Ok(Probe::Random) => {}
                 Ok(Probe::Sequential(why)) => remote.retries.say(format!("one stream: {why}")),
                 Err(error) => return Err(StageError::bug(error)),
@@ -227,7 +234,7 @@ async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<u64, 
         }
     }
     connection.check_end().await?;
-    Ok(at)
+    Ok(None)
 }
 
 /// What is converted is raw: other formats are told by their first bytes, whatever Glance calls them.
@@ -255,30 +262,46 @@ pub fn glance_advice(format: DiskFormat, image: &str) -> String {
     }
 }
 
-/// Reads the rest with parallel ranges.
-async fn parallel(shared: &Arc<Shared>, start: u64, connections: u64) -> Result<(), StageError> {
+/// Reads the rest with parallel ranges. `first` is open at `start`.
+async fn parallel(shared: &Arc<Shared>, start: u64, first: Connection, connections: u64, crew: Crew) -> Result<(), StageError> {
     let remote = &shared.remote;
-    let range = range_bytes(remote.image_bytes - start, connections, shared.watermark.window_bytes());
-    remote.retries.say(format!("ranges are served: {connections} connections, {} MiB each time", range >> 20));
-    let window = Arc::new(RangeWindow::new(start, remote.image_bytes, range, connections * range));
-    join_all((0..connections).map(|_| {
-        let (shared, window) = (Arc::clone(shared), Arc::clone(&window));
+    let image_bytes = remote.image_bytes;
+    let mut first = Some(first.by_ranges());
+    let range = range_bytes(image_bytes - start, connections, shared.watermark.window_bytes());
+    let most = if crew.allowed() == 1 { "up to " } else { "" };
+    remote.retries.say(format!("ranges are served: {most}{connections} connections, {} MiB each time", range >> 20));
+    let window = Arc::new(RangeWindow::new(start, image_bytes, range, connections * range));
+    let crew = Arc::new(crew);
+    join_all((0..to_usize(connections)).map(|number| {
+        let (shared, window, crew) = (Arc::clone(shared), Arc::clone(&window), Arc::clone(&crew));
+        let mut connection = first.take().unwrap_or_else(|| shared.connection(Asking::Ranges));
         async move {
-            while let Some(range) = window.claim().await {
-                // one connection a range: Glance closes it at the end
-                let mut connection = shared.connection(Asking::Ranges);
-                shared.remote.cancel.guard(shared.watermark.admit(range.end)).await?;
+            loop {
+                connection.while_waiting(shared.remote.cancel.guard(crew.turn(number))).await?;
+                let Some(range) = connection.while_waiting(window.claim()).await else { break };
+                crew.begins(number);
+                // Glance closes a connection at the range's end: who is alone asks for all that is left. When others join, what it has open
+                // does not fit its next range any more, and is closed
+                let asked_end = if crew.allowed() == 1 { image_bytes } else { range.end };
+                let admitted = shared.watermark.admit(range.end);
+                connection.while_waiting(shared.remote.cancel.guard(admitted)).await?;
                 // given back before the next range is claimed: whoever waits for its turn holds no lease
                 let mut spare = None;
                 let mut at = range.start;
                 while at < range.end {
                     let guest = extent_at(at, range.end);
                     let lease = shared.lease(&mut connection, &mut spare).await?;
-                    spare = shared.extent_or_zeros(&mut connection, guest, range.end, lease).await?;
+                    spare = shared.extent_or_zeros(&mut connection, guest, asked_end, lease).await?;
                     at = guest.end.0;
+                    crew.arrived(number, guest.bytes());
                 }
+                if range.end == image_bytes {
+                    connection.check_end().await?;
+                }
+                crew.ends(number);
                 window.landed(range.start);
             }
+            crew.over();
             Ok(())
         }
     }))

@@ -3,6 +3,7 @@
 //! | module | noun |
 //! |---|---|
 //! | [`range`] | Content-Range, and the window of ranges in flight |
+//! | [`crew`] | how many connections fetch at once |
 //! | [`retry`] | how long to wait, how often to try, and the record of it |
 //! | [`body`] | a response's body, read with a watch for silence |
 //! | [`connection`] | an image's bytes from any offset on, over connections that break |
@@ -20,6 +21,7 @@
 
 pub mod body;
 pub mod connection;
+pub mod crew;
 pub mod fetch;
 pub mod file;
 pub mod peek;

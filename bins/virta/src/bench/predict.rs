@@ -84,9 +84,11 @@ fn local(record: &Record, data_bytes: u64, flags: &str, key: Option<&str>) -> Op
 fn glance(record: &Record, image_bytes: u64, data_bytes: u64, flags: &str, key: Option<&str>, hashed: bool) -> Option<Way> {
     let (compress, stored) = compression(record, data_bytes, key)?;
     let fastest = best(record, "glance.down.")?;
-    // four connections are the default
-    let (usual, connections) = (record.measure("glance.down.4"), fastest.key.rsplit('.').next().unwrap_or("4"));
-    let worth = usual.is_some_and(|usual| fastest.clearly_above(usual));
+    // up to four are the default, and a conversion finds out by itself how many of them are worth it
+    let by_itself = ["glance.down.1", "glance.down.2", "glance.down.4"].into_iter().filter_map(|key| record.measure(key));
+    let usual = by_itself.max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
+    let connections = fastest.key.rsplit('.').next().unwrap_or("4");
+    let worth = usual.is_some_and(|usual| fastest.key != usual.key && fastest.clearly_above(usual));
     let down = usual.filter(|_| !worth).unwrap_or(fastest).bytes_per_s;
     let connections = if worth { format!(" --connections {connections}") } else { String::new() };
     let up = record.rate("glance.up.1")?;
