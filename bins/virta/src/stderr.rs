@@ -8,7 +8,7 @@
 //! bars (Terminal) ┼─> queue ── thread ──> stderr
 //! progress lines ─┘   (only while nothing is waiting: the next one says more)
 //! ```
-//! Who ends the process calls [`drain`], which waits as long as somebody reads, and a while when nobody does.
+//! It is no stage's thread, and nobody joins it: the process may end while it waits for its reader. Who ends the process calls [`drain`], which waits as long as somebody reads, and a while when nobody does.
 
 use std::{
     io::{self, Write},
@@ -191,7 +191,7 @@ mod tests {
         let (mut reader, writer) = io::pipe().unwrap();
         let lines = Arc::new(Lines::default());
         let writing = Arc::clone(&lines);
-        std::thread::spawn(move || writing.write_to(writer));
+        std::thread::Builder::new().spawn(move || writing.write_to(writer)).unwrap();
         // more than a pipe holds: the thread is stuck, and nobody else
         let expected: String = (0..20_000).map(|line| format!("line {line}\n")).collect();
         expected.split_inclusive('\n').for_each(|line| lines.push(line.as_bytes()));
