@@ -235,9 +235,9 @@ async fn convert(
             match interruptible(cancel, looking).await {
                 Err(missing @ JobError::Image(ImageError::NotFound { .. })) => {
                     // an earlier run of this command may have deleted it, and been killed before it could say so
-                    let made = runs::made_by(&arguments.source, &arguments.destination);
-                    let (End::Glance(_), Some(there)) = (&to, &destination_cloud) else { return Err(missing) };
-                    let finishing = retire::finish_earlier_deletion(&session, there, name, &made, display);
+                    let (End::Glance(new_name), Some(there)) = (&to, &destination_cloud) else { return Err(missing) };
+                    let made = runs::made_by(&arguments.source, &arguments.destination, there);
+                    let finishing = retire::finish_earlier_deletion(&session, there, name, &made, Some(new_name), display);
                     let finished = interruptible(cancel, finishing).await?;
                     return finished.map(|image| Outcome::AlreadyDone(image.id)).ok_or(missing);
                 }
@@ -425,8 +425,8 @@ async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str)
 
 /// A run of this machine is still at it.
 fn refuse_live(image: &Image) -> Result<(), JobError> {
-    let live = runs::all().into_iter().find(|found| found.record.images.contains(&image.id));
-    match live.filter(|found| found.record.state == runs::State::Running) {
+    let lives = |found: &runs::Found| found.record.state == runs::State::Running && found.record.images.contains(&image.id);
+    match runs::all().into_iter().find(lives) {
         Some(live) => Err(JobError::Usage(format!(
             "run {} of this machine (process {}) makes that very image just now: virta status --follow {}",
             live.record.run,
@@ -465,6 +465,9 @@ fn check_report(arguments: &ConvertArgs) -> Result<(), JobError> {
 pub fn check_report_file(report: &Path) -> Result<(), JobError> {
     use std::io::Read;
     let usage = |text: String| Err(JobError::Usage(format!("--report {}: {text}", report.display())));
+    if std::fs::metadata(report).is_ok_and(|metadata| std::os::unix::fs::FileTypeExt::is_block_device(&metadata.file_type())) {
+        return usage("that is a disk: give a file".to_owned());
+    }
     // one that is open already (/dev/stdout, a shell's >(…)) has its reader; any other would be waited for
     let is_open = report.starts_with("/dev") || report.starts_with("/proc");
     if is_forward_only(report) && !is_open {

@@ -267,7 +267,15 @@ impl Found {
     pub fn cleaned(&self) -> io::Result<()> {
         // one that came to its end stays so: only what it could not delete is gone now
         let state = if self.record.state == State::Done { State::Done } else { State::Killed };
-        write(&self.folder, &Record { left: Vec::new(), cleaned: true, server: None, state, ..self.record.clone() })
+        let deleting = self.again().map_or_else(Vec::new, |found| found.record.deleting);
+        write(&self.folder, &Record { left: Vec::new(), deleting, cleaned: true, server: None, state, ..self.record.clone() })
+    }
+
+    /// An image that a dead run left is about to be deleted.
+    pub fn deleting(&self, image_id: &str) -> io::Result<()> {
+        let mut now = read(&self.folder, &self.record.run).map_or_else(|| self.record.clone(), |found| found.record);
+        push_once(&mut now.deleting, image_id);
+        write(&self.folder, &now)
     }
 
     /// The server that a dead run held is as it was found.
@@ -332,9 +340,12 @@ pub fn is_dead(run: &str) -> bool {
     found.is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
 }
 
-/// Ids of images that runs of this machine from `source` to `destination` made, the latest first.
-pub fn made_by(source: &str, destination: &str) -> Vec<String> {
-    let same = |found: &Found| found.record.source == source && found.record.destination == destination;
+/// Ids of images that runs of this machine from `source` to `destination` made, or worked on, in the project of `session`, the latest first.
+pub fn made_by(source: &str, destination: &str, session: &Session) -> Vec<String> {
+    let same = |found: &Found| {
+        let record = &found.record;
+        record.source == source && record.destination == destination && record.project == session.whoami().project_id
+    };
     let runs = all().into_iter().rev().filter(same);
     runs.flat_map(|found| found.record.images).collect()
 }

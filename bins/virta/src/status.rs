@@ -9,7 +9,7 @@ use std::{
 use engine::CancelToken;
 use reqwest::StatusCode;
 use stages::{
-    convert::{JobError, Notices},
+    convert::{JobError, Notices, names::carries_its_own_proof},
     openstack::{
         ApiError, Compute, Session,
         config::Surroundings,
@@ -234,9 +234,19 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
             };
             let ours = image.property(RUN) == Some(found.record.run.as_str());
             let half_made = matches!(image.status.as_str(), "queued" | "saving");
-            if ours && (half_made || image.property(BENCH).is_some()) {
+            // what the run counted as of no use has become whole since: its source is still there
+            let of_no_use = async || {
+                let source = image.property(stages::openstack::image::SOURCE_ID);
+                let counted = found.record.left.contains(id) && !carries_its_own_proof(&image);
+                counted && matches!(source, Some(source) if session.image(source).await.is_ok())
+            };
+            if ours && (half_made || image.property(BENCH).is_some() || of_no_use().await) {
                 let why = if finished { "could not delete" } else { "left when it was killed" };
-                match session.delete_image(id).await {
+                if let Err(error) = found.deleting(id) {
+                    notices.warn(&format!("the record of run {} could not be written: {error}", short(&found.record.run)));
+                }
+                // once: a repetition might land when somebody else has come to depend on it
+                match session.delete_image_once(id).await {
                     Ok(()) => notices.note(&format!(
                         "removed image {} ({id}, {}), which run {} {why}",
                         image.shown(),

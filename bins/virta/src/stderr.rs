@@ -78,8 +78,7 @@ impl Lines {
             queue.writing = true;
             drop(queue);
             for piece in bytes.chunks(PIECE_BYTES) {
-                write_piece(&mut out, piece);
-                self.queue().taken += piece.len() as u64;
+                write_piece(&mut out, piece, |bytes| self.queue().taken += bytes as u64);
             }
             self.queue().writing = false;
             self.changed.notify_all();
@@ -89,8 +88,8 @@ impl Lines {
     /// Waits until all is taken, or nothing was for `within`.
     fn drain(&self, within: Duration) -> bool {
         let mut queue = self.queue();
-        if queue.stalled_at == Some(queue.taken) && !queue.is_empty() {
-            return false; // that was waited for already
+        if within <= BRIEFLY && queue.stalled_at == Some(queue.taken) && !queue.is_empty() {
+            return false; // a short wait is not repeated for each line
         }
         let mut last = (queue.taken, Instant::now());
         while !queue.is_empty() {
@@ -108,11 +107,14 @@ impl Lines {
     }
 }
 
-fn write_piece(out: &mut impl Write, mut piece: &[u8]) {
+fn write_piece(out: &mut impl Write, mut piece: &[u8], mut taken_of_it: impl FnMut(usize)) {
     while !piece.is_empty() {
         match out.write(piece) {
             Ok(0) => return,
-            Ok(taken) => piece = &piece[taken..],
+            Ok(taken) => {
+                piece = &piece[taken..];
+                taken_of_it(taken);
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             // somebody else made it so that it does not wait: then it is asked again
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(20)),

@@ -301,7 +301,8 @@ impl<'a> Project<'a> {
             let all = named.clone();
             named.retain(|image| !carries_its_own_proof(image) && !all.iter().any(|source| image.looks_made_of(source)));
         }
-        let before = journal.map(|journal| journal.meanings(word)).unwrap_or_default();
+        // the journal has what was typed
+        let before = journal.map(|journal| journal.meanings(&wish.image)).unwrap_or_default();
         match named.as_slice() {
             [image] => {
                 // another one than when this batch began: is that one dealt with?

@@ -23,7 +23,7 @@ use crate::{
     convert::{
         After, FoundServer, Job, JobError, Notices, Options, Report, Source,
         error::Nature,
-        names::{NameCheck, carries_its_own_proof, check_name, finish_earlier, images_of_name},
+        names::{NameCheck, carries_its_own_proof, check_name, finish_earlier, go_on_with_finished, images_of_name},
         report::rss_peak_bytes,
         retire,
         to_glance::to_glance,
@@ -640,13 +640,21 @@ async fn convert_found(
         let hidden = cancel.guard(session.images_matching(&[(SOURCE_ID, id), ("os_hidden", "true")])).await;
         made.extend(hidden.map_err(|_| JobError::interrupted())??);
     }
+    // not broken off as a whole: a source may be on its way out
+    let checking = cancel.guard(retire::check(&job, job.options.force)).await;
+    checking.unwrap_or_else(|_| Err(JobError::interrupted()))?;
     let looking = async {
-        retire::check(&job, job.options.force).await?;
         if let Some(done) = finish_earlier(&job, session, made, new_name).await? {
             return Ok(Some(Ended::Earlier(done.id)));
         }
         match check_name(session, taken, new_name, &job.source, job.options.force, job.options.after)? {
-            NameCheck::AlreadyDone(done) => Ok(Some(Ended::Earlier(done.id))),
+            NameCheck::AlreadyDone(done) => {
+                if let Some(held) = crate::convert::claim::held(&done, &*job.notices) {
+                    return Err(held);
+                }
+                go_on_with_finished(&job, session, &done).await?;
+                Ok(Some(Ended::Earlier(done.id)))
+            }
             NameCheck::Unproven(image) => Err(crate::convert::names::unproven(&image)),
             NameCheck::Free { unfinished } => {
                 for image in unfinished.iter().filter(|image| image.property(CLAIM_UNTIL).is_none()) {
@@ -661,7 +669,7 @@ async fn convert_found(
             }
         }
     };
-    if let Some(ended) = cancel.guard(looking).await.unwrap_or_else(|_| Err(JobError::interrupted()))? {
+    if let Some(ended) = looking.await? {
         return Ok(ended);
     }
     let report = to_glance(&job, session, new_name).await?;

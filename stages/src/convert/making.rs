@@ -236,7 +236,16 @@ impl<'a> Maker<'a> {
 
     /// Deletes an image that this run made. It may be another run's by now, which finished what this one could not, and its source may be gone:
     /// such an image is left alone.
-    async fn remove(&self, id: &str) -> Result<(), ApiError> {
+    pub(super) async fn remove(&self, id: &str) -> Result<(), ApiError> {
+        let source_gone = match &self.claim {
+            Some(claim) => match self.session.image(claim.source()).await {
+                Ok(_) => false,
+                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => true,
+                Err(error) => return Err(error),
+            },
+            None => false,
+        };
+        // looked at last: what follows is sent at once
         let image = match self.session.image(id).await {
             Ok(image) => image,
             Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
@@ -246,17 +255,11 @@ impl<'a> Maker<'a> {
             return Ok(());
         }
         let has_data = image.status == "active";
-        if let (Some(claim), true) = (&self.claim, has_data) {
-            // what is the only copy is never half made, whatever its marks say
-            match self.session.image(claim.source()).await {
-                Ok(_) => {}
-                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
-                Err(error) => return Err(error),
-            }
+        // what is the only copy is never half made, whatever its marks say
+        if has_data && source_gone {
+            return Ok(());
         }
-        if has_data {
-            self.notices.deleting(id);
-        }
+        self.notices.deleting(id);
         // what has all its data, or is claimed, others may come to depend on: a repetition might land after that
         if has_data || self.claim.is_some() {
             return self.session.delete_image_once(id).await;

@@ -200,9 +200,16 @@ async fn adopted(
         changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::ahead(job.options.patience.claim))));
         changes.push(Change::Set("protected".to_owned(), json!(true)));
     }
+    let stays =
+        format!("image {id} stays protected; to take that off: virta image set --unprotected {id}", id = image.shown_id());
     if !changes.is_empty() {
+        job.notices.making(&image.id);
         let adopting = session.change_image(&image.id, &changes);
-        job.cancel.guard(adopting).await.map_err(|_| JobError::interrupted())??;
+        let adopted = job.cancel.guard(adopting).await;
+        if goes && ours && !matches!(adopted, Ok(Ok(_))) {
+            job.notices.warn(&format!("it may be that {stays}"));
+        }
+        adopted.map_err(|_| JobError::interrupted())??;
     }
     let done = work().await;
     if !ours {
@@ -212,14 +219,12 @@ async fn adopted(
     // of this machine which died when it deleted. Only then is the protection taken off; while the source is there, at once
     let may_be_deleted =
         stranger && own_run.is_some_and(|run| !job.notices.is_dead(run) || job.notices.was_deleting(run, &image.id));
-    let stays =
-        format!("image {id} stays protected; to take that off: virta image set --unprotected {id}", id = image.shown_id());
     if goes && may_be_deleted && is_source_gone(job).await {
         job.notices.note(&format!("image {} stays protected for a minute: a run elsewhere made it", image.shown_id()));
         let waiting = tokio::time::sleep(job.options.patience.silence);
         if job.cancel.guard(waiting).await.is_err() {
             job.notices.warn(&stays);
-            return done.and(Err(JobError::interrupted()));
+            return done; // all else is done
         }
     }
     // an interrupt is answered within seconds

@@ -25,7 +25,7 @@ use crate::{
     glance::Remote,
     openstack::{
         ApiError, Change, Image, Session,
-        image::{CLAIM_UNTIL, ImageError, REPLACES, REPLACES_NAME, SOURCE_ID, VERIFIED},
+        image::{CLAIM_UNTIL, ImageError, REPLACES, REPLACES_NAME, RUN, SOURCE_ID, VERIFIED},
     },
     store::Survey,
     text::{causes, printable, shell_word, size},
@@ -201,6 +201,14 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
         error => error,
     })?;
     let new = session.image(new_id).await?;
+    if let (Some(run), Some(other)) = (&job.options.run, new.property(RUN))
+        && run != other
+    {
+        return Err(JobError::Refused(format!(
+            "another run ({}) has taken the new image {new_id} over meanwhile: the source is left to it",
+            printable(other)
+        )));
+    }
     if new.status == "active" && new.expected_hash().is_none() {
         return Err(JobError::Refused(format!(
             "the source is not deleted: Glance computed no hash of the new image {new_id}, so nobody could tell later that it is what was made \
@@ -291,7 +299,8 @@ async fn rename(session: &Session, new_id: &str, name: &str, marks: &[&str]) -> 
 
 /// A run that finds its source gone: did an earlier one get that far? Then its last steps are done now.
 ///
-/// `name_or_id`: the source, as it was written; `made`: ids of images that earlier runs of the very same command made.
+/// `name_or_id`: the source, as it was written; `made`: ids of images that earlier runs of the very same command made; `new_name`: what the
+/// new image is to be called, unless it gets the source's name.
 ///
 /// # Errors
 /// [`JobError`] if Glance cannot be asked, or the name cannot be set.
@@ -300,6 +309,7 @@ pub async fn finish_earlier_deletion(
     session: &Session,
     name_or_id: &str,
     made: &[String],
+    new_name: Option<&str>,
     notices: &dyn Notices,
 ) -> Result<Option<Image>, JobError> {
     let name_or_id = name_or_id.strip_prefix("glance:").unwrap_or(name_or_id);
@@ -322,6 +332,7 @@ pub async fn finish_earlier_deletion(
             Err(error) => return Err(error.into()),
         }
     }
+    candidates.retain(|image| new_name.is_none_or(|name| image.name.as_deref() == Some(name)));
     for image in candidates {
         // it may only be called otherwise by now
         let Some(source) = image.property(REPLACES).or(image.property(SOURCE_ID)) else { continue };
@@ -350,8 +361,11 @@ async fn finish_marks(session: &Session, image: &Image, notices: &dyn Notices) -
         None if !marks.is_empty() => session.remove_property(&image.id, REPLACES).await?,
         None => {}
     }
-    if image.property(CLAIM_UNTIL).is_some() && claim::held(image, notices).is_none() {
-        release(session, &image.id).await?;
+    if image.property(CLAIM_UNTIL).is_some() {
+        match claim::held(image, notices) {
+            None => release(session, &image.id).await?,
+            Some(held) => notices.warn(&format!("image {} stays protected: {held}", image.shown_id())),
+        }
     }
     Ok(())
 }
@@ -376,7 +390,7 @@ pub async fn finish_replacing(session: &Session, name_or_id: &str, notices: &dyn
             Ok(Some(image))
         }
         Ok(_) | Err(ImageError::Ambiguous { .. }) => Ok(None),
-        Err(ImageError::NotFound { .. }) => finish_earlier_deletion(session, session, name_or_id, &[], notices).await,
+        Err(ImageError::NotFound { .. }) => finish_earlier_deletion(session, session, name_or_id, &[], None, notices).await,
         Err(error) => Err(error.into()),
     }
 }

@@ -108,9 +108,8 @@ impl<C: Content> Sending<'_, C> {
             self.progress.set_phase(Phase::Uploading);
             if next == Next::New {
                 self.maker.retries.say(format!("image {id} cannot take the data any more: a new one is made"));
-                self.maker.notices.deleting(&id);
-                // a claimed one carries this run's name: nobody else has come to depend on it while its claim is good
-                if let Err(error) = self.guard(self.maker.session.delete_image(&id)).await? {
+                // looked at first: it may have become whole meanwhile, and somebody else's
+                if let Err(error) = self.guard(self.maker.remove(&id)).await? {
                     self.maker.retries.say(format!("image {id} could not be deleted yet: {}", causes(&error)));
                 }
             } else {

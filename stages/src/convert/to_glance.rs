@@ -27,7 +27,8 @@ use crate::{
     hash::Hasher,
     openstack::{
         Change, Image, Session,
-        image::{CLAIM_UNTIL, VERIFIED, check_properties, converted_record},
+        error::now_utc,
+        image::{CLAIM_UNTIL, RUN, VERIFIED, check_properties, converted_record},
     },
     qcow2::Geometry,
     store::{Chunk, EmitReport},
@@ -272,6 +273,13 @@ impl Emission<'_> {
             claim.leave().await;
             if goes {
                 changes.push(Change::Set("protected".to_owned(), json!(true)));
+            }
+        }
+        if self.maker.claim.is_none() {
+            // nobody kept others away: one of them may have proven the image by now, and its proof is not to be written over
+            let image = self.guard(self.maker.session.image(image_id)).await??;
+            if let Some(other) = image.property(RUN).filter(|run| *run != self.maker.run()) {
+                return Err(JobError::Held { image: image_id.to_owned(), run: other.to_owned(), until: now_utc() });
             }
         }
         match self.guard(self.maker.session.change_image(image_id, &changes)).await? {

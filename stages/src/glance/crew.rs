@@ -7,7 +7,7 @@
 //! # How
 //! At first one fetches. Then the number is doubled as long as that brings [`GAIN`] or more. After [`LOOK_EVERY`] it is tried again, one step up
 //! or one down by turns: what was true at the start may not be so half an hour later. Where the rest takes less than [`WORTH_IT`], nothing is
-//! tried any more: that takes a second by itself.
+//! tried any more: a trial takes a second or two by itself.
 //!
 //! ```text
 //! settle ── measure ──┬─ first figure: a step up is tried ── settle ── measure ──┬─ better: stay, and try the next
@@ -39,7 +39,7 @@ const WINDOW_BYTES: u64 = 32 << 20;
 const LOOK_EVERY: Duration = Duration::from_secs(20);
 
 /// How long the rest has to take for a trial.
-const WORTH_IT: Duration = Duration::from_secs(3);
+const WORTH_IT: Duration = Duration::from_secs(8);
 
 /// A trial of another number.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -308,8 +308,8 @@ mod tests {
 
     #[test]
     fn nothing_is_tried_when_the_rest_is_there_in_a_moment() {
-        let mut state = State::new(8, 2_000_000_000);
-        played(&mut state, 1.9, |number| number as f64 * 1e9, 0.0);
+        let mut state = State::new(8, 6_000_000_000);
+        played(&mut state, 5.9, |number| number as f64 * 1e9, 0.0);
         assert_eq!((state.allowed, state.trial), (1, None));
     }
 
