@@ -237,7 +237,8 @@ async fn convert(
                     // an earlier run of this command may have deleted it, and been killed before it could say so
                     let (End::Glance(new_name), Some(there)) = (&to, &destination_cloud) else { return Err(missing) };
                     let made = runs::made_by(&arguments.source, &arguments.destination, there);
-                    let finishing = retire::finish_earlier_deletion(&session, there, name, &made, Some(new_name), display);
+                    let new_name = (!arguments.source_after.replace).then_some(new_name.as_str());
+                    let finishing = retire::finish_earlier_deletion(&session, there, name, &made, new_name, display);
                     let finished = interruptible(cancel, finishing).await?;
                     return finished.map(|image| Outcome::AlreadyDone(image.id)).ok_or(missing);
                 }

@@ -11,9 +11,9 @@ use reqwest::StatusCode;
 use stages::{
     convert::{JobError, Notices, names::carries_its_own_proof},
     openstack::{
-        ApiError, Compute, Session,
+        Compute, Image, Session,
         config::Surroundings,
-        image::{BENCH, RUN},
+        image::{BENCH, RUN, SOURCE_ID},
     },
     text::{causes, printable},
 };
@@ -220,7 +220,8 @@ pub async fn clean_up_before(session: &Session, display: &Display) -> Result<(),
     }
 }
 
-/// Only what carries the dead run's name and is `queued` or `saving`, or the noise of a bench, is removed: an image that is active may be wanted.
+/// Only what carries the dead run's name and is `queued` or `saving`, or the noise of a bench, is removed, and what a run that came to its end
+/// could not delete: any other image that is active may be wanted.
 async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notices) -> Result<(), JobError> {
     for found in dead {
         let mut all_gone = true;
@@ -233,35 +234,35 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
                 Err(error) => return Err(error.into()),
             };
             let ours = image.property(RUN) == Some(found.record.run.as_str());
-            let half_made = matches!(image.status.as_str(), "queued" | "saving");
-            // what the run counted as of no use has become whole since: its source is still there
-            let of_no_use = async || {
-                let source = image.property(stages::openstack::image::SOURCE_ID);
-                let counted = found.record.left.contains(id) && !carries_its_own_proof(&image);
-                counted && matches!(source, Some(source) if session.image(source).await.is_ok())
-            };
-            if ours && (half_made || image.property(BENCH).is_some() || of_no_use().await) {
-                let why = if finished { "could not delete" } else { "left when it was killed" };
-                if let Err(error) = found.deleting(id) {
-                    notices.warn(&format!("the record of run {} could not be written: {error}", short(&found.record.run)));
-                }
-                // once: a repetition might land when somebody else has come to depend on it
-                match session.delete_image_once(id).await {
-                    Ok(()) => notices.note(&format!(
-                        "removed image {} ({id}, {}), which run {} {why}",
+            if ours && is_of_no_use(session, &image, finished).await? {
+                match remove_one(session, found, id, finished).await {
+                    Ok(true) => notices.note(&format!(
+                        "removed image {} ({id}, {}), which run {} {}",
                         image.shown(),
                         image.status,
                         short(&found.record.run),
+                        if finished { "could not delete" } else { "left when it was killed" },
                     )),
+                    Ok(false) => {}
                     Err(error) => {
                         all_gone = false;
-                        let error: ApiError = error;
-                        notices.warn(&format!("image {id}, left by a killed run, could not be removed: {}", causes(&error)));
+                        notices.warn(&format!(
+                            "image {id}, left by run {}, could not be removed: {}",
+                            short(&found.record.run),
+                            causes(&error)
+                        ));
                     }
                 }
+            } else if finished && ours && !carries_its_own_proof(&image) {
+                notices.note(&format!(
+                    "image {} ({id}), which run {} could not delete, is {} by now and is left alone; to be rid of it: virta image delete {id}",
+                    image.shown(),
+                    short(&found.record.run),
+                    image.status
+                ));
             } else if finished {
-                // whole by now, and not what the run was about
-            } else if ours && image.property(stages::openstack::image::SOURCE_ID).is_none() {
+                // somebody else's by now
+            } else if ours && image.property(SOURCE_ID).is_none() {
                 let shown = image.shown_id();
                 notices.note(&format!(
                     "image {} ({shown}) of killed run {} is {}: it is whole. To go on with it: virta convert --delete-source glance:{shown} glance:NAME; \
@@ -284,4 +285,38 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
         }
     }
     Ok(())
+}
+
+/// May it go without being asked for? Of a run that came to its end with another image even what has become whole since, as long as the source is there.
+async fn is_of_no_use(session: &Session, image: &Image, finished: bool) -> Result<bool, JobError> {
+    if matches!(image.status.as_str(), "queued" | "saving") || image.property(BENCH).is_some() {
+        return Ok(true);
+    }
+    let Some(source) = image.property(SOURCE_ID).filter(|_| finished && image.protected != Some(true)) else { return Ok(false) };
+    if carries_its_own_proof(image) {
+        return Ok(false);
+    }
+    match session.image(source).await {
+        Ok(_) => Ok(true),
+        Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Deletes an image that a dead run left, unless somebody has come to depend on it meanwhile: that is looked at last. It is written down
+/// before, and asked for once: a request that lands late is what others have to reckon with.
+async fn remove_one(session: &Session, found: &Found, id: &str, finished: bool) -> Result<bool, JobError> {
+    let refused = |error| JobError::Refused(format!("the record of run {} cannot be written: {error}", short(&found.record.run)));
+    found.deleting(id).map_err(refused)?;
+    let image = match session.image(id).await {
+        Ok(image) => image,
+        Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    let still = matches!(image.status.as_str(), "queued" | "saving") || image.property(BENCH).is_some() || finished;
+    if !still || image.property(RUN) != Some(found.record.run.as_str()) || carries_its_own_proof(&image) {
+        return Ok(false);
+    }
+    session.delete_image_once(id).await?;
+    Ok(true)
 }

@@ -237,34 +237,38 @@ impl<'a> Maker<'a> {
     /// Deletes an image that this run made. It may be another run's by now, which finished what this one could not, and its source may be gone:
     /// such an image is left alone.
     pub(super) async fn remove(&self, id: &str) -> Result<(), ApiError> {
-        let source_gone = match &self.claim {
-            Some(claim) => match self.session.image(claim.source()).await {
-                Ok(_) => false,
-                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => true,
-                Err(error) => return Err(error),
-            },
-            None => false,
-        };
-        // looked at last: what follows is sent at once
-        let image = match self.session.image(id).await {
-            Ok(image) => image,
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        if image.property(RUN) != Some(self.run()) || carries_its_own_proof(&image) {
-            return Ok(());
+        let Some(image) = self.own(id).await? else { return Ok(()) };
+        if image.status != "active" {
+            self.notices.deleting(id);
+            // a claimed one others may come to depend on: a repetition might land after that
+            return match self.claim {
+                Some(_) => self.session.delete_image_once(id).await,
+                None => self.session.delete_image(id).await,
+            };
         }
-        let has_data = image.status == "active";
         // what is the only copy is never half made, whatever its marks say
-        if has_data && source_gone {
-            return Ok(());
+        if let Some(claim) = &self.claim {
+            match self.session.image(claim.source()).await {
+                Ok(_) => {}
+                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
+                Err(error) => return Err(error),
+            }
         }
         self.notices.deleting(id);
-        // what has all its data, or is claimed, others may come to depend on: a repetition might land after that
-        if has_data || self.claim.is_some() {
-            return self.session.delete_image_once(id).await;
+        // looked at once more, and last: what follows is sent at once
+        match self.own(id).await? {
+            Some(_) => self.session.delete_image_once(id).await,
+            None => Ok(()),
         }
-        self.session.delete_image(id).await
+    }
+
+    /// The image, if it is there, still this run's, and nobody's finished conversion.
+    async fn own(&self, id: &str) -> Result<Option<Image>, ApiError> {
+        match self.session.image(id).await {
+            Ok(image) => Ok(Some(image).filter(|image| image.property(RUN) == Some(self.run()) && !carries_its_own_proof(image))),
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Removes everything that was made, whatever happened, and says so if even that fails.

@@ -206,7 +206,8 @@ async fn adopted(
         job.notices.making(&image.id);
         let adopting = session.change_image(&image.id, &changes);
         let adopted = job.cancel.guard(adopting).await;
-        if goes && ours && !matches!(adopted, Ok(Ok(_))) {
+        let refused = matches!(&adopted, Ok(Err(error)) if !error.is_retryable());
+        if goes && ours && !refused && !matches!(adopted, Ok(Ok(_))) {
             job.notices.warn(&format!("it may be that {stays}"));
         }
         adopted.map_err(|_| JobError::interrupted())??;
@@ -227,12 +228,17 @@ async fn adopted(
             return done; // all else is done
         }
     }
+    let releasing = release(session, &image.id);
+    tokio::pin!(releasing);
     // an interrupt is answered within seconds
-    let within = if job.cancel.is_cancelled() { job.options.patience.clean_up } else { job.options.patience.silence };
-    match tokio::time::timeout(within, release(session, &image.id)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => job.notices.warn(&format!("{stays} ({})", causes(&error))),
-        Err(_) => job.notices.warn(&stays),
+    let released = tokio::select! {
+        released = &mut releasing => Some(released),
+        () = job.cancel.cancelled() => tokio::time::timeout(job.options.patience.clean_up, releasing).await.ok(),
+    };
+    match released {
+        Some(Ok(())) => {}
+        Some(Err(error)) => job.notices.warn(&format!("{stays} ({})", causes(&error))),
+        None => job.notices.warn(&stays),
     }
     done
 }

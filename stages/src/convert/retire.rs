@@ -163,6 +163,9 @@ fn kept(new_id: &str) -> JobError {
 /// Everything before the DELETE. Broken off anywhere, both images are there.
 async fn prepare(job: &Job, session: &Session, source_session: &Session, source: &Image, new_id: &str) -> Result<(), JobError> {
     let after = job.options.after;
+    if after != After::Keep {
+        refuse_overtaken(job, &session.image(new_id).await?)?;
+    }
     if after == After::Replace {
         let marks = [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())];
         let set = |(key, value): (&str, String)| Change::Set(key.to_owned(), json!(value.chars().take(255).collect::<String>()));
@@ -201,14 +204,7 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
         error => error,
     })?;
     let new = session.image(new_id).await?;
-    if let (Some(run), Some(other)) = (&job.options.run, new.property(RUN))
-        && run != other
-    {
-        return Err(JobError::Refused(format!(
-            "another run ({}) has taken the new image {new_id} over meanwhile: the source is left to it",
-            printable(other)
-        )));
-    }
+    refuse_overtaken(job, &new)?;
     if new.status == "active" && new.expected_hash().is_none() {
         return Err(JobError::Refused(format!(
             "the source is not deleted: Glance computed no hash of the new image {new_id}, so nobody could tell later that it is what was made \
@@ -225,10 +221,23 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
     Ok(())
 }
 
+/// Whose source another run cares for, this one leaves alone.
+fn refuse_overtaken(job: &Job, new: &Image) -> Result<(), JobError> {
+    match (&job.options.run, new.property(RUN)) {
+        (Some(run), Some(other)) if run != other => Err(JobError::Refused(format!(
+            "another run ({}) has taken the new image {} over meanwhile: the source is left to it",
+            printable(other),
+            new.shown_id()
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// An image that an earlier run made: nothing is known of the source but the source itself.
 async fn compare_again(job: &Job, session: &Session, new_id: &str) -> Result<(), JobError> {
     job.notices.note("the image was made by an earlier run: it is compared with the source before that is deleted");
-    let new = session.image(new_id).await?;
+    let looking = job.cancel.guard(session.image(new_id)).await;
+    let new = looking.map_err(|_| JobError::interrupted())??;
     if prove(job, session, &new).await? {
         return Ok(());
     }
@@ -314,10 +323,11 @@ pub async fn finish_earlier_deletion(
 ) -> Result<Option<Image>, JobError> {
     let name_or_id = name_or_id.strip_prefix("glance:").unwrap_or(name_or_id);
     let is_done = |image: &Image| image.status == "active" && carries_its_own_proof(image);
+    let is_called = |image: &Image| new_name.is_none_or(|name| image.name.as_deref() == Some(name));
     let mut candidates = Vec::new();
     for key in [REPLACES, REPLACES_NAME, SOURCE_ID] {
         let mut found = session.images_where(key, name_or_id).await?;
-        found.retain(|image| image.property(key) == Some(name_or_id) && is_done(image));
+        found.retain(|image| image.property(key) == Some(name_or_id) && is_done(image) && is_called(image));
         // two that a name may mean are none
         if let [image] = found.as_slice() {
             candidates.push(image.clone());
@@ -326,13 +336,12 @@ pub async fn finish_earlier_deletion(
     // what was deleted tells its name to nobody any more
     for id in made {
         match session.image(id).await {
-            Ok(image) if is_done(&image) => candidates.push(image),
+            Ok(image) if is_done(&image) && is_called(&image) => candidates.push(image),
             Ok(_) => {}
             Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    candidates.retain(|image| new_name.is_none_or(|name| image.name.as_deref() == Some(name)));
     for image in candidates {
         // it may only be called otherwise by now
         let Some(source) = image.property(REPLACES).or(image.property(SOURCE_ID)) else { continue };

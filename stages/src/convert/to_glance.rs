@@ -16,7 +16,7 @@ use super::{
     claim::Claim,
     job::{ReportOf, Surveyed, cause_of},
     making::Maker,
-    names::verified_mark,
+    names::{carries_its_own_proof, verified_mark},
     readback::{Target, against_survey},
     report::HashReport,
     retire,
@@ -276,10 +276,21 @@ impl Emission<'_> {
             }
         }
         if self.maker.claim.is_none() {
-            // nobody kept others away: one of them may have proven the image by now, and its proof is not to be written over
-            let image = self.guard(self.maker.session.image(image_id)).await??;
+            // nobody kept others away: one of them may have taken the image on, and its proof, which may be all that is left to show for a source
+            // that went, is not to be written over
+            let image = match self.guard(self.maker.session.image(image_id)).await? {
+                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
+                    return Err(JobError::Lost { image: image_id.to_owned() });
+                }
+                other => other?,
+            };
             if let Some(other) = image.property(RUN).filter(|run| *run != self.maker.run()) {
-                return Err(JobError::Held { image: image_id.to_owned(), run: other.to_owned(), until: now_utc() });
+                if !goes && carries_its_own_proof(&image) {
+                    return Ok(());
+                }
+                if goes || !verified.starts_with("hash:") {
+                    return Err(JobError::Held { image: image_id.to_owned(), run: other.to_owned(), until: now_utc() });
+                }
             }
         }
         match self.guard(self.maker.session.change_image(image_id, &changes)).await? {
