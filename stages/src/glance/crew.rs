@@ -5,15 +5,15 @@
 //! and several streams on few cores are switched between.
 //!
 //! # How
-//! At first one fetches. Then the number is doubled as long as that brings [`GAIN`] or more. After [`LOOK_EVERY`] it is tried again, one step up
-//! or one down by turns: what was true at the start may not be so half an hour later. Where the rest takes less than [`WORTH_IT`], nothing is
+//! At first one fetches. Then the number is doubled as long as that brings `GAIN` or more. After `LOOK_EVERY` it is tried again, one step up
+//! or one down by turns: what was true at the start may not be so half an hour later. Where the rest takes less than `WORTH_IT`, nothing is
 //! tried any more: a trial takes a second or two by itself.
 //!
 //! ```text
 //! settle ── measure ──┬─ first figure: a step up is tried ── settle ── measure ──┬─ better: stay, and try the next
 //!                     └─ nothing to try yet: go on                               └─ not:   back, and try again later
 //! ```
-//! A figure is the rate over [`WINDOW`] and [`WINDOW_BYTES`] at least, from when everybody who may fetch has got something, and nobody else is at
+//! A figure is the rate over `WINDOW` and `WINDOW_BYTES` at least, from when everybody who may fetch has got something, and nobody else is at
 //! it any more.
 //!
 //! # Invariants
