@@ -22,7 +22,12 @@
 //! - *Two owners*: a run whose image was deleted under it gets 404 or 410 to whatever it asks next, and ends.
 //!
 //! - *A late hand*: whoever cleans up looks first, and removes only an image that still carries its own run's name, is not proven, and
-//!   whose source is there; a DELETE is sent once and never repeated; who continues another run's image puts its own name into it before.
+//!   whose source is there; a DELETE is sent once and never repeated. Who continues another run's image, claimed or not, puts its own name into
+//!   it before, and claims and protects it where the source goes; both come off again whatever came of that, a minute later where the other
+//!   run's DELETE may still be on its way. Whoever was overtaken so writes no mark and deletes no source.
+//!
+//! What is left: a run that is stopped (a suspended machine) between its last look and its DELETE, for longer than that minute; and a minute
+//! that somebody interrupts and takes the protection off.
 //!
 //! Clocks of machines may differ by [`GRACE_S`]; a clock that is more wrong makes somebody lose work, never data.
 
