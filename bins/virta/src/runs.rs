@@ -57,7 +57,7 @@ pub struct Record {
     pub project: Option<String>,
     /// Ids of images that it made or was about to make.
     pub images: Vec<String>,
-    /// Those of them that it was about to delete when they had all their data.
+    /// Those of them that it, or whoever cleaned up after it, was about to delete.
     #[serde(default)]
     pub deleting: Vec<String>,
     /// Those of them that are of no use, and could not be deleted.
@@ -78,10 +78,15 @@ pub struct Record {
 }
 
 impl Record {
+    /// Ids of images that may have to be removed: what a run that did not come to its end made, and what any could not delete.
+    pub fn to_remove(&self) -> Vec<&String> {
+        let made: &[String] = if self.state == State::Done || self.cleaned { &[] } else { &self.images };
+        made.iter().chain(self.left.iter().filter(|left| !made.contains(left))).collect()
+    }
+
     /// Is there anything of it to be removed or taken back?
     pub fn left_anything(&self) -> bool {
-        let made = self.state != State::Done && !self.cleaned && !self.images.is_empty();
-        made || !self.left.is_empty() || self.server.is_some()
+        !self.to_remove().is_empty() || self.server.is_some()
     }
 }
 
@@ -206,7 +211,7 @@ impl Run {
         self.change(|record| record.images.push(image_id.to_owned()));
     }
 
-    /// It is about to delete this image, which has all its data.
+    /// It is about to delete this image.
     pub fn deleting(&self, image_id: &str) {
         self.change(|record| push_once(&mut record.deleting, image_id));
     }
@@ -263,25 +268,34 @@ impl Found {
         self.folder.join(format!("{}.log", self.record.run))
     }
 
+    /// Changes the record as it is now.
+    fn change(&self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
+        let mut record = self.again().map_or_else(|| self.record.clone(), |found| found.record);
+        change(&mut record);
+        write(&self.folder, &record)
+    }
+
     /// What a dead run left is removed, and taken back: it holds nothing any more.
     pub fn cleaned(&self) -> io::Result<()> {
-        // one that came to its end stays so: only what it could not delete is gone now
-        let state = if self.record.state == State::Done { State::Done } else { State::Killed };
-        let deleting = self.again().map_or_else(Vec::new, |found| found.record.deleting);
-        write(&self.folder, &Record { left: Vec::new(), deleting, cleaned: true, server: None, state, ..self.record.clone() })
+        self.change(|record| {
+            record.left.clear();
+            record.server = None;
+            record.cleaned = true;
+            // one that came to its end stays so: only what it could not delete is gone now
+            if record.state != State::Done {
+                record.state = State::Killed;
+            }
+        })
     }
 
     /// An image that a dead run left is about to be deleted.
     pub fn deleting(&self, image_id: &str) -> io::Result<()> {
-        let mut now = read(&self.folder, &self.record.run).map_or_else(|| self.record.clone(), |found| found.record);
-        push_once(&mut now.deleting, image_id);
-        write(&self.folder, &now)
+        self.change(|record| push_once(&mut record.deleting, image_id))
     }
 
     /// The server that a dead run held is as it was found.
     pub fn restored(&self) -> io::Result<()> {
-        let now = read(&self.folder, &self.record.run).map_or_else(|| self.record.clone(), |found| found.record);
-        write(&self.folder, &Record { server: None, ..now })
+        self.change(|record| record.server = None)
     }
 
     /// Reads the record again.
@@ -333,11 +347,15 @@ pub fn dead() -> Vec<Found> {
     all().into_iter().filter(|found| over(found) && found.record.left_anything()).collect()
 }
 
+/// What is written down here of a run.
+fn found(run: &str) -> Option<Found> {
+    let known = uuid::Uuid::parse_str(run).is_ok(); // a name out of an image is no path before it is looked at
+    read(&runs_folder().filter(|_| known)?, run)
+}
+
 /// Is this a run of this machine that is over? `false` for one that lives, and for one of which nothing is known here.
 pub fn is_dead(run: &str) -> bool {
-    let known = uuid::Uuid::parse_str(run).is_ok(); // a name out of an image is no path before it is looked at
-    let found = runs_folder().filter(|_| known).and_then(|folder| read(&folder, run));
-    found.is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
+    found(run).is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
 }
 
 /// Ids of images that runs of this machine from `source` to `destination` made, or worked on, in the project of `session`, the latest first.
@@ -352,9 +370,7 @@ pub fn made_by(source: &str, destination: &str, session: &Session) -> Vec<String
 
 /// Was this run of this machine, which is over, about to delete that image? [`Run::deleting`].
 pub fn was_deleting(run: &str, image_id: &str) -> bool {
-    let known = uuid::Uuid::parse_str(run).is_ok();
-    let found = runs_folder().filter(|_| known).and_then(|folder| read(&folder, run));
-    found.is_some_and(|found| found.record.deleting.iter().any(|id| id == image_id))
+    found(run).is_some_and(|found| found.record.deleting.iter().any(|id| id == image_id))
 }
 
 fn push_once(ids: &mut Vec<String>, id: &str) {

@@ -7,7 +7,6 @@ use std::{
 };
 
 use engine::CancelToken;
-use reqwest::StatusCode;
 use stages::{
     convert::{JobError, Notices, names::carries_its_own_proof},
     openstack::{
@@ -226,13 +225,8 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
     for found in dead {
         let mut all_gone = true;
         let finished = found.record.state == State::Done;
-        let made = if finished { &found.record.left } else { &found.record.images };
-        for id in made.iter().chain(found.record.left.iter().filter(|left| !made.contains(left))) {
-            let image = match session.image(id).await {
-                Ok(image) => image,
-                Err(error) if error.status() == Some(StatusCode::NOT_FOUND) => continue,
-                Err(error) => return Err(error.into()),
-            };
+        for id in found.record.to_remove() {
+            let Some(image) = session.image_if_there(id).await? else { continue };
             let ours = image.property(RUN) == Some(found.record.run.as_str());
             if ours && is_of_no_use(session, &image, finished).await? {
                 match remove_one(session, found, id, finished).await {
@@ -287,19 +281,22 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
     Ok(())
 }
 
+/// Nobody has a use for it, whatever became of its run.
+fn is_half_made(image: &Image) -> bool {
+    matches!(image.status.as_str(), "queued" | "saving") || image.property(BENCH).is_some()
+}
+
 /// May it go without being asked for? Of a run that came to its end with another image even what has become whole since, as long as the source is there.
 async fn is_of_no_use(session: &Session, image: &Image, finished: bool) -> Result<bool, JobError> {
-    if matches!(image.status.as_str(), "queued" | "saving") || image.property(BENCH).is_some() {
+    if is_half_made(image) {
         return Ok(true);
     }
-    let Some(source) = image.property(SOURCE_ID).filter(|_| finished && image.protected != Some(true)) else { return Ok(false) };
-    if carries_its_own_proof(image) {
+    if !finished || image.protected == Some(true) || carries_its_own_proof(image) {
         return Ok(false);
     }
-    match session.image(source).await {
-        Ok(_) => Ok(true),
-        Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(false),
-        Err(error) => Err(error.into()),
+    match image.property(SOURCE_ID) {
+        Some(source) => Ok(session.image_if_there(source).await?.is_some()),
+        None => Ok(false),
     }
 }
 
@@ -308,13 +305,9 @@ async fn is_of_no_use(session: &Session, image: &Image, finished: bool) -> Resul
 async fn remove_one(session: &Session, found: &Found, id: &str, finished: bool) -> Result<bool, JobError> {
     let refused = |error| JobError::Refused(format!("the record of run {} cannot be written: {error}", short(&found.record.run)));
     found.deleting(id).map_err(refused)?;
-    let image = match session.image(id).await {
-        Ok(image) => image,
-        Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(false),
-        Err(error) => return Err(error.into()),
-    };
-    let still = matches!(image.status.as_str(), "queued" | "saving") || image.property(BENCH).is_some() || finished;
-    if !still || image.property(RUN) != Some(found.record.run.as_str()) || carries_its_own_proof(&image) {
+    let Some(image) = session.image_if_there(id).await? else { return Ok(false) };
+    let ours = image.property(RUN) == Some(found.record.run.as_str()) && !carries_its_own_proof(&image);
+    if !ours || !(is_half_made(&image) || finished) {
         return Ok(false);
     }
     session.delete_image_once(id).await?;

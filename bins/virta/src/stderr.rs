@@ -137,10 +137,7 @@ fn lines() -> Option<&'static Arc<Lines>> {
 
 /// Text for stderr, as it is. Never waits.
 pub fn write(text: &str) {
-    match lines() {
-        Some(lines) => lines.push(text.as_bytes()),
-        None => _ = io::stderr().write_all(text.as_bytes()),
-    }
+    let _ = Terminal.write(text.as_bytes());
 }
 
 /// Does something wait to be read? Then what the next moment makes worthless is better left out.

@@ -200,18 +200,9 @@ fn a_named_pipe_is_no_place_for_a_report() {
     fs::write(folder.path().join("disk.raw"), vec![7; 1 << 20]).unwrap();
     let fifo = folder.path().join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).unwrap();
-    let run = |arguments: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_virta"));
-        command.args(arguments).current_dir(folder.path()).env("XDG_STATE_HOME", folder.path().join("state"));
-        let output = command.output().unwrap();
-        (output.status.code(), String::from_utf8(output.stderr).unwrap())
-    };
-    let (code, stderr) = run(&["convert", "disk.raw", "x.qcow2", "--report", "fifo"]);
-    assert!(code == Some(2) && stderr.contains("a named pipe"), "{stderr}");
+    ends(folder.path(), &["convert", "disk.raw", "x.qcow2", "--report", "fifo"], 2, &["a named pipe"]);
     assert!(!folder.path().join("x.qcow2").exists());
-    let (code, stderr) = run(&["bench", "--no-cloud", "--quick", "--sample", "fifo"]);
-    assert!(code == Some(2) && stderr.contains("no ordinary file"), "{stderr}");
+    ends(folder.path(), &["bench", "--no-cloud", "--quick", "--sample", "fifo"], 2, &["no ordinary file"]);
     // what is open already has its reader
-    let (code, stderr) = run(&["convert", "disk.raw", "x.qcow2", "--report", "/dev/stdout"]);
-    assert!(code == Some(0), "{stderr}");
+    ends(folder.path(), &["convert", "disk.raw", "x.qcow2", "--report", "/dev/stdout"], 0, &[]);
 }

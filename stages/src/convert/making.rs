@@ -103,11 +103,9 @@ impl<'a> Maker<'a> {
                 return Ok(id);
             }
             self.not_ours(&id);
-            match self.session.image(&id).await {
-                Ok(image) => self.take_over(&image).await?,
-                // made once, and deleted: its id is spent
-                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
-                Err(error) => return Err(error.into()),
+            // one that is not there was made once, and deleted: its id is spent
+            if let Some(image) = self.session.image_if_there(&id).await? {
+                self.take_over(&image).await?;
             }
         }
     }
@@ -135,10 +133,7 @@ impl<'a> Maker<'a> {
                 until: now_utc(),
             });
         }
-        if image.status == "active" {
-            self.notices.deleting(&image.id);
-        }
-        self.session.delete_image_once(&image.id).await?;
+        self.delete_once(&image.id).await?;
         self.notices.note(&format!(
             "image {} of a run that is over ({}) was {}: it is removed, and its source taken over",
             image.shown_id(),
@@ -239,36 +234,35 @@ impl<'a> Maker<'a> {
     pub(super) async fn remove(&self, id: &str) -> Result<(), ApiError> {
         let Some(image) = self.own(id).await? else { return Ok(()) };
         if image.status != "active" {
+            if self.claim.is_some() {
+                return self.delete_once(id).await;
+            }
             self.notices.deleting(id);
-            // a claimed one others may come to depend on: a repetition might land after that
-            return match self.claim {
-                Some(_) => self.session.delete_image_once(id).await,
-                None => self.session.delete_image(id).await,
-            };
+            return self.session.delete_image(id).await;
         }
         // what is the only copy is never half made, whatever its marks say
-        if let Some(claim) = &self.claim {
-            match self.session.image(claim.source()).await {
-                Ok(_) => {}
-                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(()),
-                Err(error) => return Err(error),
-            }
+        if let Some(claim) = &self.claim
+            && self.session.image_if_there(claim.source()).await?.is_none()
+        {
+            return Ok(());
         }
-        self.notices.deleting(id);
-        // looked at once more, and last: what follows is sent at once
+        // looked at once more, and last
         match self.own(id).await? {
-            Some(_) => self.session.delete_image_once(id).await,
+            Some(_) => self.delete_once(id).await,
             None => Ok(()),
         }
     }
 
+    /// Deletes what others may come to depend on: written down before, and asked for once, since a repetition might land after that.
+    async fn delete_once(&self, id: &str) -> Result<(), ApiError> {
+        self.notices.deleting(id);
+        self.session.delete_image_once(id).await
+    }
+
     /// The image, if it is there, still this run's, and nobody's finished conversion.
     async fn own(&self, id: &str) -> Result<Option<Image>, ApiError> {
-        match self.session.image(id).await {
-            Ok(image) => Ok(Some(image).filter(|image| image.property(RUN) == Some(self.run()) && !carries_its_own_proof(image))),
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let found = self.session.image_if_there(id).await?;
+        Ok(found.filter(|image| image.property(RUN) == Some(self.run()) && !carries_its_own_proof(image)))
     }
 
     /// Removes everything that was made, whatever happened, and says so if even that fails.

@@ -188,8 +188,7 @@ async fn adopted(
     let claimed = image.property(CLAIM_UNTIL).is_some();
     // somebody else's protection is not ours to take off
     let ours = claimed || (goes && image.protected != Some(true));
-    let own_run = image.property(RUN);
-    let stranger = own_run.is_some() && own_run != job.options.run.as_deref();
+    let stranger = image.property(RUN).filter(|run| job.options.run.as_deref() != Some(*run));
     let mut changes = Vec::new();
     if let Some(run) = &job.options.run
         && (claimed || goes || !carries_its_own_proof(image))
@@ -218,8 +217,7 @@ async fn adopted(
     }
     // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
     // of this machine which died when it deleted. Only then is the protection taken off; while the source is there, at once
-    let may_be_deleted =
-        stranger && own_run.is_some_and(|run| !job.notices.is_dead(run) || job.notices.was_deleting(run, &image.id));
+    let may_be_deleted = stranger.is_some_and(|run| !job.notices.is_dead(run) || job.notices.was_deleting(run, &image.id));
     if goes && may_be_deleted && is_source_gone(job).await {
         job.notices.note(&format!("image {} stays protected for a minute: a run elsewhere made it", image.shown_id()));
         let waiting = tokio::time::sleep(job.options.patience.silence);
@@ -228,14 +226,7 @@ async fn adopted(
             return done; // all else is done
         }
     }
-    let releasing = release(session, &image.id);
-    tokio::pin!(releasing);
-    // an interrupt is answered within seconds
-    let released = tokio::select! {
-        released = &mut releasing => Some(released),
-        () = job.cancel.cancelled() => tokio::time::timeout(job.options.patience.clean_up, releasing).await.ok(),
-    };
-    match released {
+    match job.options.patience.to_its_end(&job.cancel, release(session, &image.id)).await {
         Some(Ok(())) => {}
         Some(Err(error)) => job.notices.warn(&format!("{stays} ({})", causes(&error))),
         None => job.notices.warn(&stays),

@@ -114,7 +114,7 @@ pub trait Notices: Send + Sync {
         let _ = image_id;
     }
 
-    /// An image that counts as made is about to be deleted all the same: written down before the request leaves.
+    /// An image is about to be deleted: written down before the request leaves.
     fn deleting(&self, image_id: &str) {
         let _ = image_id;
     }

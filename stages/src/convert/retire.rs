@@ -335,20 +335,14 @@ pub async fn finish_earlier_deletion(
     }
     // what was deleted tells its name to nobody any more
     for id in made {
-        match session.image(id).await {
-            Ok(image) if is_done(&image) && is_called(&image) => candidates.push(image),
-            Ok(_) => {}
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
-            Err(error) => return Err(error.into()),
-        }
+        let found = session.image_if_there(id).await?;
+        candidates.extend(found.filter(|image| is_done(image) && is_called(image)));
     }
     for image in candidates {
         // it may only be called otherwise by now
         let Some(source) = image.property(REPLACES).or(image.property(SOURCE_ID)) else { continue };
-        match source_session.image(source).await {
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
-            Ok(_) => continue,
-            Err(error) => return Err(error.into()),
+        if source_session.image_if_there(source).await?.is_some() {
+            continue;
         }
         finish_marks(session, &image, notices).await?;
         notices.note(&format!(
@@ -388,12 +382,10 @@ pub async fn finish_replacing(session: &Session, name_or_id: &str, notices: &dyn
     match session.find_image(name_or_id).await {
         // it has the name already
         Ok(image) if image.disk_format.as_deref() == Some("qcow2") && carries_its_own_proof(&image) => {
-            if let Some(replaced) = image.property(REPLACES) {
-                match session.image(replaced).await {
-                    Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {}
-                    Ok(_) => return Ok(None),
-                    Err(error) => return Err(error.into()),
-                }
+            if let Some(replaced) = image.property(REPLACES)
+                && session.image_if_there(replaced).await?.is_some()
+            {
+                return Ok(None);
             }
             finish_marks(session, &image, notices).await?;
             Ok(Some(image))

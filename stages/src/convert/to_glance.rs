@@ -278,12 +278,8 @@ impl Emission<'_> {
         if self.maker.claim.is_none() {
             // nobody kept others away: one of them may have taken the image on, and its proof, which may be all that is left to show for a source
             // that went, is not to be written over
-            let image = match self.guard(self.maker.session.image(image_id)).await? {
-                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
-                    return Err(JobError::Lost { image: image_id.to_owned() });
-                }
-                other => other?,
-            };
+            let found = self.guard(self.maker.session.image_if_there(image_id)).await??;
+            let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
             if let Some(other) = image.property(RUN).filter(|run| *run != self.maker.run()) {
                 if !goes && carries_its_own_proof(&image) {
                     return Ok(());

@@ -55,8 +55,6 @@ struct State {
     most: usize,
     /// Bytes that have not arrived yet.
     left_bytes: u64,
-    /// Nothing is tried.
-    all_at_once: bool,
     allowed: usize,
     /// By number: is it at a range, and how much has it got of it?
     at_work: Vec<Option<u64>>,
@@ -75,7 +73,6 @@ impl State {
         Self {
             most,
             left_bytes: bytes,
-            all_at_once: false,
             allowed: 1,
             at_work: vec![None; most],
             trial: None,
@@ -120,9 +117,6 @@ impl State {
     /// A window is over.
     fn measured(&mut self, now: Duration, rate: f64) -> bool {
         let before = self.allowed;
-        if self.all_at_once {
-            return false;
-        }
         match self.trial.take() {
             Some(trial) if trial.from < self.allowed => {
                 if rate >= trial.rate * GAIN {
@@ -186,7 +180,7 @@ impl Crew {
         let crew = Self::new(most, 0);
         {
             let mut state = crew.state();
-            (state.all_at_once, state.allowed) = (true, state.most);
+            (state.allowed, state.next_look) = (state.most, Duration::MAX);
         }
         crew
     }

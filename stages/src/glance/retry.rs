@@ -5,6 +5,8 @@ use std::{
     time::Duration,
 };
 
+use engine::CancelToken;
+
 use crate::progress::Progress;
 
 /// Longest wait that a service may ask for with `Retry-After`.
@@ -62,6 +64,18 @@ impl Default for Patience {
 pub const PROGRESS_BYTES: u64 = 1 << 20;
 
 impl Patience {
+    /// A request that is not broken off; after an interrupt it has [`Self::clean_up`] left. `None`: that is over.
+    ///
+    /// # Cancel safety
+    /// That of the request.
+    pub async fn to_its_end<T>(&self, cancel: &CancelToken, request: impl Future<Output = T>) -> Option<T> {
+        tokio::pin!(request);
+        tokio::select! {
+            answer = &mut request => Some(answer),
+            () = cancel.cancelled() => tokio::time::timeout(self.clean_up, request).await.ok(),
+        }
+    }
+
     /// The wait before try `tries + 1`: the first pause doubled each time, up to 32 times, of which a random half is taken off so
     /// that many clients do not come back at once. A service's `Retry-After` is obeyed.
     #[must_use]

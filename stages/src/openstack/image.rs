@@ -229,6 +229,18 @@ impl Session {
         parse(self.call(Method::GET, &url, None).await?, Method::GET, url.path())
     }
 
+    /// The image with this id; `None` if there is none that this project may see.
+    ///
+    /// # Errors
+    /// [`ApiError`], but for a 404.
+    pub async fn image_if_there(&self, id: &str) -> Result<Option<Image>, ApiError> {
+        match self.image(id).await {
+            Ok(image) => Ok(Some(image)),
+            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// All images of this very name that the project may see.
     ///
     /// # Errors
@@ -278,11 +290,10 @@ impl Session {
     pub async fn find_image(&self, name_or_id: &str) -> Result<Image, ImageError> {
         // as images are written elsewhere on the command line, and as reports name them
         let name_or_id = name_or_id.strip_prefix("glance:").unwrap_or(name_or_id);
-        if let Ok(id) = Uuid::parse_str(name_or_id) {
-            match self.image(&id.hyphenated().to_string()).await {
-                Err(error) if error.status() == Some(StatusCode::NOT_FOUND) => {}
-                other => return Ok(other?),
-            }
+        if let Ok(id) = Uuid::parse_str(name_or_id)
+            && let Some(image) = self.image_if_there(&id.hyphenated().to_string()).await?
+        {
+            return Ok(image);
         }
         let mut images = self.images_named(name_or_id).await?;
         match images.len() {

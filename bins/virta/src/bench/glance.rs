@@ -160,8 +160,9 @@ impl Glance<'_> {
         });
         let record = record.as_object().expect("an object");
         run.making(&id);
+        let patience = Patience::default();
         // an interrupt waits for the answer, but not for ever: an image that was made has to be there to be deleted
-        let sent = match self.soon(self.session.create_image(record)).await {
+        let sent = match patience.to_its_end(self.cancel, self.session.create_image(record)).await {
             Some(created) => {
                 created?;
                 self.send(&id).await
@@ -169,7 +170,7 @@ impl Glance<'_> {
             None => Err(JobError::interrupted()),
         };
         // deleted whatever happened, an interrupt included
-        let deleted = self.soon(self.session.delete_image(&id)).await;
+        let deleted = patience.to_its_end(self.cancel, self.session.delete_image(&id)).await;
         // what is left behind comes first, whatever became of the sending
         let left = match deleted {
             Some(Ok(())) => None,
@@ -188,15 +189,6 @@ impl Glance<'_> {
         let rate = sent?;
         self.cancel.check().map_err(|_| JobError::interrupted())?;
         Ok(Measure::new("glance.up.1", Group::Glance, "send, 1 connection", 1, vec![rate]))
-    }
-
-    /// A request that is not broken off; after an interrupt it has a few seconds left. `None`: they are over.
-    async fn soon<T>(&self, request: impl Future<Output = T>) -> Option<T> {
-        tokio::pin!(request);
-        tokio::select! {
-            answer = &mut request => Some(answer),
-            () = self.cancel.cancelled() => tokio::time::timeout(Patience::default().clean_up, request).await.ok(),
-        }
     }
 
     async fn send(&self, id: &str) -> Result<f64, JobError> {
