@@ -7,13 +7,13 @@
 //! again only one can.
 //!
 //! ```text
-//! POST g ── 201 ── survey (claim renewed) ── claim set far ahead ── PUT ── active ┬─ proven ── claim off
+//! POST g ── 201 ── survey (claim renewed) ── claim set far ahead ── PUT ── active ┬─ proven: mark on, claim off, in one request
 //!   │                                                                             └─ (renewed) proven, protected ── source goes ── claim off
 //!   └── 409: gone ─> g + 1 · claim good: held by another · claim over, queued or saving: DELETE g, POST g + 1
 //! ```
 //! `virta_claim_until` says how long others have to keep away. It is renewed while the image is `queued`, and while it is `active` if that may
 //! last (it is read back, hashed anew, or its source is to go); a change while it is `saving` is lost, so before the PUT it is set to an hour or four times the
-//! estimate from then on, whichever is more.
+//! estimate from then on, whichever is more. What is left of that when the image is `active` mostly lasts for what comes next.
 //!
 //! # What cannot happen
 //! - *Two conversions of one source*: two POSTs of one id do not both succeed.
@@ -173,6 +173,14 @@ impl Claim {
         }
     }
 
+    /// Does the image, as it was just found, say that it is `run`'s for at least as long as a renewal would make it? What was set ahead for an
+    /// upload mostly does, when the upload is over.
+    pub(super) fn holds(&self, image: &Image, run: &str) -> bool {
+        let until = image.property(CLAIM_UNTIL).and_then(|until| until.parse::<Timestamp>().ok());
+        let enough = SignedDuration::try_from(self.life).ok().and_then(|life| Timestamp::now().checked_add(life).ok());
+        image.property(RUN) == Some(run) && until.zip(enough).is_some_and(|(until, enough)| until >= enough)
+    }
+
     /// Renews it once: whoever goes on has to have it. A run whose claim was over meanwhile may find another one's name in its image: that one
     /// has proven it, and its proof, which may be all that is left to show for a source that went, is not to be written over.
     pub(super) async fn renew(&self, session: &Session, image_id: &str, run: &str) -> Result<(), JobError> {
@@ -247,6 +255,15 @@ mod tests {
         assert!(good_until(&image(&seconds(5 - GRACE_S))).is_some());
         assert!(good_until(&image(&seconds(-5 - GRACE_S))).is_none());
         assert!(good_until(&image("soon")).is_none());
+    }
+
+    #[test]
+    fn a_claim_that_lasts_as_long_as_a_renewal_needs_none() {
+        let claim = Claim::new("s", "p", Duration::from_secs(600));
+        assert!(claim.holds(&image(&ahead(Duration::from_secs(3600))), "r"));
+        assert!(!claim.holds(&image(&ahead(Duration::from_secs(590))), "r"));
+        assert!(!claim.holds(&image(&ahead(Duration::from_secs(3600))), "another"));
+        assert!(!claim.holds(&image("soon"), "r"));
     }
 
     struct Dead;

@@ -263,8 +263,6 @@ impl Emission<'_> {
     }
 
     /// Marks the image as verified, and ends the claim, unless the source is still to go: then nobody may delete the image any more.
-    ///
-    /// The claim comes off by a request of its own: while the mark is on its way, or its answer is lost, others still keep away.
     async fn mark(&self, image_id: &str, verified: &str) -> Result<(), JobError> {
         let mut changes = vec![Change::Set(VERIFIED.to_owned(), json!(verified))];
         let goes = self.job.options.after != After::Keep;
@@ -273,9 +271,10 @@ impl Emission<'_> {
             claim.leave().await;
             if goes {
                 changes.push(Change::Set("protected".to_owned(), json!(true)));
+            } else if self.mark_and_unclaim(image_id, verified).await? {
+                return Ok(());
             }
-        }
-        if self.maker.claim.is_none() {
+        } else {
             // nobody kept others away: one of them may have taken the image on, and its proof, which may be all that is left to show for a source
             // that went, is not to be written over
             let found = self.guard(self.maker.session.image_if_there(image_id)).await??;
@@ -295,6 +294,7 @@ impl Emission<'_> {
             }
             other => other.map(drop)?,
         }
+        // by a request of its own: while the mark's answer was lost and it was sent again, others still kept away
         if let Some(claim) = &self.maker.claim {
             if goes {
                 claim.keep(self.maker.session, image_id, &self.job.cancel);
@@ -303,6 +303,26 @@ impl Emission<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The mark and the end of the claim in one request. `false`: it was not heard, and the image is claimed as before.
+    ///
+    /// It is not repeated: if it was heard, somebody else may have gone on with the image, and have proven it by more than this run did.
+    async fn mark_and_unclaim(&self, image_id: &str, verified: &str) -> Result<bool, JobError> {
+        let session = self.maker.session;
+        let changes = [Change::Set(VERIFIED.to_owned(), json!(verified)), Change::Remove(CLAIM_UNTIL.to_owned())];
+        if self.guard(session.change_image_once(image_id, &changes)).await?.is_ok() {
+            return Ok(true);
+        }
+        let found = self.guard(session.image_if_there(image_id)).await??;
+        let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
+        match image.property(RUN) {
+            Some(other) if other != self.maker.run() && !carries_its_own_proof(&image) => {
+                Err(JobError::Held { image: image_id.to_owned(), run: other.to_owned(), until: now_utc() })
+            }
+            Some(other) if other != self.maker.run() => Ok(true),
+            _ => Ok(image.property(VERIFIED) == Some(verified) && image.property(CLAIM_UNTIL).is_none()),
+        }
     }
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.

@@ -113,6 +113,13 @@ impl Change {
     }
 }
 
+/// The kind of content of a change.
+const PATCH_TYPE: &str = "application/openstack-images-v2.1-json-patch";
+
+fn patch(changes: &[Change]) -> Value {
+    changes.iter().map(Change::operation).collect()
+}
+
 /// Why no single image was found, or none that will do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -330,9 +337,16 @@ impl Session {
     /// [`ApiError`]: 403 for what is not the caller's to change, 409 for a property to remove that is not there.
     pub async fn change_image(&self, id: &str, changes: &[Change]) -> Result<Image, ApiError> {
         let url = self.image_url(&["images", id]);
-        let patch: Vec<Value> = changes.iter().map(Change::operation).collect();
-        let kind = "application/openstack-images-v2.1-json-patch";
-        parse(self.call(Method::PATCH, &url, Some((kind, &Value::Array(patch)))).await?, Method::PATCH, url.path())
+        parse(self.call(Method::PATCH, &url, Some((PATCH_TYPE, &patch(changes)))).await?, Method::PATCH, url.path())
+    }
+
+    /// [`Self::change_image`], asked once: a repetition might land when somebody else has gone on with the image.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn change_image_once(&self, id: &str, changes: &[Change]) -> Result<(), ApiError> {
+        let url = self.image_url(&["images", id]);
+        self.call_once(Method::PATCH, &url, Some((PATCH_TYPE, &patch(changes)))).await.map(drop)
     }
 
     /// Takes a property off an image; one that is not there is off already.
@@ -362,7 +376,7 @@ impl Session {
     /// # Errors
     /// [`ApiError`].
     pub async fn delete_image_once(&self, id: &str) -> Result<(), ApiError> {
-        match self.call_once(Method::DELETE, &self.image_url(&["images", id])).await {
+        match self.call_once(Method::DELETE, &self.image_url(&["images", id]), None).await {
             Err(error) if matches!(error.status(), Some(StatusCode::NOT_FOUND | StatusCode::GONE)) => Ok(()),
             other => other.map(|_| ()),
         }

@@ -293,13 +293,21 @@ impl Session {
         }
     }
 
-    /// Sends a request once: what is not answered is not repeated. For a DELETE that must not land later than it was meant.
+    /// Sends a request once: what is not answered is not repeated. For what must not land later than it was meant.
     ///
     /// # Errors
     /// [`ApiError`].
-    pub async fn call_once(&self, method: Method, url: &Url) -> Result<Value, ApiError> {
+    pub async fn call_once(
+        &self,
+        method: Method,
+        url: &Url,
+        content: Option<(&'static str, &Value)>,
+    ) -> Result<Value, ApiError> {
         let token = self.token().await.map_err(|error| sign_in_failed(&method, url, &error))?;
-        let request = self.request(method.clone(), url, &token);
+        let mut request = self.request(method.clone(), url, &token);
+        if let Some((kind, body)) = content {
+            request = request.header("content-type", kind).body(body.to_string());
+        }
         Ok(answer(&method, url, request).await?.body)
     }
 
