@@ -322,10 +322,17 @@ impl Drop for MiniGlance {
     }
 }
 
+/// Bytes that wait unread on a connection of a worker that is to die.
+const DYING_TAKES_IN: usize = 64 << 10;
+
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
         let _ = stream.set_nodelay(true);
+        if shared.state().faults.dying_puts > 0 {
+            // who dies halfway must not have been sent everything already
+            let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&stream, DYING_TAKES_IN);
+        }
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
             let service = service_fn(move |request| {
@@ -491,6 +498,10 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
                 return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
             }
             let patched = shared.state().images.patch(&id, &body, project);
+            let lost = |key: &mut String| body.to_string().contains(key.as_str());
+            if patched.is_ok() && shared.state().faults.lost_patch_of.take_if(lost).is_some() {
+                return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
+            }
             Ok(unbox(patched.map(|image| json_response(StatusCode::OK, &image))))
         }
         (Method::DELETE, ["v2", "images", id]) => {

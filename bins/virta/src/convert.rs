@@ -208,7 +208,7 @@ async fn convert(
     };
     if let (End::Glance(_), Some(session)) = (&to, &destination_cloud) {
         run.in_cloud(session);
-        interruptible(cancel, status::clean_up_before(session, display)).await?;
+        status::clean_up_before(session, display, cancel).await?;
     }
     if let (End::Glance(name), true, Some(session)) = (&from, arguments.source_after.replace, &source_cloud)
         && let Some(image) = interruptible(cancel, retire::finish_replacing(session, name, display)).await?
@@ -443,7 +443,8 @@ fn refuse_held(job: &Job, image: &Image) -> Result<(), JobError> {
     convert::claim::held(image, &*job.notices).map_or(Ok(()), Err)
 }
 
-async fn interruptible<T>(cancel: &CancelToken, work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {
+/// Work that an interrupt breaks off.
+pub async fn interruptible<T>(cancel: &CancelToken, work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {
     cancel.guard(work).await.unwrap_or_else(|_| Err(JobError::Interrupted("interrupted".to_owned())))
 }
 

@@ -118,7 +118,8 @@ fn private(path: &Path) -> io::Result<File> {
 
 /// Writes a record whole: a reader sees the old one or the new one.
 fn write(folder: &Path, record: &Record) -> io::Result<()> {
-    let path = folder.join(format!("{}.json.new", record.run));
+    // whoever cleans up writes, too, and there may be two of them
+    let path = folder.join(format!("{}.json.{}.new", record.run, std::process::id()));
     let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&path)?;
     file.write_all(serde_json::to_string_pretty(record)?.as_bytes())?;
     file.write_all(b"\n")?;
@@ -129,7 +130,7 @@ fn write(folder: &Path, record: &Record) -> io::Result<()> {
 /// On a full disk: over the old record, whose place it has; else the old one goes, for it must not speak of what is not so any more.
 fn write_over(folder: &Path, record: &Record) -> bool {
     let path = folder.join(format!("{}.json", record.run));
-    let _ = fs::remove_file(folder.join(format!("{}.json.new", record.run)));
+    let _ = fs::remove_file(folder.join(format!("{}.json.{}.new", record.run, std::process::id())));
     let written = serde_json::to_string(record).is_ok_and(|text| {
         let file = OpenOptions::new().write(true).open(&path);
         file.is_ok_and(|mut file| {
@@ -208,7 +209,11 @@ impl Run {
 
     /// It is about to make this image.
     pub fn making(&self, image_id: &str) {
-        self.change(|record| record.images.push(image_id.to_owned()));
+        self.change(|record| {
+            // an id that an earlier try gave up is made anew: it may become an image that is wanted
+            record.left.retain(|left| left != image_id);
+            push_once(&mut record.images, image_id);
+        });
     }
 
     /// It is about to delete this image.
@@ -396,8 +401,29 @@ fn forget_old(folder: &Path) {
         if record.state == State::Running || record.left_anything() {
             continue;
         }
-        for kind in ["json", "log", "lock"] {
-            let _ = fs::remove_file(folder.join(format!("{}.{kind}", record.run)));
+        // and what a kill left of a record that was being written
+        let of_run = |entry: &fs::DirEntry| entry.file_name().to_str().is_some_and(|name| name.starts_with(&record.run));
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(of_run) {
+            let _ = fs::remove_file(entry.path());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_made_anew_is_not_to_be_removed_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = Run(Some(Arc::new(Mutex::new(Run::begin_in(folder.path().to_owned(), "a", "b").unwrap()))));
+        let id = run.id().unwrap();
+        run.making("one");
+        run.left("one");
+        run.left("two");
+        run.making("one");
+        run.end(0, "done");
+        let record = read(folder.path(), &id).unwrap().record;
+        assert_eq!((record.to_remove(), &record.images), (vec![&"two".to_owned()], &vec!["one".to_owned()]));
     }
 }

@@ -8,18 +8,18 @@ use std::{
 
 use engine::CancelToken;
 use stages::{
-    convert::{JobError, Notices, names::carries_its_own_proof},
+    convert::{JobError, Notices},
     openstack::{
         Compute, Image, Session,
         config::Surroundings,
-        image::{BENCH, RUN, SOURCE_ID},
+        image::{BENCH, RUN, SOURCE_ID, VERIFIED},
     },
     text::{causes, printable},
 };
 
 use crate::{
     cli::{CleanArgs, CloudArgs, FormatChoice, ProgressChoice, StatusArgs},
-    convert::watch_signals,
+    convert::{interruptible, watch_signals},
     display::Display,
     exit,
     runs::{self, Found, Record, State},
@@ -186,7 +186,7 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
                     restore_server(&session, &compute, held, found, &display).await?;
                 }
             }
-            remove_leftovers(&session, &here, &display).await
+            interruptible(&cancel, remove_leftovers(&session, &here, &display)).await
         };
         if let Err(error) = result.await {
             code = exit::failure(&error, error.exit_code());
@@ -196,7 +196,7 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
 }
 
 /// Dead runs of this machine in this session's project: what they left is removed before a new one begins.
-pub async fn clean_up_before(session: &Session, display: &Display) -> Result<(), JobError> {
+pub async fn clean_up_before(session: &Session, display: &Display, cancel: &CancelToken) -> Result<(), JobError> {
     let mut dead = runs::dead();
     dead.retain(|found| found.record.project.is_some() && found.record.project == session.whoami().project_id);
     // a server is brought back only by whoever asks for that
@@ -209,7 +209,7 @@ pub async fn clean_up_before(session: &Session, display: &Display) -> Result<(),
     }
     dead.retain(|found| found.record.server.is_none());
     // it is no reason not to begin
-    match remove_leftovers(session, &dead, display).await {
+    match interruptible(cancel, remove_leftovers(session, &dead, display)).await {
         Err(error @ JobError::Interrupted(_)) => Err(error),
         Err(error) => {
             display.warn(&format!("what killed runs left could not be looked at: {}", causes(&error)));
@@ -247,7 +247,7 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
                         ));
                     }
                 }
-            } else if finished && ours && !carries_its_own_proof(&image) {
+            } else if finished && ours && image.property(VERIFIED).is_none() {
                 notices.note(&format!(
                     "image {} ({id}), which run {} could not delete, is {} by now and is left alone; to be rid of it: virta image delete {id}",
                     image.shown(),
@@ -265,7 +265,7 @@ async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notic
                     short(&found.record.run),
                     image.status
                 ));
-            } else if ours && image.property(stages::openstack::image::VERIFIED).is_none() {
+            } else if ours && image.property(VERIFIED).is_none() {
                 notices.note(&format!(
                     "image {} ({id}) of killed run {} is {}, and was not verified: start the same command again to verify it, or remove it",
                     image.shown(),
@@ -286,12 +286,13 @@ fn is_half_made(image: &Image) -> bool {
     matches!(image.status.as_str(), "queued" | "saving") || image.property(BENCH).is_some()
 }
 
-/// May it go without being asked for? Of a run that came to its end with another image even what has become whole since, as long as the source is there.
+/// May it go without being asked for? Of a run that came to its end with another image even what has become whole since, as long as the source is
+/// there. What carries a mark of verification, of whatever strength, somebody has finished and may want: conversions inherit none.
 async fn is_of_no_use(session: &Session, image: &Image, finished: bool) -> Result<bool, JobError> {
     if is_half_made(image) {
         return Ok(true);
     }
-    if !finished || image.protected == Some(true) || carries_its_own_proof(image) {
+    if !finished || image.protected == Some(true) || image.property(VERIFIED).is_some() {
         return Ok(false);
     }
     match image.property(SOURCE_ID) {
@@ -306,8 +307,8 @@ async fn remove_one(session: &Session, found: &Found, id: &str, finished: bool) 
     let refused = |error| JobError::Refused(format!("the record of run {} cannot be written: {error}", short(&found.record.run)));
     found.deleting(id).map_err(refused)?;
     let Some(image) = session.image_if_there(id).await? else { return Ok(false) };
-    let ours = image.property(RUN) == Some(found.record.run.as_str()) && !carries_its_own_proof(&image);
-    if !ours || !(is_half_made(&image) || finished) {
+    let ours = image.property(RUN) == Some(found.record.run.as_str());
+    if !ours || !(is_half_made(&image) || (finished && image.property(VERIFIED).is_none())) {
         return Ok(false);
     }
     session.delete_image_once(id).await?;

@@ -139,7 +139,7 @@ async fn upload(
     let signing_in = async {
         let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
         run.in_cloud(&session);
-        status::clean_up_before(&session, display).await?;
+        status::clean_up_before(&session, display, cancel).await?;
         Ok::<_, JobError>(session)
     };
     let session = cancel.guard(signing_in).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;

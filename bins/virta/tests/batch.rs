@@ -387,6 +387,30 @@ async fn a_proof_that_another_run_set_is_not_written_over_by_one_whose_claim_was
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_mark_whose_answer_was_lost_is_set_once_and_one_that_was_not_heard_is_set_again() {
+    let mark = |faults: &mut Faults| faults.lost_patch_of = Some("virta_verified".to_owned());
+    let patches = |place: &Place| place.service.requests().iter().filter(|request| request.starts_with("PATCH")).count();
+    let mut place = Place::start(Config::default(), mark).await;
+    place.add("web", 1, 3 * MIB);
+    place.run(&["web"]).await.ends(0, &["1 converted"]);
+    place.assert_all_converted(false);
+    // the claim set ahead, and the mark that takes it off
+    assert_eq!(patches(&place), 2, "{:?}", place.service.requests());
+
+    // only the claim's mark and the mark of verification are ever patched: the second try of each is the third and fourth
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    place.add("web", 1, 3 * MIB);
+    let running = place.command("here", &["web"]).spawn().unwrap();
+    seen(&place.service, "PUT /v2/images").await;
+    place.service.faults(|faults| faults.failing_patches = 1);
+    let output = tokio::time::timeout(Duration::from_secs(60), running.wait_with_output()).await.unwrap().unwrap();
+    Run::new(output, Duration::ZERO).ends(0, &["1 converted"]);
+    place.assert_all_converted(false);
+    // ahead; the mark unheard; the mark; the claim off
+    assert_eq!(patches(&place), 4, "{:?}", place.service.requests());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_interrupt_leaves_nothing_half_made_and_the_same_command_goes_on() {
     let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(30)).await;
     for seed in 1..=8 {

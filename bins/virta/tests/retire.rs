@@ -262,6 +262,56 @@ async fn an_image_of_a_try_that_failed_is_removed_later_when_it_could_not_be_at_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_run_could_not_delete_stays_when_somebody_has_finished_it_since() {
+    let spoiled = |faults: &mut mini_glance::Faults| {
+        faults.erring_puts = 1;
+        faults.failing_deletes = 1000;
+    };
+    for (mark, stays) in [(Some("sha512 of what was sent"), true), (Some("size:1"), true), (None, false)] {
+        let cloud = Cloud::start_with(8, Config::default(), spoiled).await;
+        cloud.convert(&[]).await.ends(0, &["half made, and deleting it failed"]);
+        cloud.service.faults(|faults| faults.failing_deletes = 0);
+        let is_left = |image: &&Value| image["status"] == "saving";
+        let left = cloud.others().iter().find(is_left).unwrap()["id"].as_str().unwrap().to_owned();
+        cloud.service.set(&left, "status", json!("active"));
+        if let Some(mark) = mark {
+            cloud.service.set(&left, "virta_verified", json!(mark));
+        }
+        cloud.run(&["clean"]).await.ends(0, if stays { &[] } else { &["removed image compact"] });
+        assert_eq!(cloud.is_gone(&left), !stays, "{mark:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_overtaken_takes_neither_claim_nor_protection_off() {
+    let cloud = Cloud::start_with(8, Config::default(), |_| {}).await;
+    cloud.convert(&[]).await.ends(0, &[]);
+    let made = cloud.assert_converted()["id"].as_str().unwrap().to_owned();
+    // as a run on another machine leaves it that died before its mark
+    for (key, value) in [("virta_verified", "size:1"), ("virta_run", "dead"), ("virta_claim_until", "2020-01-01T00:00:00Z")] {
+        cloud.service.set(&made, key, json!(value));
+    }
+    cloud.service.faults(|faults| faults.latency = Duration::from_millis(150));
+    let first = cloud.command(&["convert", "glance:snap", "glance:compact"]).spawn().unwrap();
+    while cloud.others()[0]["virta_run"] == "dead" {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    signal(&first, Signal::STOP);
+    let claim = cloud.others()[0]["virta_claim_until"].clone();
+    assert!(claim.as_str().unwrap() > "2021", "whoever takes it on claims it: {claim}");
+    let theirs =
+        [("virta_run", json!("another")), ("virta_claim_until", json!("2099-01-01T00:00:00Z")), ("protected", json!(true))];
+    for (key, value) in &theirs {
+        cloud.service.set(&made, key, value.clone());
+    }
+    cloud.service.faults(|faults| faults.latency = Duration::ZERO);
+    signal(&first, Signal::CONT);
+    Run::new(first.wait_with_output().await.unwrap(), Duration::ZERO).ends(0, &[]);
+    let image = cloud.others().remove(0);
+    assert!(theirs.iter().all(|(key, value)| image[key] == *value), "{image}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn after_a_kill_at_any_moment_the_same_command_finishes_with_one_image_and_no_trash() {
     let states = ["POST /v3", "GET /v2/images?", "GET /v2/images/", "POST /v2/images", "PUT ", "PATCH"];
     for step in 0..56_u64 {

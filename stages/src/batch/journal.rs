@@ -112,9 +112,8 @@ impl Journal {
                 known.name = known.name.take().or_else(|| text("name"));
                 if let Some(word) = text("word") {
                     let meanings = self.by_word.entry(word).or_default();
-                    if !meanings.contains(&id) {
-                        meanings.push(id);
-                    }
+                    meanings.retain(|meaning| *meaning != id);
+                    meanings.push(id);
                 }
             }
             Some("done") => known.made = text("image"),

@@ -23,7 +23,10 @@ use crate::{
     convert::{
         After, FoundServer, Job, JobError, Notices, Options, Report, Source,
         error::Nature,
-        names::{NameCheck, carries_its_own_proof, check_name, finish_earlier, go_on_with_finished, images_of_name},
+        names::{
+            NameCheck, carries_its_own_proof, check_name, finish_earlier, go_on_with_finished, go_on_with_unproven,
+            images_of_name,
+        },
         report::rss_peak_bytes,
         retire,
         to_glance::to_glance,
@@ -31,7 +34,7 @@ use crate::{
     openstack::{
         Image, Session,
         error::now_utc,
-        image::{CLAIM_UNTIL, SOURCE_ID},
+        image::{CLAIM_UNTIL, RUN, SOURCE_ID},
     },
     progress::Progress,
     text::{causes, printable},
@@ -316,7 +319,7 @@ impl Runner {
             {
                 continue;
             }
-            if let Err(error) = retire::release(session, &image.id).await {
+            if let Err(error) = retire::release(session, &image.id, image.property(RUN)).await {
                 self.tell(&format!(
                     "warning: image {} keeps the mark of a run that is over: {}",
                     image.shown_id(),
@@ -604,7 +607,10 @@ async fn convert_one(
                 // another run may have converted and deleted it meanwhile
                 let made = session.images_where(SOURCE_ID, &image.id).await?;
                 let done = made.into_iter().find(|made| {
-                    made.property(SOURCE_ID) == Some(&image.id) && made.status == "active" && carries_its_own_proof(made)
+                    made.property(SOURCE_ID) == Some(&image.id)
+                        && made.status == "active"
+                        && session.owns(made)
+                        && carries_its_own_proof(made)
                 });
                 done.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
                     JobError::Refused(format!(
@@ -643,17 +649,29 @@ async fn convert_found(
     // not broken off as a whole: a source may be on its way out
     let checking = cancel.guard(retire::check(&job, job.options.force)).await;
     checking.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+    let run = job.options.run.as_deref();
+    let is_own = |image: &Image| run.is_some() && image.property(RUN) == run;
+    let was_deleting = |image: &Image| run.is_some_and(|run| job.notices.was_deleting(run, &image.id));
     let looking = async {
         if let Some(done) = finish_earlier(&job, session, made, new_name).await? {
             return Ok(Some(Ended::Earlier(done.id)));
         }
         match check_name(session, taken, new_name, &job.source, job.options.force, job.options.after)? {
             NameCheck::AlreadyDone(done) => {
-                if let Some(held) = crate::convert::claim::held(&done, &*job.notices) {
+                if !is_own(&done)
+                    && let Some(held) = crate::convert::claim::held(&done, &*job.notices)
+                {
                     return Err(held);
                 }
                 go_on_with_finished(&job, session, &done).await?;
                 Ok(Some(Ended::Earlier(done.id)))
+            }
+            // an earlier try of this run made it, and it may be on its way out: it is made anew
+            NameCheck::Unproven(image) if is_own(&image) && was_deleting(&image) => Ok(None),
+            // or took it on, and did not come to its end
+            NameCheck::Unproven(image) if is_own(&image) => {
+                go_on_with_unproven(&job, session, &image).await?;
+                Ok(Some(Ended::Earlier(image.id)))
             }
             NameCheck::Unproven(image) => Err(crate::convert::names::unproven(&image)),
             NameCheck::Free { unfinished } => {

@@ -22,9 +22,10 @@
 //! - *Two owners*: a run whose image was deleted under it gets 404 or 410 to whatever it asks next, and ends.
 //!
 //! - *A late hand*: whoever cleans up looks first, and removes only an image that still carries its own run's name, is not proven, and
-//!   whose source is there; a DELETE is sent once and never repeated. Who continues another run's image, claimed or not, puts its own name into
-//!   it before, and claims and protects it where the source goes; both come off again whatever came of that, a minute later where the other
-//!   run's DELETE may still be on its way. Whoever was overtaken so writes no mark and deletes no source.
+//!   whose source is there; a DELETE is sent once, and repeated only after another look. Who continues another run's image, claimed or not, puts its own name into
+//!   it before, claims it for as long as the proof may take, and protects it where the source goes; both come off again whatever came of that, a
+//!   minute later where the other run's DELETE may still be on its way. Whoever was overtaken so writes no mark, deletes no source, and takes nothing
+//!   off.
 //!
 //! What is left: a run that is stopped (a suspended machine) between its last look and its DELETE, for longer than that minute; and a minute
 //! that somebody interrupts and takes the protection off.
@@ -55,13 +56,13 @@ use crate::openstack::{
 
 /// How far clocks of machines may be apart, seconds.
 pub const GRACE_S: i64 = 60;
-/// The least time that a claim is set ahead before an upload.
-const UPLOAD_MIN: Duration = Duration::from_secs(3600);
+/// The least time that a claim is set ahead before a transfer.
+const TRANSFER_MIN: Duration = Duration::from_secs(3600);
 /// How long a renewal that is under way is waited for.
 const LEAVE_WITHIN: Duration = Duration::from_secs(120);
-/// An upload is expected to be at least so fast, bytes a second; where it is not, and somebody takes over, the next one is given twice the
+/// A transfer is expected to be at least so fast, bytes a second; where it is not, and somebody takes over, the next one is given twice the
 /// time, so that two runs cannot take each other's uploads away for ever.
-const UPLOAD_BYTES_PER_S: u64 = 4 << 20;
+const TRANSFER_BYTES_PER_S: u64 = 4 << 20;
 /// Transfers that share a limit for bytes a second.
 const SHARED_BY: u64 = 8;
 
@@ -97,6 +98,14 @@ fn text(at: Timestamp) -> String {
 pub(super) fn ahead(by: Duration) -> String {
     let by = SignedDuration::try_from(by).unwrap_or(SignedDuration::from_hours(1));
     text(Timestamp::now().checked_add(by).unwrap_or(Timestamp::MAX))
+}
+
+/// How long a claim has to be good that is not renewed while `bytes` are transferred, the `tried`th time.
+pub(super) fn long_enough(session: &Session, bytes: u64, tried: u32) -> Duration {
+    let limit = session.rate_bytes_per_s().map_or(u64::MAX, |limit| limit / SHARED_BY);
+    let rate = limit.clamp(1 << 15, TRANSFER_BYTES_PER_S);
+    let expected = Duration::from_secs(bytes / rate) * (1 << tried.saturating_sub(1).min(6));
+    TRANSFER_MIN.max(expected * 4)
 }
 
 /// Until when the claim on an image is good; `None` for one that has none, or none any more.
@@ -199,24 +208,26 @@ impl Claim {
         }
     }
 
-    /// Stops renewing it. A renewal that is under way is waited for: landing behind what comes next, it would undo it.
-    pub(super) async fn leave(&self) {
+    /// Stops renewing it, because nothing comes of it. A renewal that is under way is waited for `within`.
+    pub(super) async fn leave_within(&self, within: Duration) {
         let renewing = self.renewing.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(Renewing { mut task, stop }) = renewing {
             stop.cancel(Cause::Requested("the claim is left".to_owned()));
-            if tokio::time::timeout(LEAVE_WITHIN, &mut task).await.is_err() {
+            if tokio::time::timeout(within, &mut task).await.is_err() {
                 task.abort();
             }
         }
     }
 
+    /// Stops renewing it. A renewal that is under way is waited for: landing behind what comes next, it would undo it.
+    pub(super) async fn leave(&self) {
+        self.leave_within(LEAVE_WITHIN).await;
+    }
+
     /// Before a PUT of `bytes`: while it lasts, nothing can be renewed.
     pub(super) async fn set_ahead(&self, session: &Session, image_id: &str, bytes: u64, tried: u32) -> Result<(), JobError> {
         self.leave().await;
-        let limit = session.rate_bytes_per_s().map_or(u64::MAX, |limit| limit / SHARED_BY);
-        let rate = limit.clamp(1 << 15, UPLOAD_BYTES_PER_S);
-        let expected = Duration::from_secs(bytes / rate) * (1 << tried.saturating_sub(1).min(6));
-        let until = ahead(UPLOAD_MIN.max(expected * 4));
+        let until = ahead(long_enough(session, bytes, tried));
         Ok(session.set_property(image_id, CLAIM_UNTIL, &json!(until)).await?)
     }
 }

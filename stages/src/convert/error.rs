@@ -236,18 +236,7 @@ impl JobError {
             Self::Fetch(FetchError::Api { source, .. } | FetchError::GaveUp { source, .. }) => Some(source),
             Self::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. }) => Some(source),
             Self::LeftBehind { error, .. } => error.api(),
-            Self::Stage { source, .. } | Self::Compare { source } => {
-                if let Some(FetchError::Api { source, .. } | FetchError::GaveUp { source, .. }) = source.downcast_ref() {
-                    return Some(source);
-                }
-                match source.downcast_ref() {
-                    Some(UploadError::Api { source, .. }) => Some(source),
-                    Some(UploadError::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. })) => {
-                        Some(source)
-                    }
-                    _ => None,
-                }
-            }
+            Self::Stage { source, .. } | Self::Compare { source } => api_below(&**source),
             _ => None,
         }
     }
@@ -324,5 +313,22 @@ impl JobError {
             Self::Format(Qcow2Error::TooLarge { .. }) => 2,
             _ => 1,
         }
+    }
+}
+
+/// What a service answered, anywhere below an error: who reads through an image knows only that reading failed.
+fn api_below<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a ApiError> {
+    if let Some(FetchError::Api { source, .. } | FetchError::GaveUp { source, .. }) = error.downcast_ref() {
+        return Some(source);
+    }
+    match error.downcast_ref() {
+        Some(UploadError::Api { source, .. }) => return Some(source),
+        Some(UploadError::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. })) => return Some(source),
+        _ => {}
+    }
+    // an I/O error does not name what it wraps as its source
+    match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        Some(inner) => api_below(inner),
+        None => error.source().and_then(api_below),
     }
 }

@@ -29,6 +29,9 @@ use crate::{
 /// Images of one claim that were made and deleted before this one; more than that is no accident.
 const GENERATIONS_MAX: u32 = 10_000;
 
+/// How often an image of no use is asked to be deleted.
+const REMOVE_TRIES: u32 = 4;
+
 /// Makes one image, several times if it has to.
 pub(super) struct Maker<'a> {
     pub(super) session: &'a Session,
@@ -218,8 +221,13 @@ impl<'a> Maker<'a> {
     pub(super) async fn remove_all_but(&self, id: &str) {
         let others = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for other in others.iter().filter(|other| *other != id) {
-            if let Err(error) = self.remove(other).await {
-                let cause = causes(&error);
+            let removed = self.patience.to_its_end(self.cancel, self.remove(other)).await;
+            let cause = match removed {
+                Some(Ok(())) => None,
+                Some(Err(error)) => Some(causes(&error)),
+                None => Some("interrupted".to_owned()),
+            };
+            if let Some(cause) = cause {
                 self.notices.left(other);
                 self.notices.warn(&format!(
                     "an earlier try left image {other} half made, and deleting it failed ({cause}): virta clean removes it, or: virta image \
@@ -229,16 +237,25 @@ impl<'a> Maker<'a> {
         }
     }
 
-    /// Deletes an image that this run made. It may be another run's by now, which finished what this one could not, and its source may be gone:
-    /// such an image is left alone.
+    /// Deletes an image that this run made, and tries that several times; each time it is looked at anew.
     pub(super) async fn remove(&self, id: &str) -> Result<(), ApiError> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.remove_once(id).await {
+                Err(error) if error.is_retryable() && tries < REMOVE_TRIES => {
+                    tokio::time::sleep(self.patience.pause_after(tries, error.retry_after_s())).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// It may be another run's by now, which finished what this one could not, and its source may be gone: such an image is left alone.
+    async fn remove_once(&self, id: &str) -> Result<(), ApiError> {
         let Some(image) = self.own(id).await? else { return Ok(()) };
         if image.status != "active" {
-            if self.claim.is_some() {
-                return self.delete_once(id).await;
-            }
-            self.notices.deleting(id);
-            return self.session.delete_image(id).await;
+            return self.delete_once(id).await;
         }
         // what is the only copy is never half made, whatever its marks say
         if let Some(claim) = &self.claim

@@ -123,7 +123,7 @@ pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>, name
         return Ok(Some(done.clone()));
     }
     // Nova copies marks onto the snapshots of servers that were started from a conversion: only an image under a claimed id, or under the
-    // name that is wanted, is taken for one that was never proven. What an earlier try of this run could not remove is made anew
+    // name that is wanted, is taken for one that was never proven. What an earlier try of this run made, it looks at itself
     let claimed = |image: &Image| {
         let project = session.whoami().project_id.clone().unwrap_or_default();
         (0..CLAIMED_IDS_LOOKED_FOR).any(|generation| claimed_id(&source.id, &project, generation) == image.id)
@@ -184,20 +184,26 @@ async fn adopted(
     image: &Image,
     work: impl AsyncFnOnce() -> Result<(), JobError>,
 ) -> Result<(), JobError> {
+    let Source::Glance { bytes, .. } = &job.source else { return work().await };
     let goes = job.options.after != After::Keep;
     let claimed = image.property(CLAIM_UNTIL).is_some();
     // somebody else's protection is not ours to take off
     let ours = claimed || (goes && image.protected != Some(true));
     let stranger = image.property(RUN).filter(|run| job.options.run.as_deref() != Some(*run));
     let mut changes = Vec::new();
+    let run = job.options.run.as_deref().or(image.property(RUN));
     if let Some(run) = &job.options.run
         && (claimed || goes || !carries_its_own_proof(image))
     {
         changes.push(Change::Set(RUN.to_owned(), json!(run)));
     }
-    if goes && ours {
-        changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::ahead(job.options.patience.claim))));
-        changes.push(Change::Set("protected".to_owned(), json!(true)));
+    if ours {
+        // it is not renewed: both are read while it lasts
+        let good_for = claim::long_enough(session, bytes + image.size.unwrap_or_default(), 1);
+        changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::ahead(good_for.max(job.options.patience.claim)))));
+        if goes {
+            changes.push(Change::Set("protected".to_owned(), json!(true)));
+        }
     }
     let stays =
         format!("image {id} stays protected; to take that off: virta image set --unprotected {id}", id = image.shown_id());
@@ -216,9 +222,13 @@ async fn adopted(
         return done;
     }
     // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
-    // of this machine which died when it deleted. Only then is the protection taken off; while the source is there, at once
-    let may_be_deleted = stranger.is_some_and(|run| !job.notices.is_dead(run) || job.notices.was_deleting(run, &image.id));
-    if goes && may_be_deleted && is_source_gone(job).await {
+    // of this machine which died when it deleted, or of an earlier try of this very run. Only then is the protection taken off; while the source
+    // is there, at once
+    let may_be_deleted = stranger.is_some_and(|run| !job.notices.is_dead(run))
+        || image.property(RUN).is_some_and(|run| job.notices.was_deleting(run, &image.id));
+    // a DELETE of the source that was not answered may still be heard
+    let going = matches!(&done, Err(JobError::SourceKept { error, .. }) if error.is_retryable());
+    if goes && may_be_deleted && (going || is_source_gone(job).await) {
         job.notices.note(&format!("image {} stays protected for a minute: a run elsewhere made it", image.shown_id()));
         let waiting = tokio::time::sleep(job.options.patience.silence);
         if job.cancel.guard(waiting).await.is_err() {
@@ -226,7 +236,7 @@ async fn adopted(
             return done; // all else is done
         }
     }
-    match job.options.patience.to_its_end(&job.cancel, release(session, &image.id)).await {
+    match job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await {
         Some(Ok(())) => {}
         Some(Err(error)) => job.notices.warn(&format!("{stays} ({})", causes(&error))),
         None => job.notices.warn(&stays),
@@ -238,7 +248,7 @@ async fn adopted(
 async fn is_source_gone(job: &Job) -> bool {
     let Source::Glance { session, image, .. } = &job.source else { return false };
     let looking = tokio::time::timeout(job.options.patience.silence, session.image(&image.id));
-    !matches!(job.cancel.guard(looking).await, Ok(Ok(Ok(_))))
+    !matches!(job.options.patience.to_its_end(&job.cancel, looking).await, Some(Ok(Ok(_))))
 }
 
 /// The refusal of an image that claims to be this source's conversion and could not be proven to be.

@@ -241,7 +241,9 @@ async fn compare_again(job: &Job, session: &Session, new_id: &str) -> Result<(),
     if prove(job, session, &new).await? {
         return Ok(());
     }
-    session.remove_property(new_id, VERIFIED).await?;
+    let unmarking = session.remove_property(new_id, VERIFIED);
+    let unmarked = job.options.patience.to_its_end(&job.cancel, unmarking).await.ok_or_else(JobError::interrupted)?;
+    unmarked?;
     Err(JobError::Verification(format!(
         "image {new_id} does not show what the source shows: nothing was deleted, and its mark is off"
     )))
@@ -268,12 +270,17 @@ pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<bo
     Ok(true)
 }
 
-/// Takes the claim off a finished image, and the protection that kept others from deleting it while its source went.
+/// Takes the claim off a finished image, and the protection that kept others from deleting it while its source went; unless it has come to
+/// another run than `run`, which has them now.
 ///
 /// # Errors
 /// [`ApiError`].
-pub async fn release(session: &Session, image_id: &str) -> Result<(), ApiError> {
+pub async fn release(session: &Session, image_id: &str, run: Option<&str>) -> Result<(), ApiError> {
     let released = async {
+        match session.image_if_there(image_id).await? {
+            Some(image) if image.property(RUN).is_none_or(|of| Some(of) == run) => {}
+            _ => return Ok(()),
+        }
         session.set_property(image_id, "protected", &json!(false)).await?;
         session.remove_property(image_id, CLAIM_UNTIL).await
     };
@@ -322,7 +329,8 @@ pub async fn finish_earlier_deletion(
     notices: &dyn Notices,
 ) -> Result<Option<Image>, JobError> {
     let name_or_id = name_or_id.strip_prefix("glance:").unwrap_or(name_or_id);
-    let is_done = |image: &Image| image.status == "active" && carries_its_own_proof(image);
+    // what another project has shared with this one, that can take away again
+    let is_done = |image: &Image| image.status == "active" && carries_its_own_proof(image) && session.owns(image);
     let is_called = |image: &Image| new_name.is_none_or(|name| image.name.as_deref() == Some(name));
     let mut candidates = Vec::new();
     for key in [REPLACES, REPLACES_NAME, SOURCE_ID] {
@@ -366,7 +374,7 @@ async fn finish_marks(session: &Session, image: &Image, notices: &dyn Notices) -
     }
     if image.property(CLAIM_UNTIL).is_some() {
         match claim::held(image, notices) {
-            None => release(session, &image.id).await?,
+            None => release(session, &image.id, image.property(RUN)).await?,
             Some(held) => notices.warn(&format!("image {} stays protected: {held}", image.shown_id())),
         }
     }

@@ -21,7 +21,7 @@ use crate::{
     openstack::{ApiError, Image},
     progress::{Phase, Progress},
     store::{Chunk, EmitReport},
-    text::causes,
+    text::{causes, time},
 };
 
 /// The bytes of an image, which can be sent as often as it takes.
@@ -85,6 +85,12 @@ impl<C: Content> Sending<'_, C> {
                 Ok((emitted, answered, stages)) => {
                     // without an answer Glance may still be at work on what it got
                     let within = if answered { patience.saving } else { patience.answer };
+                    if !answered {
+                        self.maker.retries.say(format!(
+                            "all was sent, and the connection broke before Glance answered: it gets {} to say what became of image {id}",
+                            time(within.as_secs_f64())
+                        ));
+                    }
                     match self.wait_until_active(&id, within).await {
                         Ok(image) => {
                             if let Some(claim) = &self.maker.claim {

@@ -176,7 +176,8 @@ async fn emit(job: &Job, maker: &Maker<'_>, first: Option<String>, mut surveyed:
 async fn given_up(maker: &Maker<'_>, error: JobError) -> JobError {
     let lost = maker.claim.as_ref().is_some_and(Claim::is_lost);
     if let Some(claim) = &maker.claim {
-        claim.leave().await;
+        let interrupted = matches!(error, JobError::Interrupted(_));
+        claim.leave_within(if interrupted { maker.patience.clean_up } else { maker.patience.silence }).await;
     }
     let error = maker.clean_up(error).await;
     match error {
@@ -298,8 +299,14 @@ impl Emission<'_> {
         if let Some(claim) = &self.maker.claim {
             if goes {
                 claim.keep(self.maker.session, image_id, &self.job.cancel);
-            } else if let Err(error) = self.maker.session.remove_property(image_id, CLAIM_UNTIL).await {
-                self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {}", causes(&error)));
+            } else {
+                let removing = self.maker.session.remove_property(image_id, CLAIM_UNTIL);
+                let cause = match self.job.options.patience.to_its_end(&self.job.cancel, removing).await {
+                    Some(Ok(())) => return Ok(()),
+                    Some(Err(error)) => causes(&error),
+                    None => "interrupted".to_owned(),
+                };
+                self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {cause}"));
             }
         }
         Ok(())
@@ -330,11 +337,13 @@ impl Emission<'_> {
         if let Some(claim) = &self.maker.claim {
             claim.leave().await;
         }
-        if let Err(error) = retire::release(self.maker.session, image_id).await {
-            self.job
-                .notices
-                .warn(&format!("image {image_id} stays protected: {}; virta image set --unprotected {image_id}", causes(&error)));
-        }
+        let releasing = retire::release(self.maker.session, image_id, Some(self.maker.run()));
+        let cause = match self.job.options.patience.to_its_end(&self.job.cancel, releasing).await {
+            Some(Ok(())) => return,
+            Some(Err(error)) => causes(&error),
+            None => "interrupted".to_owned(),
+        };
+        self.job.notices.warn(&format!("image {image_id} stays protected: {cause}; virta image set --unprotected {image_id}"));
     }
 
     async fn read_back(&self, image: &Image) -> Result<(), JobError> {

@@ -248,6 +248,12 @@ impl Session {
         }
     }
 
+    /// Does the image belong to the project that one is signed in for? Without a project, as far as anybody can tell.
+    #[must_use]
+    pub fn owns(&self, image: &Image) -> bool {
+        self.whoami().project_id.as_ref().is_none_or(|project| image.owner.as_ref() == Some(project))
+    }
+
     /// All images of this very name that the project may see.
     ///
     /// # Errors

@@ -297,12 +297,7 @@ impl Session {
     ///
     /// # Errors
     /// [`ApiError`].
-    pub async fn call_once(
-        &self,
-        method: Method,
-        url: &Url,
-        content: Option<(&'static str, &Value)>,
-    ) -> Result<Value, ApiError> {
+    pub async fn call_once(&self, method: Method, url: &Url, content: Option<(&'static str, &Value)>) -> Result<Value, ApiError> {
         let token = self.token().await.map_err(|error| sign_in_failed(&method, url, &error))?;
         let mut request = self.request(method.clone(), url, &token);
         if let Some((kind, body)) = content {

@@ -368,7 +368,7 @@ async fn prepare(
     let changes = !arguments.dry_run && arguments.plan.is_none();
     if changes {
         run.in_cloud(&session);
-        status::clean_up_before(&session, display).await?;
+        status::clean_up_before(&session, display, cancel).await?;
     }
     let mut images = images_of_project(&session).await?;
     if changes && options.after == After::Replace && finish_replacements(&session, &images, display).await? {
