@@ -60,7 +60,14 @@ pub fn chain(error: &dyn std::error::Error) -> Vec<String> {
 /// An error with what caused it, on one line.
 #[must_use]
 pub fn causes(error: &dyn std::error::Error) -> String {
-    chain(error).join(": ")
+    // a list, one below the other, goes on the line, too
+    chain(error).join(": ").lines().map(str::trim).collect::<Vec<_>>().join(" ")
+}
+
+/// So many of them: `1 image`, `2 images`.
+#[must_use]
+pub fn counted(number: usize, one: &str) -> String {
+    format!("{number} {one}{}", if number == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]
@@ -78,6 +85,13 @@ mod tests {
     #[test]
     fn times_are_as_fine_as_anybody_wants_them() {
         assert_eq!([time(1.26), time(59.7), time(125.0), time(7265.0)], ["1.3 s", "60 s", "2 min 05 s", "2 h 01 min"]);
+    }
+
+    #[test]
+    fn an_error_with_a_list_is_one_line_and_one_thing_is_singular() {
+        let error = std::io::Error::other("shared with:\n    a\n    b");
+        assert_eq!(causes(&error), "shared with: a b");
+        assert_eq!([counted(0, "image"), counted(1, "image"), counted(12, "image")], ["0 images", "1 image", "12 images"]);
     }
 
     #[test]

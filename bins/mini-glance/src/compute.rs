@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use crate::{
     answer::{Answer, Body, json as json_response},
+    identity,
     server::{Shared, query, read_json},
 };
 
@@ -79,7 +80,7 @@ impl Server {
         };
         let power = i32::from(matches!(self.vm_state, "active"));
         let mut shown = json!({
-            "id": self.id, "name": self.name, "status": self.status(), "tenant_id": self.project, "user_id": "u", "metadata": {},
+            "id": self.id, "name": self.name, "status": self.status(), "tenant_id": self.project, "user_id": identity::name_of(self.project), "metadata": {},
             "image": image, "flavor": flavor, "created": "2026-11-24T08:00:00Z", "updated": "2026-11-24T08:00:00Z",
             "OS-EXT-STS:task_state": self.task_state, "OS-EXT-STS:vm_state": self.vm_state, "OS-EXT-STS:power_state": power,
             "os-extended-volumes:volumes_attached": self.volumes.iter().map(|id| json!({ "id": id })).collect::<Vec<_>>(),
@@ -156,7 +157,7 @@ impl Compute {
             image: image.to_owned(),
             vm_state: "active",
             task_state: None,
-            project: crate::identity::PROJECT_ID,
+            project: identity::PROJECT_ID,
             locked: false,
             volumes: Vec::new(),
             ephemeral_gib: 0,
@@ -347,7 +348,7 @@ fn create_image(shared: &Arc<Shared>, id: &str, parameters: &Value, version: u32
         ("container_format", json!("bare")),
         ("image_type", json!("snapshot")),
         ("instance_uuid", json!(id)),
-        ("user_id", json!("u")),
+        ("user_id", json!(identity::name_of(server.project))),
         ("owner_id", json!(server.project)),
         ("image_location", json!("snapshot")),
         ("image_state", json!("available")),

@@ -27,7 +27,8 @@ pub const APPLICATION_CREDENTIAL: (&str, &str) = ("a99c4ed0a99c4ed0a99c4ed0a99c4
 pub struct Tokens(HashMap<String, (Timestamp, &'static str)>);
 
 /// The name of a project, and of its user.
-fn name_of(project: &str) -> &'static str {
+#[must_use]
+pub fn name_of(project: &str) -> &'static str {
     if project == OTHER_PROJECT_ID { OTHER_USER } else { USER }
 }
 

@@ -107,8 +107,16 @@ async fn main() -> ExitCode {
         }
     }
     println!("# mini-glance at {}; a clouds.yaml for it:\n{}", service.base(), service.two_clouds_yaml());
+    // its folder goes with it, whoever ends it
+    let terminated = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => _ = signal.recv().await,
+            Err(_) => std::future::pending().await,
+        }
+    };
     tokio::select! {
         () = service.wait() => ExitCode::FAILURE,
         _ = tokio::signal::ctrl_c() => ExitCode::SUCCESS,
+        () = terminated => ExitCode::SUCCESS,
     }
 }

@@ -339,7 +339,7 @@ async fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
     }
     match asked(&format!("After the new image is verified, delete {what}"), &job.cancel).await? {
         Some(true) => Ok(()),
-        Some(false) => Err(JobError::Interrupted("nothing was done: the answer was not yes".to_owned())),
+        Some(false) => Err(JobError::Refused("nothing was done: the answer was not yes".to_owned())),
         None => Err(JobError::Usage(format!("{what} would be deleted after verification, and nobody can be asked: add --yes"))),
     }
 }

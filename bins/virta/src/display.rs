@@ -1,13 +1,14 @@
 //! Progress for people and programs: bars on a terminal, lines in a log, JSON lines on request. All on stderr.
 
 use std::{
+    fmt,
     io::IsTerminal,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use engine::{CancelToken, Cause};
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use stages::{
     convert::{FoundServer, Notices},
     progress::{Phase, Progress},
@@ -160,6 +161,20 @@ impl Notices for Display {
     }
 }
 
+/// What a bar is made of: blocks where the terminal knows them.
+pub fn bar_characters() -> &'static str {
+    let unicode = ["LC_ALL", "LC_CTYPE", "LANG"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+        .is_some_and(|value| value.to_ascii_lowercase().contains("utf"));
+    if unicode { "█▉▊▋▌▍▎▏ " } else { "#> " }
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "for people")]
+const fn whole(rate: f64) -> u64 {
+    rate.max(0.0) as u64
+}
+
 struct Drawing {
     kind: Kind,
     read: ProgressBar,
@@ -177,21 +192,20 @@ struct Drawing {
 
 impl Drawing {
     fn new(kind: Kind, bars: &MultiProgress, run: Run) -> Self {
-        let unicode = ["LC_ALL", "LC_CTYPE", "LANG"]
-            .iter()
-            .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
-            .is_some_and(|value| value.to_ascii_lowercase().contains("utf"));
         let bar = |name: &str| {
-            let template = format!(
-                "{name:<9} {{bar:20}} {{percent:>3}}%  {{binary_bytes}} of {{binary_total_bytes}}  {{binary_bytes_per_sec}}  ETA {{eta}}  {{wide_msg}}"
-            );
+            let template =
+                format!("{name:<9} {{bar:20}} {{percent:>3}}%  {{done}} of {{all}}  {{speed}}  ETA {{eta}}  {{wide_msg}}");
             let bar = if kind == Kind::Bars { bars.add(ProgressBar::hidden()) } else { ProgressBar::hidden() };
             if let Ok(style) = ProgressStyle::with_template(&template) {
-                bar.set_style(if unicode {
-                    style.progress_chars("█▉▊▋▌▍▎▏ ")
-                } else {
-                    style.progress_chars("#> ")
-                });
+                let style = style
+                    .with_key("done", |state: &ProgressState, out: &mut dyn fmt::Write| _ = out.write_str(&size(state.pos())))
+                    .with_key("all", |state: &ProgressState, out: &mut dyn fmt::Write| {
+                        _ = out.write_str(&size(state.len().unwrap_or(0)));
+                    })
+                    .with_key("speed", |state: &ProgressState, out: &mut dyn fmt::Write| {
+                        _ = write!(out, "{}/s", size(whole(state.per_sec())));
+                    });
+                bar.set_style(style.progress_chars(bar_characters()));
             }
             bar
         };
@@ -237,17 +251,21 @@ impl Drawing {
     fn draw_bars(&self, progress: &Progress, phase: Phase) {
         let show = |bar: &ProgressBar, total: u64, done: u64| {
             if total > 0 {
-                if bar.length().is_none() {
-                    bar.reset(); // rate and ETA count from now, not from the program's start
-                }
+                let begins = bar.length().is_none();
                 bar.set_length(total);
-                bar.set_position(done.min(total));
+                if begins {
+                    bar.reset(); // rate and ETA count from now, not from the program's start
+                } else {
+                    bar.set_position(done.min(total));
+                }
             }
         };
         let surveyed = progress.surveyed_bytes();
         if phase != Phase::Preparing {
             show(&self.read, progress.virtual_bytes(), surveyed);
-            self.read.set_message(format!("{}% zeros", percent(progress.zero_bytes(), surveyed)));
+            if progress.virtual_bytes() > 0 {
+                self.read.set_message(format!("{}% zeros", percent(progress.zero_bytes(), surveyed)));
+            }
         }
         let hash_shown = progress.hash_expected() > 0 && phase != Phase::Preparing;
         if hash_shown {

@@ -51,7 +51,7 @@ pub struct DownloadArgs {
 
 const EXAMPLES: &str = "\
 The image as it is, byte by byte: to make a qcow2 of a raw one on the way, use virta convert glance:IMAGE FILE.qcow2.
-Its hash in Glance is compared with what is in the file. Zeros become holes. The file is called FILE.partial until it is complete; a download that breaks off
+Its hash in Glance is compared with what is in the file. Zeros become holes. The file is called FILE.partial until it is complete; a download that breaks off \
 keeps it, and --resume goes on there.
 Examples:
   virta download my-server my-server.qcow2

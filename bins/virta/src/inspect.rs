@@ -32,9 +32,9 @@ use crate::{
 
 #[derive(Args)]
 #[command(after_long_help = "\
-Of an image in Glance whose store serves ranges, a few MiB are read, however large it is; where it does not, the first 16 MiB. Nothing is written, mounted or
+Of an image in Glance whose store serves ranges, a few MiB are read, however large it is; where it does not, the first 16 MiB. Nothing is written, mounted or \
 executed. Raw and qcow2 are looked into; of other formats only the format is told.
-Cloud-readiness is looked for in the files of Linux roots on ext4: what CSC's documentation of Pouta tells to look after before an image is used for more servers,
+Cloud-readiness is looked for in the files of Linux roots on ext4: what CSC's documentation of Pouta tells to look after before an image is used for more servers, \
 or shared. Each finding names the file and what mends it. virt-sysprep and virt-customize come with guestfs-tools.
 Examples:
   virta inspect glance:my-snapshot

@@ -286,10 +286,6 @@ impl Found {
             record.left.clear();
             record.server = None;
             record.cleaned = true;
-            // one that came to its end stays so: only what it could not delete is gone now
-            if record.state != State::Done {
-                record.state = State::Killed;
-            }
         })
     }
 

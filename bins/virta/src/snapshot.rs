@@ -58,7 +58,7 @@ pub struct SnapshotArgs {
 }
 
 const EXAMPLES: &str = "\
-The server goes back to the state that it was found in as soon as Nova is done with it, after an error or Ctrl-C, too. After a kill -9,
+The server goes back to the state that it was found in as soon as Nova is done with it, after an error or Ctrl-C, too. After a kill -9, \
 `virta clean` does that. Only the root disk is in the image: ephemeral disks and attached volumes are not.
 Flags about compression, memory and the like are for --convert.
 Examples:

@@ -146,7 +146,12 @@ async fn show(found: &Found, follow: bool) -> ExitCode {
         (State::Running, _) => ExitCode::SUCCESS,
         (_, Some(code)) if follow => ExitCode::from(code),
         (State::Killed, _) => {
-            exit::say("this run was killed; virta clean removes what it left");
+            let cleaned = last.as_ref().is_some_and(|found| found.record.cleaned);
+            exit::say(if cleaned {
+                "this run was killed; what it left is cleaned"
+            } else {
+                "this run was killed; virta clean removes what it left"
+            });
             ExitCode::from(u8::from(follow))
         }
         _ => ExitCode::SUCCESS,

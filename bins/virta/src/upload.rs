@@ -69,7 +69,7 @@ pub struct UploadArgs {
 
 const EXAMPLES: &str = "\
 The format is found from the file's bytes, never from its name. A raw disk becomes a compact qcow2 on its way, with nothing written to disk;
-qcow2 and ISO are sent as they are, after everything was checked that Glance would refuse only after the last byte, and what it would take and
+qcow2 and ISO are sent as they are, after everything was checked that Glance would refuse only after the last byte, and what it would take and \
 no server could boot from: a qcow2 that was cut short. The image is private, and min_disk follows from the disk's size.
 Flags about compression, memory and the like are for raw disks.
 Examples:

@@ -376,14 +376,49 @@ async fn a_proof_that_another_run_set_is_not_written_over_by_one_whose_claim_was
     seen(&place.service, "PUT /v2/images").await;
     // what a run on another machine does when the claim is over: it adopts the image, and proves it
     let made = stages::convert::claim::claimed_id(&source, PROJECT_ID, 0);
-    let proof = json!("hash:sha512:0123");
+    let (proof, over) = (json!("hash:sha512:0123"), json!("2020-01-01T00:00:00Z"));
+    place.service.set(&made, "virta_claim_until", over.clone());
     place.service.set(&made, "virta_run", json!("0a0a0a0a-0000-0000-0000-000000000000"));
     place.service.set(&made, "virta_verified", proof.clone());
     let output = tokio::time::timeout(Duration::from_secs(60), slow.wait_with_output()).await.unwrap().unwrap();
     Run::new(output, Duration::ZERO).ends(4, &["0a0a0a0a"]);
     let image = place.image(&made).expect("it is the other run's, and stays");
     assert_eq!((&image["virta_verified"], &image["status"]), (&proof, &json!("active")));
+    assert_eq!(image["virta_claim_until"], over, "nor is a claim put on it");
     assert!(place.image(&source).is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_slept_before_its_mark_looks_whose_the_image_is() {
+    let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(150)).await;
+    let source = place.add("web", 1, 3 * MIB);
+    let made = stages::convert::claim::claimed_id(&source, PROJECT_ID, 0);
+    let slow = place.command("here", &["web", "--verify", "none", "--no-wait", "--tries", "1"]).spawn().unwrap();
+    while place.image(&made).is_none_or(|image| image["status"] != "active") {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    // it has yet to look at it, or has just done so: the one or the other by turns
+    signal(&slow, rustix::process::Signal::STOP);
+    let theirs = [("virta_run", json!("another")), ("virta_verified", json!("hash:sha512:0123"))];
+    for (key, value) in &theirs {
+        place.service.set(&made, key, value.clone());
+    }
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    signal(&slow, rustix::process::Signal::CONT);
+    let output = tokio::time::timeout(Duration::from_secs(60), slow.wait_with_output()).await.unwrap().unwrap();
+    Run::new(output, Duration::ZERO).ends(4, &["another"]);
+    let image = place.image(&made).unwrap();
+    assert!(theirs.iter().all(|(key, value)| image[key] == *value), "{image}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conversion_that_was_never_verified_is_known_after_its_source_has_gone() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    let source = place.add("web", 1, 3 * MIB);
+    place.run(&["--verify", "none", "web"]).await.ends(0, &["1 converted"]);
+    let delete = place.clean(env!("CARGO_BIN_EXE_virta")).args(["image", "delete", "--yes", &source]).output().await.unwrap();
+    Run::new(delete, Duration::ZERO).ends(0, &[]);
+    place.run(&["--verify", "none", "web"]).await.ends(0, &["0 converted, 1 done before"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

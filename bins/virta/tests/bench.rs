@@ -164,7 +164,7 @@ async fn what_cannot_work_is_told_before_the_minute_is_spent() {
 async fn what_makes_no_sense_is_refused_before_anything_is_measured() {
     let cloud = Cloud::start(|_| {}).await;
     for (arguments, says) in [
-        (&["--image-size", "0"][..], "at least a byte"),
+        (&["--image-size", "0"][..], "that is bytes, and no disk"),
         (&["--image-size", "10G", "--data", "20G"], "more than the whole disk"),
         (&["--image-size", "-80G"], "cannot be negative"),
         (&["--folder", "nowhere"], "--folder nowhere: No such file"),

@@ -222,6 +222,18 @@ async fn uploads_that_fail_are_sent_again_from_the_store() {
     cloud.assert_nothing_made();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_always_break_at_the_same_place_are_gone_on_with_by_ranges() {
+    // in the middle of the second extent, before anybody asked for a range
+    let cloud = Cloud::start(|faults| {
+        faults.cut_gets = 1000;
+        faults.cut_after_bytes = 3_000_000;
+    })
+    .await;
+    cloud.run(&["convert", "glance:snap", "disk.qcow2"]).await.ends(0, &["ranges are served"]);
+    cloud.assert_is_the_disk(&cloud.folder.path().join("disk.qcow2"));
+}
+
 /// Bytes of the disk's data clusters.
 fn data_bytes(raw: &[u8]) -> usize {
     raw.chunks(65536).filter(|cluster| cluster.iter().any(|&byte| byte != 0)).count() * 65536

@@ -92,7 +92,7 @@ async fn refusals_carry_glances_words_and_the_request_id() {
         .await
         .ends(1, &["POST /v2/images: 403", "'description' is reserved", "request req-"]);
     cloud.service.faults(|faults| faults.quota_hit_mid_body = true);
-    cloud.run(&["upload", "disk.raw", "new"]).await.ends(1, &["413", "exceeds the storage quota", "delete what is not needed"]);
+    cloud.run(&["upload", "disk.raw", "new"]).await.ends(1, &["413", "exceeds the storage quota", "Make room"]);
     cloud.assert_nothing_made();
 }
 

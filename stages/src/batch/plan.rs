@@ -13,7 +13,7 @@ use crate::{
     },
     openstack::{
         Image, Session,
-        image::{REPLACES, SOURCE_ID},
+        image::{REPLACES, SOURCE_ID, VERIFIED},
     },
     text::printable,
 };
@@ -379,8 +379,18 @@ impl<'a> Project<'a> {
         let known = journal.and_then(|journal| journal.known(id));
         let proven = |made: &&Image| made.status == "active" && carries_its_own_proof(made);
         let by_journal = known.and_then(|known| self.by_id.get(known.made.as_deref()?)).copied();
-        if let Some(made) = self.conversions(id).find(proven).or(by_journal.filter(proven)) {
+        // this batch itself has finished it: a mark of any strength will do
+        let finished = |made: &&Image| made.status == "active" && made.property(VERIFIED).is_some() && self.session.owns(made);
+        if let Some(made) = self.conversions(id).find(proven).or(by_journal.filter(finished)) {
             return Some(Verdict::Done { made: made.id.clone() });
+        }
+        if let Some(made) = by_journal {
+            let reason = format!(
+                "it was converted and is gone; its conversion ({}) is {}, and not verified any more",
+                made.shown_id(),
+                made.status
+            );
+            return Some(Verdict::Fail { reason });
         }
         if let Some(made) = known.and_then(|known| known.made.as_deref()) {
             let reason = format!("it was converted and is gone, and so is its conversion ({})", printable(made));

@@ -58,6 +58,8 @@ use crate::openstack::{
 pub const GRACE_S: i64 = 60;
 /// The least time that a claim is set ahead before a transfer.
 const TRANSFER_MIN: Duration = Duration::from_secs(3600);
+/// What was seen so long ago holds.
+const JUST_NOW: Duration = Duration::from_secs(2);
 /// How long a renewal that is under way is waited for.
 const LEAVE_WITHIN: Duration = Duration::from_secs(120);
 /// A transfer is expected to be at least so fast, bytes a second; where it is not, and somebody takes over, the next one is given twice the
@@ -73,6 +75,8 @@ pub(super) struct Claim {
     /// How long it is good each time it is renewed.
     life: Duration,
     renewing: Mutex<Option<Renewing>>,
+    /// When the image was last seen to be this run's.
+    seen: Mutex<Option<SystemTime>>,
     /// Its image was deleted by somebody else.
     lost: Arc<AtomicBool>,
 }
@@ -124,11 +128,26 @@ pub fn held(image: &Image, notices: &dyn Notices) -> Option<JobError> {
     (!notices.is_dead(run)).then(|| JobError::Held { image: image.id.clone(), run: run.to_owned(), until: text(until) })
 }
 
+/// Does the claim on an image last as long as a renewal would make it?
+fn lasts(image: &Image, life: Duration) -> bool {
+    let until = image.property(CLAIM_UNTIL).and_then(|until| until.parse::<Timestamp>().ok());
+    let enough = SignedDuration::try_from(life).ok().and_then(|life| Timestamp::now().checked_add(life).ok());
+    until.zip(enough).is_some_and(|(until, enough)| until >= enough)
+}
+
+/// An image that carries another run's name is that run's.
+fn refuse_other(image: &Image, run: &str) -> Result<(), JobError> {
+    match image.property(RUN) {
+        Some(other) if other != run => Err(JobError::Held { image: image.id.clone(), run: other.to_owned(), until: now_utc() }),
+        _ => Ok(()),
+    }
+}
+
 impl Claim {
     /// `life`: how long it is good each time.
     pub(super) fn new(source: &str, project: &str, life: Duration) -> Self {
         let (source, project) = (source.to_owned(), project.to_owned());
-        Self { source, project, life, renewing: Mutex::default(), lost: Arc::default() }
+        Self { source, project, life, renewing: Mutex::default(), seen: Mutex::default(), lost: Arc::default() }
     }
 
     pub(super) fn image_id(&self, generation: u32) -> String {
@@ -182,30 +201,37 @@ impl Claim {
         }
     }
 
-    /// Does the image, as it was just found, say that it is `run`'s for at least as long as a renewal would make it? What was set ahead for an
-    /// upload mostly does, when the upload is over.
-    pub(super) fn holds(&self, image: &Image, run: &str) -> bool {
-        let until = image.property(CLAIM_UNTIL).and_then(|until| until.parse::<Timestamp>().ok());
-        let enough = SignedDuration::try_from(self.life).ok().and_then(|life| Timestamp::now().checked_add(life).ok());
-        image.property(RUN) == Some(run) && until.zip(enough).is_some_and(|(until, enough)| until >= enough)
+    /// Goes on with the image, as it was just found: whoever goes on has to have the claim, and renews it unless it lasts as long as a renewal
+    /// anyway. What was set ahead for an upload mostly does, when the upload is over.
+    ///
+    /// A run whose claim was over meanwhile may find another one's name in its image: that one has proven it, and its proof, which may be all that is
+    /// left to show for a source that went, is not to be written over, nor its claim.
+    pub(super) async fn go_on(&self, session: &Session, image: &Image, run: &str) -> Result<(), JobError> {
+        refuse_other(image, run)?;
+        let seen = SystemTime::now();
+        if !lasts(image, self.life) {
+            let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(self.next_end()));
+            match session.change_image(&image.id, &[renewal]).await {
+                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
+                    return Err(JobError::Lost { image: image.id.clone() });
+                }
+                other => refuse_other(&other?, run)?,
+            }
+        }
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
+        Ok(())
     }
 
-    /// Renews it once: whoever goes on has to have it. A run whose claim was over meanwhile may find another one's name in its image: that one
-    /// has proven it, and its proof, which may be all that is left to show for a source that went, is not to be written over.
-    pub(super) async fn renew(&self, session: &Session, image_id: &str, run: &str) -> Result<(), JobError> {
-        let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(self.next_end()));
-        let image = match session.change_image(image_id, &[renewal]).await {
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
-                return Err(JobError::Lost { image: image_id.to_owned() });
-            }
-            other => other?,
-        };
-        match image.property(RUN) {
-            Some(other) if other != run => {
-                Err(JobError::Held { image: image_id.to_owned(), run: other.to_owned(), until: now_utc() })
-            }
-            _ => Ok(()),
+    /// Right before the image is marked: is it still this run's? It was looked at just now, or it is looked at again: a machine that slept in between
+    /// has to ask.
+    pub(super) async fn assure(&self, session: &Session, image_id: &str, run: &str) -> Result<(), JobError> {
+        let seen = *self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.and_then(|seen| seen.elapsed().ok()).is_some_and(|since| since < JUST_NOW) {
+            return Ok(());
         }
+        let found = session.image_if_there(image_id).await?;
+        let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
+        self.go_on(session, &image, run).await
     }
 
     /// Stops renewing it, because nothing comes of it. A renewal that is under way is waited for `within`.
@@ -269,12 +295,13 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_that_lasts_as_long_as_a_renewal_needs_none() {
-        let claim = Claim::new("s", "p", Duration::from_secs(600));
-        assert!(claim.holds(&image(&ahead(Duration::from_secs(3600))), "r"));
-        assert!(!claim.holds(&image(&ahead(Duration::from_secs(590))), "r"));
-        assert!(!claim.holds(&image(&ahead(Duration::from_secs(3600))), "another"));
-        assert!(!claim.holds(&image("soon"), "r"));
+    fn a_claim_lasts_if_no_renewal_makes_it_longer() {
+        let life = Duration::from_secs(600);
+        assert!(lasts(&image(&ahead(Duration::from_secs(3600))), life));
+        assert!(!lasts(&image(&ahead(Duration::from_secs(590))), life));
+        assert!(!lasts(&image("soon"), life));
+        assert!(refuse_other(&image("soon"), "r").is_ok());
+        assert!(matches!(refuse_other(&image("soon"), "s"), Err(JobError::Held { .. })));
     }
 
     struct Dead;

@@ -94,9 +94,7 @@ impl<C: Content> Sending<'_, C> {
                     match self.wait_until_active(&id, within).await {
                         Ok(image) => {
                             if let Some(claim) = &self.maker.claim {
-                                if !claim.holds(&image, self.maker.run()) {
-                                    self.guard(claim.renew(self.maker.session, &id, self.maker.run())).await??;
-                                }
+                                self.guard(claim.go_on(self.maker.session, &image, self.maker.run())).await??;
                                 claim.keep(self.maker.session, &id, self.maker.cancel);
                             }
                             return Ok(Active { image, emitted, stages });

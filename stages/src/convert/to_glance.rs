@@ -270,6 +270,7 @@ impl Emission<'_> {
         if let Some(claim) = &self.maker.claim {
             // Glance reads an image, changes it and saves it: a renewal meanwhile would undo the mark
             claim.leave().await;
+            self.guard(claim.assure(self.maker.session, image_id, self.maker.run())).await??;
             if goes {
                 changes.push(Change::Set("protected".to_owned(), json!(true)));
             } else if self.mark_and_unclaim(image_id, verified).await? {

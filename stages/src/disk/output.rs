@@ -209,8 +209,8 @@ impl OutputFile {
         }
         let extension = target.extension().and_then(|extension| extension.to_str()).map(str::to_ascii_lowercase);
         if let (Some(lower), Some(format)) = (extension, format) {
-            // `.img` is anything but what this program makes by itself
-            let own = [Some(format.name()), format.glance_name(), (format != DiskFormat::Qcow2).then_some("img")];
+            // `.img` is anything: cloud images of distributions are qcow2 and called so
+            let own = [Some(format.name()), format.glance_name(), Some("img")];
             if EXTENSIONS.contains(&lower.as_str()) && !own.contains(&Some(lower.as_str())) {
                 return Err(OutputError::Extension { path: shown, extension: lower, format: format.name() });
             }

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use engine::{CancelToken, Cancelled, ErrorKind, StageError};
 use reqwest::{Method, StatusCode, header::CONTENT_RANGE};
+use tokio::sync::watch;
 
 use super::{
     body::{Body, BodyError},
@@ -197,13 +198,31 @@ pub struct Connection {
     body: Option<(Body, u64, u64)>,
     /// How far this connection ever got: what is received below is received again.
     reached: u64,
+    /// Whoever probes for ranges tells here what came of it.
+    ranges: Option<watch::Receiver<Option<bool>>>,
 }
 
 impl Connection {
     /// Nothing is asked for yet.
     #[must_use]
     pub fn new(remote: Remote, asking: Asking) -> Self {
-        Self { remote, asking, tries: Tries::default(), body: None, reached: 0 }
+        Self { remote, asking, tries: Tries::default(), body: None, reached: 0, ranges: None }
+    }
+
+    /// Somebody finds out whether ranges are served: when the body breaks, that is waited for, for a whole image that is asked for again may break at
+    /// the same place for ever.
+    pub fn will_know(&mut self, ranges: watch::Receiver<Option<bool>>) {
+        self.ranges = Some(ranges);
+    }
+
+    async fn learn_ranges(&mut self) {
+        if self.asking == Asking::Whole
+            && let Some(ranges) = self.ranges.as_mut()
+            && let Ok(Ok(found)) = self.remote.cancel.guard(ranges.wait_for(Option::is_some)).await
+            && *found == Some(true)
+        {
+            self.asking = Asking::Ranges;
+        }
     }
 
     /// Goes on by ranges: what is open is a range up to the image's end from now on.
@@ -249,6 +268,7 @@ impl Connection {
                 Err(BodyError::Api(error)) => {
                     self.body = None;
                     self.after(error, at + to_u64(filling.filled)).await?;
+                    self.learn_ranges().await;
                 }
             }
         }

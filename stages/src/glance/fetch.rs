@@ -13,7 +13,10 @@
 use std::{num::NonZeroUsize, sync::Arc};
 
 use engine::{BufferPool, ErrorKind, Inlet, Lease, NoInput, Outlet, Stage, StageContext, StageError};
-use tokio::{sync::Mutex, task::JoinSet};
+use tokio::{
+    sync::{Mutex, watch},
+    task::JoinSet,
+};
 
 use super::{
     connection::{Asking, Connection, Content, Remote},
@@ -216,7 +219,13 @@ async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<Optio
         if let Some((place, sample)) = candidate.as_mut().and_then(|candidate| candidate.look(at, head)) {
             candidate = None;
             let remote = remote.clone();
-            probing = Some(tokio::spawn(async move { probe(&remote, place, &sample).await }));
+            let (tell, told) = watch::channel(None);
+            connection.will_know(told);
+            probing = Some(tokio::spawn(async move {
+                let found = probe(&remote, place, &sample).await;
+                tell.send_replace(Some(found == Probe::Random));
+                found
+            }));
         }
         spare = shared.send_content(&mut connection, guest, content, lease).await?;
         at = guest.end.0;

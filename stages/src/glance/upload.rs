@@ -251,7 +251,7 @@ impl Upload {
     fn failed(&self, source: ApiError, taken: &AtomicU64) -> StageError {
         let advice = match source.status() {
             Some(StatusCode::PAYLOAD_TOO_LARGE) => {
-                "; the quota or the size limit is reached: convert to a local file, check it, delete what is not needed, then upload"
+                "; the quota or the size limit is reached: nothing is left of it. Make room (virta image list shows what takes it), or convert to a local file"
             }
             Some(StatusCode::UNSUPPORTED_MEDIA_TYPE) => "; Glance does not accept what is in it",
             Some(StatusCode::FORBIDDEN) => "; this user may not upload images here",

@@ -17,7 +17,7 @@ use stages::{
 };
 
 use crate::{
-    display::{Display, Kind},
+    display::{Display, Kind, bar_characters},
     exit,
     runs::Run,
     stderr,
@@ -53,6 +53,8 @@ struct Shared {
     bytes: Vec<u64>,
     /// Is the source to go?
     goes: Vec<bool>,
+    /// Is the new image read back?
+    reads_back: Vec<bool>,
     /// Of what is to be done.
     work: usize,
     work_bytes: u64,
@@ -87,7 +89,7 @@ impl BatchDisplay {
         let overall = display.bars().map(|bars| {
             let bar = bars.add(ProgressBar::new(plan.work_bytes()));
             if let Ok(style) = ProgressStyle::with_template("{bar:12} {percent:>3}%  {msg}  ETA {eta}") {
-                bar.set_style(style.progress_chars("#> "));
+                bar.set_style(style.progress_chars(bar_characters()));
             }
             bar
         });
@@ -97,6 +99,7 @@ impl BatchDisplay {
             names: plan.entries.iter().map(stages::batch::Entry::shown).collect(),
             bytes: plan.entries.iter().map(stages::batch::Entry::bytes).collect(),
             goes: plan.entries.iter().map(|entry| entry.options.after != stages::convert::After::Keep).collect(),
+            reads_back: plan.entries.iter().map(|entry| entry.options.verify == stages::convert::Verify::Readback).collect(),
             work: work.len(),
             work_bytes: plan.work_bytes(),
             started: Instant::now(),
@@ -241,9 +244,23 @@ impl BatchDisplay {
         exit::say(&value.to_string());
     }
 
-    /// Bytes that are looked at, of all that is to be done.
+    /// Bytes that are dealt with, of all that is to be done: an image is done with when it is read, sent, and where asked for read back, and each of
+    /// these counts alike.
     fn done_bytes(&self, state: &State) -> u64 {
-        let running = state.running.iter().map(|(index, running)| running.progress.surveyed_bytes().min(self.0.bytes[*index]));
+        let share = |done: u64, all: u64, bytes: u64| {
+            u64::try_from(u128::from(done.min(all)) * u128::from(bytes) / u128::from(all.max(1))).unwrap_or(bytes)
+        };
+        let running = state.running.iter().map(|(index, Running { progress, .. })| {
+            let bytes = self.0.bytes[*index];
+            let parts = [
+                (progress.surveyed_bytes(), progress.virtual_bytes()),
+                (progress.uploaded_bytes(), progress.image_bytes()),
+                (progress.verified_bytes(), progress.virtual_bytes()),
+            ];
+            let counted = if self.0.reads_back[*index] { 3 } else { 2 };
+            parts[..counted].iter().map(|(done, all)| share(*done, *all, bytes)).sum::<u64>()
+                / u64::try_from(counted).unwrap_or(1)
+        });
         (state.ended_bytes + running.sum::<u64>()).min(self.0.work_bytes)
     }
 

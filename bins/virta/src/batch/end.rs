@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use stages::{
     batch::{Outcome, Summary, Wish},
-    text::{printable, shell_word, size, time},
+    text::{counted, printable, shell_word, size, time},
 };
 
 use super::BatchArgs;
@@ -82,7 +82,7 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
     }
     let deleted = summary.items.iter().filter(|line| line.source_deleted).count();
     if deleted > 0 {
-        lines.push(format!("{deleted} sources deleted, each after its new image was verified"));
+        lines.push(format!("{} deleted, each after its new image was verified", counted(deleted, "source")));
     }
     if let Some(why) = &summary.stopped {
         lines.push(format!("stopped before the end: {why}"));

@@ -29,7 +29,7 @@ use stages::{
     convert::{After, JobError, Notices, Options, Verify},
     openstack::{Compute, Image, Session, config::Surroundings},
     progress::Progress,
-    text::{causes, printable, size},
+    text::{causes, counted, printable, size},
 };
 
 use crate::{
@@ -138,10 +138,9 @@ Examples:
   virta batch --all-snapshots --plan hyperqueue
       files and the command for many machines
 
-What became of an image is in Glance (virta_source_id, virta_verified), so the same command on another machine, or without its journal, comes to
-the same. A source is claimed by making its new image, under an id that follows from the source's: two batches at once never convert the
-same image twice. A claim that a dead run left ends after 10 minutes, or an hour and more if it was uploading; on the dead run's own machine at
-once.
+What became of an image is in Glance (virta_source_id, virta_verified), so the same command on another machine, or without its journal, comes to \
+the same. A source is claimed by making its new image, under an id that follows from the source's: two batches at once never convert the \
+same image twice. A claim that a dead run left ends after 10 minutes, or an hour and more if it was uploading; on the dead run's own machine at once.
 Exit status: 0 all done, 1 failed, 2 wrong usage, 4 some are not done (a table says why, with the command for just those), 130 interrupted.
 With --task-from-env: 0 done, now or before, 75 try again, 64 wrong usage, 65 never worth another try.";
 
@@ -396,16 +395,25 @@ async fn prepare(
         });
         if selected.of_others > 0 {
             left_out.push(format!(
-                "{} of other users of this project are left out: --all-users takes them",
-                snapshots_counted(selected.of_others)
+                "{} of other users of this project left out: --all-users takes them",
+                counted(selected.of_others, "snapshot")
             ));
         }
         if selected.filtered > 0 {
-            left_out.push(format!("{} left out by the filters", snapshots_counted(selected.filtered)));
+            left_out.push(format!("{} left out by the filters", counted(selected.filtered, "snapshot")));
         }
         wishes = selected.images.iter().map(|image| Wish::of(&image.id)).collect();
-        if wishes.is_empty() && left_out.is_empty() {
-            display.note("there is no snapshot in this project");
+        if wishes.is_empty() {
+            let own = |image: &&Image| session.owns(image) && image.disk_format.as_deref() == Some("raw");
+            let raw = images.iter().filter(own).count();
+            let others = match raw {
+                0 => String::new(),
+                raw => format!(
+                    "; this project has {}: virta image list shows them, and a batch can name them",
+                    counted(raw, "raw image")
+                ),
+            };
+            display.note(&format!("no snapshot to convert{others}"));
         }
     } else {
         // an image that lists do not show, for it is hidden or shared by another project, is found by its id
@@ -445,10 +453,6 @@ async fn prepare(
     Ok((Prepared { session, plan, left_out }, journal))
 }
 
-fn snapshots_counted(number: usize) -> String {
-    if number == 1 { "1 snapshot".to_owned() } else { format!("{number} snapshots") }
-}
-
 /// One journal for each command and project.
 fn default_journal(session: &Session, selection: &str) -> Option<PathBuf> {
     let project = session.whoami().project_id.clone().unwrap_or_default();
@@ -469,8 +473,8 @@ async fn ask(arguments: &BatchArgs, session: &Session, plan: &Plan, cancel: &Can
         names.push(format!("and {} more", going.len() - ASKED_MAX));
     }
     let what = format!(
-        "After each new image is verified, delete its source: {} images ({}) in cloud {}, project {}: {}",
-        going.len(),
+        "After each new image is verified, delete its source: {} ({}) in cloud {}, project {}: {}",
+        counted(going.len(), "image"),
         size(bytes),
         who.cloud,
         who.project,

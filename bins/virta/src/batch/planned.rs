@@ -9,7 +9,7 @@ use stages::{
     glance::connection::{Asking, Connection},
     openstack::{Image, Session},
     progress::Progress,
-    text::{size, time},
+    text::{counted, size, time},
 };
 
 use super::BatchArgs;
@@ -88,25 +88,31 @@ pub(super) async fn show_plan(
     let work: Vec<_> = plan.entries.iter().filter(|entry| entry.is_work()).collect();
     let going = work.iter().filter(|entry| entry.options.after != After::Keep).count();
     if going > 0 {
-        display.note(&format!("{going} sources would be deleted, each after its new image is verified"));
+        display.note(&format!("{} would be deleted, each after its new image is verified", counted(going, "source")));
     }
     let (all, bytes) = (plan.entries.len(), plan.work_bytes());
-    display.note(&format!(
-        "{} of {all} images would be converted: {} to read; what is sent depends on what is in them",
-        work.len(),
-        size(bytes)
-    ));
+    let converted = work.iter().filter(|entry| entry.verdict == Verdict::Convert).count();
+    let sends = if converted > 0 { "; what is sent depends on what is in them" } else { ", nothing to send" };
+    display.note(&format!("{converted} of {} would be converted: {} to read{sends}", counted(all, "image"), size(bytes)));
+    if converted < work.len() {
+        let finished = counted(work.len() - converted, "image");
+        display.note(&format!("{finished} converted already would be compared with their sources once more before those go"));
+    }
     let Some(largest) = work.iter().max_by_key(|entry| entry.bytes()).and_then(|entry| entry.image.as_ref()) else {
         return Ok(());
     };
     let measured = measure(session, largest, cancel).await?;
     let rate = arguments.rate_limit.map_or(measured, |limit| limit.min(measured)).max(1);
     display.note(&format!(
-        "reading takes about {} at {}/s, {}; sending{} comes on top",
+        "reading takes about {} at {}/s, {}{}",
         time(float(bytes) / float(rate)),
         size(rate),
         if rate < measured { "the limit" } else { "which one connection gave just now" },
-        if work.iter().any(|entry| entry.options.verify == Verify::Readback) { ", and reading it back," } else { "" }
+        match (converted > 0, work.iter().any(|entry| entry.options.verify == Verify::Readback)) {
+            (true, true) => "; sending, and reading it back, comes on top",
+            (true, false) => "; sending comes on top",
+            (false, _) => "",
+        }
     ));
     if let Some(left) = session.quota_left_bytes().await {
         display.note(&format!(

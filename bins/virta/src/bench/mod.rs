@@ -25,6 +25,7 @@ pub mod sample;
 pub mod text;
 
 use std::{
+    io::Read as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
@@ -103,10 +104,10 @@ pub struct BenchArgs {
 }
 
 const EXAMPLES: &str = "\
-Takes about a minute, 512 MiB of the folder's disk for a while, and with a cloud the traffic of a few seconds with 1, 2, 4 and 8 connections, and
+Takes about a minute, 512 MiB of the folder's disk for a while, and with a cloud the traffic of a few seconds with 1, 2, 4 and 8 connections, and \
 an image of 128 MiB that is sent and deleted again (not with --no-upload). A cloud is measured if --os-cloud, OS_CLOUD or OS_AUTH_URL names one.
 SIZE is a number with K, M, G or T (powers of 1024) or kB, MB, GB, TB (of 1000).
-Figures are medians; flags are only advised where a figure's slowest sample beats the other's fastest. A machine that does other work meanwhile
+Figures are medians; flags are only advised where a figure's slowest sample beats the other's fastest. A machine that does other work meanwhile \
 measures that, too.
 Examples:
   virta bench --no-cloud
@@ -159,7 +160,11 @@ pub async fn run(arguments: BenchArgs) -> ExitCode {
     let display = Display::start(ProgressChoice::Auto, &Progress::default(), Run::default());
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
-    let result = if arguments.compare.is_empty() { measure(&arguments, &display, &cancel).await } else { compare(&arguments) };
+    let result = if arguments.compare.is_empty() {
+        measure(&arguments, &display, &cancel).await
+    } else {
+        compare(&arguments, &cancel).await
+    };
     display.finish().await;
     let records = match result {
         Ok(records) => records,
@@ -173,6 +178,9 @@ pub async fn run(arguments: BenchArgs) -> ExitCode {
     };
     exit::shown(written)
 }
+
+/// A run that was saved is a few kilobytes.
+const RUN_BYTES_MAX: u64 = 16 << 20;
 
 /// Where a file is, or will be.
 fn folder_of(path: &Path) -> &Path {
@@ -225,17 +233,36 @@ fn check_writable(path: Option<&PathBuf>, what: Written) -> Result<(), JobError>
     Ok(())
 }
 
-fn compare(arguments: &BenchArgs) -> Result<Vec<Record>, JobError> {
+/// A run that `--save` wrote. What comes out of a pipe may take its time, and never end.
+async fn saved_run(path: &Path, cancel: &CancelToken) -> Result<Record, JobError> {
+    let shown = printable(&path.display().to_string());
+    let hint = "virta bench --save FILE writes what is compared";
+    let reading = tokio::task::spawn_blocking({
+        let path = path.to_owned();
+        move || {
+            let mut text = Vec::new();
+            std::fs::File::open(path)?.take(RUN_BYTES_MAX + 1).read_to_end(&mut text)?;
+            Ok::<_, std::io::Error>(text)
+        }
+    });
+    let read = cancel.guard(reading).await.map_err(|_| JobError::interrupted())?;
+    let text = read.map_err(std::io::Error::other).flatten();
+    let text = text.map_err(|error| JobError::Usage(format!("{shown} cannot be read: {error}; {hint}")))?;
+    if u64::try_from(text.len()).unwrap_or(u64::MAX) > RUN_BYTES_MAX {
+        return Err(JobError::Usage(format!("{shown} is more than {}, and so no run: {hint}", size(RUN_BYTES_MAX))));
+    }
+    serde_json::from_slice::<Record>(&text).map_err(|error| {
+        let why: String = printable(&error.to_string()).chars().take(200).collect();
+        JobError::Usage(format!("{shown} is no run ({why}): {hint}"))
+    })
+}
+
+async fn compare(arguments: &BenchArgs, cancel: &CancelToken) -> Result<Vec<Record>, JobError> {
     check_writable(arguments.html.as_ref(), Written::Page)?;
-    let read = |path: &PathBuf| {
-        let shown = printable(&path.display().to_string());
-        let text = std::fs::read(path).map_err(|error| {
-            JobError::Usage(format!("{shown} cannot be read: {error}; virta bench --save FILE writes what is compared"))
-        })?;
-        serde_json::from_slice::<Record>(&text)
-            .map_err(|error| JobError::Usage(format!("{shown} is no run that virta bench --save wrote: {error}")))
-    };
-    let mut records: Vec<Record> = arguments.compare.iter().map(read).collect::<Result<_, _>>()?;
+    let mut records = Vec::new();
+    for path in &arguments.compare {
+        records.push(saved_run(path, cancel).await?);
+    }
     label(&mut records, &arguments.compare);
     if let Some(path) = &arguments.html {
         save(path, &page::page(&records))?;
@@ -255,7 +282,9 @@ fn label(records: &mut [Record], paths: &[PathBuf]) {
 
 async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken) -> Result<Vec<Record>, JobError> {
     match (arguments.image_size, arguments.data) {
-        (Some(0), _) => return Err(JobError::Usage("--image-size 0: a disk has at least a byte".to_owned())),
+        (Some(whole), _) if whole < 1 << 20 => {
+            return Err(JobError::Usage(format!("--image-size {whole}: that is bytes, and no disk; 80G is 80 GiB")));
+        }
         (Some(whole), Some(data)) if data > whole => {
             return Err(JobError::Usage(format!(
                 "--data {} is more than the whole disk (--image-size {})",
@@ -291,7 +320,12 @@ async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken)
     let surroundings = Surroundings::current();
     // signed in first: who has mistyped a cloud's name need not wait for the disk
     let session = if !arguments.no_cloud && names_a_cloud(arguments, &surroundings) {
-        Some(sign_in("cloud", &arguments.cloud, &surroundings, display, cancel).await?)
+        let session = sign_in("cloud", &arguments.cloud, &surroundings, display, cancel).await?;
+        // and so need not whoever has mistyped an image's
+        if let Some(image) = &arguments.image {
+            session.find_image(image).await?;
+        }
+        Some(session)
     } else {
         record.notes.push("no cloud was measured: --os-cloud, OS_CLOUD or OS_AUTH_URL choose one".to_owned());
         None

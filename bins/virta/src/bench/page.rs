@@ -154,7 +154,17 @@ fn ways(record: &Record, job: &Job, several: bool) -> Markup {
 }
 
 const PLOT: (f64, f64) = (640.0, 260.0);
-const MARGIN: (f64, f64) = (84.0, 36.0);
+const MARGIN: (f64, f64) = (84.0, 52.0);
+/// Above the plot: half a line of text.
+const ABOVE: f64 = 10.0;
+
+/// A step of a scale, bytes a second, so that four steps or fewer reach `most`: 1, 2, 2.5 or 5 times a power of ten, MiB.
+fn scale_step(most: f64) -> f64 {
+    let least = (most / f64::from(1 << 20) / 4.0).max(0.01);
+    let power = 10_f64.powf(least.log10().floor());
+    let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|factor| factor * power).find(|step| *step >= least);
+    step.unwrap_or(10.0 * power) * f64::from(1 << 20)
+}
 
 /// Throughput over connections.
 fn scaling(records: &[Record]) -> Markup {
@@ -164,7 +174,8 @@ fn scaling(records: &[Record]) -> Markup {
         down.map(|measure| (measure.parallel as f64, measure.bytes_per_s)).collect()
     };
     let lines: Vec<Vec<(f64, f64)>> = records.iter().map(points).collect();
-    let most = lines.iter().flatten().map(|(_, rate)| *rate).fold(0.0, f64::max) * 1.1;
+    let step = scale_step(lines.iter().flatten().map(|(_, rate)| *rate).fold(0.0, f64::max));
+    let most = step * 4.0;
     if lines.iter().all(|line| line.len() < 2) {
         return html! {};
     }
@@ -172,18 +183,19 @@ fn scaling(records: &[Record]) -> Markup {
     let (left, below) = MARGIN;
     // connections double from one place to the next
     let x = |connections: f64| left + connections.log2() / 3.0 * (width - left - 16.0);
-    let y = |rate: f64| (height - below) * (1.0 - rate / most) + 4.0;
+    let y = |rate: f64| (height - below) * (1.0 - rate / most) + ABOVE;
     html! {
         section {
             h2 { "Fetching with more connections" }
             svg viewBox=(format!("0 0 {width} {height}")) role="img" aria-label="throughput over connections" {
-                @for step in 0..=4_u8 {
-                    @let rate = most * f64::from(step) / 4.0;
+                @for number in 0..=4_u8 {
+                    @let rate = step * f64::from(number);
                     line.grid x1=(left) x2=(width - 16.0) y1=(y(rate)) y2=(y(rate)) {}
-                    text.axis x=(left - 8.0) y=(y(rate) + 4.0) text-anchor="end" { (speed(rate)) }
+                    text.axis x=(left - 8.0) y=(y(rate) + 4.0) text-anchor="end" { @if number == 0 { "0" } @else { (speed(rate)) } }
                 }
+                text.axis x=((left + width - 16.0) / 2.0) y=(height - 6.0) text-anchor="middle" { "connections" }
                 @for connections in [1.0, 2.0, 4.0, 8.0] {
-                    text.axis x=(x(connections)) y=(height - 10.0) text-anchor="middle" { (connections) }
+                    text.axis x=(x(connections)) y=(height - 24.0) text-anchor="middle" { (connections) }
                 }
                 @for (run, line) in lines.iter().enumerate() {
                     polyline.curve style=(format!("stroke: {}", color(run))) points=(line.iter().map(|(at, rate)| format!("{:.1},{:.1}", x(*at), y(*rate))).collect::<Vec<_>>().join(" ")) {}

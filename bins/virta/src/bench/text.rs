@@ -52,7 +52,7 @@ pub fn one(record: &Record) -> String {
             let ratio = measure.ratio.map(|ratio| format!("to {:.1} % of the size", ratio * 100.0)).unwrap_or_default();
             let spread =
                 if measure.samples > 1 { format!("{} to {}", speed(measure.low), speed(measure.high)) } else { String::new() };
-            rows.add_row([measure.name.clone(), speed(measure.bytes_per_s), spread, ratio]);
+            rows.add_row([printable(&measure.name), speed(measure.bytes_per_s), spread, ratio]);
         }
         if rows.is_empty() {
             continue;
@@ -78,8 +78,8 @@ fn job(job: &Job) -> String {
     let mut lines = vec![format!("\n{} with {} of data would take about", size(job.image_bytes), size(job.data_bytes))];
     let mut rows = table();
     for way in &job.ways {
-        let waits = format!("waits for: {}", way.bottleneck);
-        rows.add_row([time(way.seconds), way.command.clone(), size(way.stored_bytes), waits]);
+        let waits = format!("waits for: {}", printable(&way.bottleneck));
+        rows.add_row([time(way.seconds), printable(&way.command), size(way.stored_bytes), waits]);
     }
     right(&mut rows, &[0, 2]);
     lines.extend(rows.lines().map(|line| line.trim_end().to_owned()));
@@ -144,8 +144,8 @@ pub fn side_by_side(records: &[Record]) -> String {
                 size(of.image_bytes),
                 size(of.data_bytes),
                 time(first.seconds),
-                first.command,
-                first.bottleneck
+                printable(&first.command),
+                printable(&first.bottleneck)
             ));
         }
     }
@@ -158,7 +158,7 @@ pub fn keys(records: &[Record]) -> Vec<(String, String)> {
     for group in Group::ALL {
         for measure in records.iter().flat_map(|record| &record.measures).filter(|measure| measure.group == group) {
             if !found.iter().any(|(key, _)| *key == measure.key) {
-                found.push((measure.key.clone(), measure.name.clone()));
+                found.push((measure.key.clone(), printable(&measure.name)));
             }
         }
     }
