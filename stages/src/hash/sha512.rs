@@ -6,14 +6,19 @@
 //! (AMD EPYC, 0.50 against 0.36 GB/s, `benches/benches/sha512.rs` in the workspace). The digest is the same: FIPS 180-4, section 6.4.
 //!
 //! Data goes to AWS-LC's assembly. Its context's words are public (`openssl/sha.h`: `h`, the count of bits, the bytes of an unfinished block),
-//! so that both work on one state.
-#![allow(unsafe_code)] // three C functions over a plain struct; see each SAFETY line
+//! so that all work on one state.
+//!
+//! On x86 AWS-LC has fast code for Intel's processors alone: any other gets the one of 2005. There, whole blocks of data are compressed here: the message
+//! schedule two words at a time in vectors, between the rounds, as Intel's paper has it (*Fast SHA-512 Implementations on Intel Architecture
+//! Processors*, 2012) and OpenSSL does. 1.23 times as fast (AMD EPYC of the first generation, 0.45 against 0.36 GB/s, OpenSSL 3.0 0.45). Vectors of
+//! 128 bits are enough: twice as wide ones, two blocks at once, were slower, for all the work falls between the rounds of one block.
+#![allow(unsafe_code)] // three C functions over a plain struct, and vectors; see each SAFETY line
 
 use std::fmt;
 
 use aws_lc_sys::{SHA512_CTX, SHA512_Final, SHA512_Init, SHA512_Update};
 
-use crate::units::to_usize;
+use crate::units::{to_u64, to_usize};
 
 /// Bytes of one block.
 const BLOCK_BYTES: u64 = 128;
@@ -49,6 +54,35 @@ impl Sha512 {
 
     /// The next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
+        if !compresses_itself() {
+            return self.pass_on(bytes);
+        }
+        let (first, rest) = bytes.split_at(to_usize(self.missing()).min(bytes.len()));
+        self.pass_on(first);
+        let (blocks, rest) = rest.as_chunks::<{ to_usize(BLOCK_BYTES) }>();
+        if !blocks.is_empty() {
+            debug_assert_eq!(self.0.num, 0, "on a block's boundary");
+            compress(&mut self.0.h, blocks);
+            self.count_blocks(to_u64(blocks.len()));
+        }
+        self.pass_on(rest);
+    }
+
+    /// Bytes that a block which was begun lacks.
+    fn missing(&self) -> u64 {
+        let begun = u64::from(self.0.num);
+        if begun == 0 { 0 } else { BLOCK_BYTES - begun }
+    }
+
+    /// So many blocks were compressed behind the context's back.
+    fn count_blocks(&mut self, blocks: u64) {
+        let bits = u128::from(blocks) * u128::from(BLOCK_BYTES) * 8;
+        let counted = (u128::from(self.0.Nh) << 64 | u128::from(self.0.Nl)).wrapping_add(bits);
+        (self.0.Nh, self.0.Nl) = (high(counted), low(counted));
+    }
+
+    /// To AWS-LC.
+    fn pass_on(&mut self, bytes: &[u8]) {
         // SAFETY: the context was initialised in `new` and is borrowed exclusively; `bytes` is valid for its length and only read.
         let done = unsafe { SHA512_Update(&raw mut self.0, bytes.as_ptr().cast(), bytes.len()) };
         debug_assert_eq!(done, 1, "documented to return 1");
@@ -58,8 +92,7 @@ impl Sha512 {
     pub fn update_zeros(&mut self, bytes: u64) {
         let zeros = [0_u8; 128];
         // up to the end of the block that was begun
-        let begun = u64::from(self.0.num);
-        let first = if begun == 0 { 0 } else { (BLOCK_BYTES - begun).min(bytes) };
+        let first = self.missing().min(bytes);
         self.update(&zeros[..to_usize(first)]);
         let blocks = (bytes - first) / BLOCK_BYTES;
         if has_instructions() {
@@ -69,9 +102,7 @@ impl Sha512 {
         } else if blocks > 0 {
             debug_assert_eq!(self.0.num, 0, "on a block's boundary");
             compress_zeros(&mut self.0.h, blocks);
-            let bits = u128::from(blocks) * u128::from(BLOCK_BYTES) * 8;
-            let counted = (u128::from(self.0.Nh) << 64 | u128::from(self.0.Nl)).wrapping_add(bits);
-            (self.0.Nh, self.0.Nl) = (high(counted), low(counted));
+            self.count_blocks(blocks);
         }
         self.update(&zeros[..to_usize((bytes - first) % BLOCK_BYTES)]);
     }
@@ -104,6 +135,44 @@ fn has_instructions() -> bool {
     false
 }
 
+/// Is data compressed here, and not in AWS-LC?
+#[cfg(target_arch = "x86_64")]
+fn compresses_itself() -> bool {
+    use std::{arch::x86_64::__cpuid, sync::LazyLock};
+    static ITSELF: LazyLock<bool> = LazyLock::new(|| {
+        let vendor = __cpuid(0);
+        // "GenuineIntel" (Intel's manual, volume 2, CPUID)
+        let intel = (vendor.ebx, vendor.edx, vendor.ecx) == (0x756e_6547, 0x4965_6e69, 0x6c65_746e);
+        !intel && has_vectors()
+    });
+    *ITSELF
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+const fn compresses_itself() -> bool {
+    false
+}
+
+/// What [`vectors::compress`] is made of.
+#[cfg(target_arch = "x86_64")]
+fn has_vectors() -> bool {
+    use std::arch::is_x86_feature_detected;
+    is_x86_feature_detected!("avx") && is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2")
+}
+
+/// The compression function over blocks of data.
+#[cfg(target_arch = "x86_64")]
+fn compress(state: &mut [u64; 8], blocks: &[[u8; to_usize(BLOCK_BYTES)]]) {
+    assert!(has_vectors(), "asked for by compresses_itself");
+    // SAFETY: the processor has what the function is made of, asked in the line above.
+    unsafe { vectors::compress(state, blocks) }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn compress(_: &mut [u64; 8], _: &[[u8; to_usize(BLOCK_BYTES)]]) {
+    unreachable!("compresses_itself says no");
+}
+
 /// The compression function over `blocks` blocks of zeros.
 fn compress_zeros(state: &mut [u64; 8], blocks: u64) {
     #[cfg(target_arch = "x86_64")]
@@ -132,6 +201,105 @@ macro_rules! round {
         $d = $d.wrapping_add(first);
         $h = first.wrapping_add(majority).wrapping_add(sum_0);
     };
+}
+
+/// The compression function over data, for x86 with AVX and BMI.
+#[cfg(target_arch = "x86_64")]
+mod vectors {
+    use std::arch::x86_64::{
+        __m128i, _mm_add_epi64, _mm_alignr_epi8, _mm_loadu_si128, _mm_or_si128, _mm_set_epi8, _mm_setzero_si128,
+        _mm_shuffle_epi8, _mm_slli_epi64, _mm_srli_epi64, _mm_storeu_si128, _mm_xor_si128,
+    };
+
+    use super::{BLOCK_BYTES, ROUND_CONSTANTS, to_usize};
+
+    /// Two words, rotated to the right by `RIGHT`; `LEFT` is 64 less that.
+    #[inline]
+    #[target_feature(enable = "avx")]
+    fn rotated<const RIGHT: i32, const LEFT: i32>(words: __m128i) -> __m128i {
+        const { assert!(RIGHT + LEFT == 64) };
+        _mm_or_si128(_mm_srli_epi64::<RIGHT>(words), _mm_slli_epi64::<LEFT>(words))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    fn load(words: &[u64; 2]) -> __m128i {
+        // SAFETY: 16 bytes that are there; no alignment is asked for.
+        unsafe { _mm_loadu_si128(words.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    fn store(words: &mut [u64; 2], value: __m128i) {
+        // SAFETY: as above, borrowed exclusively.
+        unsafe { _mm_storeu_si128(words.as_mut_ptr().cast(), value) }
+    }
+
+    #[target_feature(enable = "avx,bmi1,bmi2")]
+    #[expect(clippy::many_single_char_names, reason = "as FIPS 180-4 names them")]
+    pub(super) fn compress(state: &mut [u64; 8], blocks: &[[u8; to_usize(BLOCK_BYTES)]]) {
+        let big_endian = _mm_set_epi8(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+        let (constants, _) = ROUND_CONSTANTS.as_chunks::<2>();
+        for block in blocks {
+            // the last 16 words of the schedule, in pairs; and the next 16 with their constants, for the rounds
+            let mut w = [_mm_setzero_si128(); 8];
+            let mut ready = [[0_u64; 2]; 8];
+            let (pairs, _) = block.as_chunks::<16>();
+            for (at, pair) in pairs.iter().enumerate() {
+                // SAFETY: 16 bytes that are there; no alignment is asked for.
+                let bytes = unsafe { _mm_loadu_si128(pair.as_ptr().cast()) };
+                w[at] = _mm_shuffle_epi8(bytes, big_endian);
+                store(&mut ready[at], _mm_add_epi64(w[at], load(&constants[at])));
+            }
+            let [mut a, mut b, mut c, mut d, mut e, mut f, mut g, mut h] = *state;
+            // two rounds, and between them the two words that are due 16 rounds later
+            macro_rules! two_rounds {
+                ($at:expr, $constants:expr, $a:ident $b:ident $c:ident $d:ident $e:ident $f:ident $g:ident $h:ident) => {
+                    let from_15 = _mm_alignr_epi8::<8>(w[($at + 1) % 8], w[$at]);
+                    let from_7 = _mm_alignr_epi8::<8>(w[($at + 5) % 8], w[($at + 4) % 8]);
+                    let from_2 = w[($at + 7) % 8];
+                    let sigma_0 = _mm_xor_si128(
+                        _mm_xor_si128(rotated::<1, 63>(from_15), rotated::<8, 56>(from_15)),
+                        _mm_srli_epi64::<7>(from_15),
+                    );
+                    round!($a $b $c $d $e $f $g $h, ready[$at][0]);
+                    let sigma_1 = _mm_xor_si128(
+                        _mm_xor_si128(rotated::<19, 45>(from_2), rotated::<61, 3>(from_2)),
+                        _mm_srli_epi64::<6>(from_2),
+                    );
+                    w[$at] = _mm_add_epi64(_mm_add_epi64(w[$at], from_7), _mm_add_epi64(sigma_0, sigma_1));
+                    round!($h $a $b $c $d $e $f $g, ready[$at][1]);
+                    store(&mut ready[$at], _mm_add_epi64(w[$at], load(&$constants[$at])));
+                };
+            }
+            let (_, later) = constants.split_at(8);
+            let (eights, _) = later.as_chunks::<8>();
+            for constants in eights {
+                two_rounds!(0, constants, a b c d e f g h);
+                two_rounds!(1, constants, g h a b c d e f);
+                two_rounds!(2, constants, e f g h a b c d);
+                two_rounds!(3, constants, c d e f g h a b);
+                two_rounds!(4, constants, a b c d e f g h);
+                two_rounds!(5, constants, g h a b c d e f);
+                two_rounds!(6, constants, e f g h a b c d);
+                two_rounds!(7, constants, c d e f g h a b);
+            }
+            let (fours, _) = ready.as_chunks::<4>();
+            for four in fours {
+                round!(a b c d e f g h, four[0][0]);
+                round!(h a b c d e f g, four[0][1]);
+                round!(g h a b c d e f, four[1][0]);
+                round!(f g h a b c d e, four[1][1]);
+                round!(e f g h a b c d, four[2][0]);
+                round!(d e f g h a b c, four[2][1]);
+                round!(c d e f g h a b, four[3][0]);
+                round!(b c d e f g h a, four[3][1]);
+            }
+            for (word, value) in state.iter_mut().zip([a, b, c, d, e, f, g, h]) {
+                *word = word.wrapping_add(value);
+            }
+        }
+    }
 }
 
 #[inline(always)] // so that the caller's target features apply to the loop
@@ -245,7 +413,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::units::to_u64;
 
     /// What AWS-LC makes of all the bytes.
     fn reference(bytes: &[u8]) -> Vec<u8> {
@@ -281,6 +448,35 @@ mod tests {
                 assert_eq!(state.finish().to_vec(), reference(&all), "{before} bytes, {zeros} zeros");
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_of_any_length_give_the_digest_of_the_whole(bytes in prop::collection::vec(any::<u8>(), 0..3000), cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6)) {
+            let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(bytes.len() + 1)).collect();
+            cuts.sort_unstable();
+            let (mut state, mut at) = (Sha512::new(), 0);
+            for cut in cuts {
+                state.update(&bytes[at..cut]);
+                at = cut;
+            }
+            state.update(&bytes[at..]);
+            prop_assert_eq!(state.finish().to_vec(), reference(&bytes));
+        }
+    }
+
+    /// Whatever this processor would choose.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn the_compression_in_vectors_is_that_of_aws_lc() {
+        if !has_vectors() {
+            return eprintln!("skipped: no AVX or no BMI");
+        }
+        let bytes: Vec<u8> = (0..128 * 9_u32).map(|at| at.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+        let (mut passed, mut here) = (Sha512::new(), Sha512::new());
+        passed.pass_on(&bytes);
+        compress(&mut here.0.h, bytes.as_chunks().0);
+        assert_eq!(passed.0.h, here.0.h);
     }
 
     #[test]
