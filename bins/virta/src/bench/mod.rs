@@ -237,15 +237,18 @@ fn check_writable(path: Option<&PathBuf>, what: Written) -> Result<(), JobError>
 async fn saved_run(path: &Path, cancel: &CancelToken) -> Result<Record, JobError> {
     let shown = printable(&path.display().to_string());
     let hint = "virta bench --save FILE writes what is compared";
-    let reading = tokio::task::spawn_blocking({
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let reading = {
         let path = path.to_owned();
         move || {
             let mut text = Vec::new();
-            std::fs::File::open(path)?.take(RUN_BYTES_MAX + 1).read_to_end(&mut text)?;
-            Ok::<_, std::io::Error>(text)
+            let read = std::fs::File::open(path).and_then(|file| file.take(RUN_BYTES_MAX + 1).read_to_end(&mut text));
+            let _ = tell.send(read.map(|_| text)); // nobody listens after an interrupt
         }
-    });
-    let read = cancel.guard(reading).await.map_err(|_| JobError::interrupted())?;
+    };
+    let started = std::thread::Builder::new().name("compare".to_owned()).spawn(reading);
+    started.map_err(|error| JobError::Refused(format!("no thread could be started: {error}")))?;
+    let read = cancel.guard(told).await.map_err(|_| JobError::interrupted())?;
     let text = read.map_err(std::io::Error::other).flatten();
     let text = text.map_err(|error| JobError::Usage(format!("{shown} cannot be read: {error}; {hint}")))?;
     if u64::try_from(text.len()).unwrap_or(u64::MAX) > RUN_BYTES_MAX {
