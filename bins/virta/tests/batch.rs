@@ -219,7 +219,7 @@ async fn each_image_gets_its_answer_and_the_same_command_again_does_nothing_twic
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plan_is_shown_and_nothing_is_done() {
     let mut place = Place::start(Config::default(), |_| {}).await;
-    place.add("web", 1, 5 * MIB);
+    let web = place.add("web", 1, 5 * MIB);
     place.add("db", 2, 2 * MIB);
     let other = record("of-another");
     let other = place.service.add_image(&other, |storing| storing.write(&disk(3, MIB))).unwrap();
@@ -247,6 +247,13 @@ async fn a_plan_is_shown_and_nothing_is_done() {
     place.run(&["--all-snapshots", "--dry-run", "--name-template", "{nmae}"]).await.ends(2, &["{nmae}"]);
     place.run(&["--all-snapshots", "--delete-source"]).await.ends(2, &["add --yes", "2 images", "web", "db"]);
     place.run(&["--all-snapshots", "--delete-source", "--dry-run"]).await.ends(0, &["2 sources would be deleted"]);
+    // what would be refused is seen now
+    place.service.set(&web, "visibility", json!("shared"));
+    place.service.add_member(&web, "another-project");
+    let run = place.run(&["--all-snapshots", "--delete-source", "--dry-run"]).await;
+    run.ends(0, &["cannot", "shared with 1 project,", "--copy-members", "1 source would be deleted", "1 of 2 images"]);
+    let run = place.run(&["--all-snapshots", "--delete-source", "--copy-members", "--dry-run"]).await;
+    run.ends(0, &["2 sources would be deleted"]);
     place.run(&["web", "--larger-than", "1G"]).await.ends(2, &["it needs --all-snapshots"]);
     place.run(&["web", "--dry-run", "--plan", "slurm"]).await.ends(2, &["cannot be used with"]);
     place.run(&["--all-snapshots", "--name-template", "same"]).await.ends(4, &["its new name, same, is also that of"]);

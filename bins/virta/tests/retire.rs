@@ -60,10 +60,10 @@ async fn what_stands_in_the_way_of_a_deletion_is_seen_before_a_byte_is_read() {
     cloud
         .convert(&["--delete-source", "--yes", "--force"])
         .await
-        .ends(1, &["is shared with 1 projects", "another-project", "--copy-members"]);
+        .ends(1, &["is shared with 1 project,", "another-project", "--copy-members"]);
     assert_eq!(cloud.gets_of_data(), (0, 0));
     cloud.assert_nothing_made();
-    cloud.convert(&["--delete-source", "--yes", "--force", "--copy-members"]).await.ends(0, &["shared with 1 projects"]);
+    cloud.convert(&["--delete-source", "--yes", "--force", "--copy-members"]).await.ends(0, &["shared with 1 project"]);
     let made = cloud.others().remove(0);
     assert_eq!(made["visibility"], "shared");
     assert_eq!(cloud.service.members(made["id"].as_str().unwrap()), ["another-project"]);

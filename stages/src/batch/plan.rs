@@ -15,7 +15,7 @@ use crate::{
         Image, Session,
         image::{REPLACES, SOURCE_ID, VERIFIED},
     },
-    text::printable,
+    text::{counted, printable},
 };
 
 /// The largest page that Glance gives (`api_limit_max`).
@@ -232,6 +232,29 @@ impl Plan {
             plan.entries.push(Entry { wish, image: image.cloned(), new_name, options: own, verdict });
         }
         Ok(plan)
+    }
+
+    /// Sources that would go although they are shared with other projects, which would lose them: a request for each that may be.
+    ///
+    /// # Errors
+    /// [`JobError`] if Glance cannot be asked.
+    pub async fn refuse_shared(&mut self, session: &Session) -> Result<(), JobError> {
+        for entry in self.entries.iter_mut().filter(|entry| entry.is_work()) {
+            let Entry { image: Some(image), options, .. } = &*entry else { continue };
+            let stays = options.after == After::Keep || options.copy_members;
+            if stays || image.visibility.as_deref() != Some("shared") {
+                continue;
+            }
+            let members = session.members(&image.id).await?.len();
+            if members > 0 {
+                let reason = format!(
+                    "it is shared with {}, which would lose it: carry them over with --copy-members",
+                    counted(members, "project")
+                );
+                entry.verdict = Verdict::Fail { reason };
+            }
+        }
+        Ok(())
     }
 
     /// Indices of what is to be done, in the order in which it is begun: the largest and the smallest by turns, the smallest first

@@ -28,7 +28,7 @@ use crate::{
         image::{CLAIM_UNTIL, ImageError, REPLACES, REPLACES_NAME, RUN, SOURCE_ID, VERIFIED},
     },
     store::Survey,
-    text::{causes, printable, shell_word, size},
+    text::{causes, counted, printable, shell_word, size},
 };
 
 /// Before a byte is read: may the source go at the end, as far as can be told now?
@@ -80,16 +80,16 @@ pub async fn check(job: &Job, force: bool) -> Result<(), JobError> {
     }
     if !members.is_empty() && options.elsewhere {
         return Err(JobError::Refused(format!(
-            "{shown} is shared with {} projects of its own cloud, which would lose it: stop sharing it first",
-            members.len()
+            "{shown} is shared with {} of its own cloud, which would lose it: stop sharing it first",
+            counted(members.len(), "project")
         )));
     }
     if !members.is_empty() && !options.copy_members {
         let list: Vec<String> = members.iter().map(|member| printable(member)).collect();
         return Err(JobError::Refused(format!(
-            "{shown} is shared with {} projects, which would lose it; carry them over with --copy-members (each has to accept the new \
+            "{shown} is shared with {}, which would lose it; carry them over with --copy-members (each has to accept the new \
              image again):\n    {}",
-            members.len(),
+            counted(members.len(), "project"),
             list.join("\n    ")
         )));
     }
@@ -185,16 +185,17 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
             let added = session.add_member(new_id, member).await;
             added.map_err(|error| failed(new_id, &format!("sharing the new image with {}", printable(member)), error))?;
         }
-        job.notices.note(&format!("the new image is shared with {} projects, which have to accept it", members.len()));
+        job.notices
+            .note(&format!("the new image is shared with {}, which has to be accepted there", counted(members.len(), "project")));
     }
     if after == After::Keep {
         return Ok(());
     }
     if !members.is_empty() && !job.options.copy_members {
         return Err(JobError::Refused(format!(
-            "the source was shared with {} projects meanwhile: it is not deleted; the new image is {new_id}. Carry them over with \
+            "the source was shared with {} meanwhile: it is not deleted; the new image is {new_id}. Carry them over with \
              --copy-members",
-            members.len()
+            counted(members.len(), "project")
         )));
     }
     job.check_unchanged().await.map_err(|error| match error {

@@ -106,7 +106,7 @@ pub struct BatchArgs {
     pub no_wait: bool,
     #[command(flatten)]
     pub source_after: SourceArgs,
-    /// Make second images of names that are taken; delete sources that servers were built from
+    /// Make second images of names that others have; delete sources that servers were built from. What is converted already stays so
     #[arg(long)]
     pub force: bool,
     /// Convert the one image that an engine hands over: HQ_ENTRY, or line SLURM_ARRAY_TASK_ID (from 1) or JOB_COMPLETION_INDEX (from 0) of --from
@@ -449,7 +449,12 @@ async fn prepare(
             }
         },
     };
-    let plan = Plan::make(&session, &images, wishes, options, &arguments.name_template, journal.as_ref())?;
+    let mut plan = Plan::make(&session, &images, wishes, options, &arguments.name_template, journal.as_ref())?;
+    if arguments.dry_run {
+        // a run finds that out itself, image by image
+        let looking = cancel.guard(plan.refuse_shared(&session)).await;
+        looking.map_err(|_| JobError::interrupted())??;
+    }
     Ok((Prepared { session, plan, left_out }, journal))
 }
 
