@@ -398,7 +398,10 @@ fn forget_old(folder: &Path) {
             continue;
         }
         // and what a kill left of a record that was being written
-        let of_run = |entry: &fs::DirEntry| entry.file_name().to_str().is_some_and(|name| name.starts_with(&record.run));
+        let of_run = |entry: &fs::DirEntry| {
+            let name = entry.file_name();
+            name.to_str().and_then(|name| name.strip_prefix(&record.run)).is_some_and(|rest| rest.starts_with('.'))
+        };
         for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(of_run) {
             let _ = fs::remove_file(entry.path());
         }

@@ -234,18 +234,16 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Sources that would go although they are shared with other projects, which would lose them: a request for each that may be.
-    ///
-    /// # Errors
-    /// [`JobError`] if Glance cannot be asked.
-    pub async fn refuse_shared(&mut self, session: &Session) -> Result<(), JobError> {
+    /// Sources that would go although they are shared with other projects, which would lose them: a request for each that may be. Where Glance does not
+    /// say, the run will find out.
+    pub async fn refuse_shared(&mut self, session: &Session) {
         for entry in self.entries.iter_mut().filter(|entry| entry.is_work()) {
             let Entry { image: Some(image), options, .. } = &*entry else { continue };
             let stays = options.after == After::Keep || options.copy_members;
             if stays || image.visibility.as_deref() != Some("shared") {
                 continue;
             }
-            let members = session.members(&image.id).await?.len();
+            let members = session.members(&image.id).await.map_or(0, |members| members.len());
             if members > 0 {
                 let reason = format!(
                     "it is shared with {}, which would lose it: carry them over with --copy-members",
@@ -254,7 +252,6 @@ impl Plan {
                 entry.verdict = Verdict::Fail { reason };
             }
         }
-        Ok(())
     }
 
     /// Indices of what is to be done, in the order in which it is begun: the largest and the smallest by turns, the smallest first
@@ -373,7 +370,9 @@ impl<'a> Project<'a> {
         let new_name = wish.name.clone().unwrap_or_else(|| template.replace("{name}", word));
         let made = self.by_name.get(new_name.as_str()).into_iter().flatten().find(|made| {
             let source = made.property(SOURCE_ID);
-            source.is_some_and(|source| !self.by_id.contains_key(source)) && carries_its_own_proof(made)
+            source.is_some_and(|source| !self.by_id.contains_key(source))
+                && carries_its_own_proof(made)
+                && self.session.owns(made)
         });
         match made {
             Some(made) => Err(Verdict::Done { made: made.id.clone() }),
@@ -400,7 +399,8 @@ impl<'a> Project<'a> {
     /// An image that is not there: was it converted, or did somebody delete it? `None`: nobody knows of it.
     fn gone(&self, id: &str, journal: Option<&Journal>) -> Option<Verdict> {
         let known = journal.and_then(|journal| journal.known(id));
-        let proven = |made: &&Image| made.status == "active" && carries_its_own_proof(made);
+        // what another project shares, it can take away again
+        let proven = |made: &&Image| made.status == "active" && carries_its_own_proof(made) && self.session.owns(made);
         let by_journal = known.and_then(|known| self.by_id.get(known.made.as_deref()?)).copied();
         // this batch itself has finished it: a mark of any strength will do
         let finished = |made: &&Image| made.status == "active" && made.property(VERIFIED).is_some() && self.session.owns(made);

@@ -210,6 +210,9 @@ impl Claim {
         refuse_other(image, run)?;
         let seen = SystemTime::now();
         if !lasts(image, self.life) {
+            // looked at once more, and last: nobody else's claim is to be cut short
+            let found = session.image_if_there(&image.id).await?;
+            refuse_other(&found.ok_or_else(|| JobError::Lost { image: image.id.clone() })?, run)?;
             let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(self.next_end()));
             match session.change_image(&image.id, &[renewal]).await {
                 Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {

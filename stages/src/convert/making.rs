@@ -290,7 +290,8 @@ impl<'a> Maker<'a> {
         }
         let deleting = async {
             let mut left = Vec::new();
-            for id in &made {
+            // the last one first: an earlier one that cannot be deleted takes its time
+            for id in made.iter().rev() {
                 if let Err(error) = self.remove(id).await {
                     left.push((id.clone(), error));
                 }

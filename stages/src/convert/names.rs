@@ -1,5 +1,7 @@
 //! Who has the new image's name already, and what that means.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::{
@@ -198,9 +200,11 @@ async fn adopted(
         changes.push(Change::Set(RUN.to_owned(), json!(run)));
     }
     if ours {
-        // it is not renewed: both are read while it lasts
-        let good_for = claim::long_enough(session, bytes + image.size.unwrap_or_default(), 1);
-        changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::ahead(good_for.max(job.options.patience.claim)))));
+        // it is not renewed: both are read while it lasts, unless nothing is
+        let reads = goes || !carries_its_own_proof(image);
+        let read_bytes = if reads { bytes + image.size.unwrap_or_default() } else { 0 };
+        let reading = if reads { claim::long_enough(session, read_bytes, 1) } else { Duration::ZERO };
+        changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::ahead(reading.max(job.options.patience.claim)))));
         if goes {
             changes.push(Change::Set("protected".to_owned(), json!(true)));
         }
@@ -212,8 +216,12 @@ async fn adopted(
         let adopting = session.change_image(&image.id, &changes);
         let adopted = job.cancel.guard(adopting).await;
         let refused = matches!(&adopted, Ok(Err(error)) if !error.is_retryable());
-        if goes && ours && !refused && !matches!(adopted, Ok(Ok(_))) {
-            job.notices.warn(&format!("it may be that {stays}"));
+        if ours && !refused && !matches!(adopted, Ok(Ok(_))) {
+            // it may have been heard: nobody is to be kept away for nothing. Where the source may go, the other run's DELETE may be on its way
+            let released = job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await;
+            if goes && !matches!(released, Some(Ok(()))) {
+                job.notices.warn(&format!("it may be that {stays}"));
+            }
         }
         adopted.map_err(|_| JobError::interrupted())??;
     }

@@ -319,7 +319,9 @@ impl Emission<'_> {
     async fn mark_and_unclaim(&self, image_id: &str, verified: &str) -> Result<bool, JobError> {
         let session = self.maker.session;
         let changes = [Change::Set(VERIFIED.to_owned(), json!(verified)), Change::Remove(CLAIM_UNTIL.to_owned())];
-        if self.guard(session.change_image_once(image_id, &changes)).await?.is_ok() {
+        // an interrupt waits for it: whoever cleans up afterwards has to see what became of it
+        let marking = session.change_image_once(image_id, &changes);
+        if matches!(self.job.options.patience.to_its_end(&self.job.cancel, marking).await, Some(Ok(()))) {
             return Ok(true);
         }
         let found = self.guard(session.image_if_there(image_id)).await??;

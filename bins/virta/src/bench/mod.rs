@@ -42,7 +42,7 @@ use stages::{
 
 use crate::{
     cli::{CloudArgs, ProgressChoice, parse_size},
-    convert::watch_signals,
+    convert::{interruptible, watch_signals},
     display::Display,
     exit,
     inspect::InspectFormat,
@@ -326,7 +326,7 @@ async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken)
         let session = sign_in("cloud", &arguments.cloud, &surroundings, display, cancel).await?;
         // and so need not whoever has mistyped an image's
         if let Some(image) = &arguments.image {
-            session.find_image(image).await?;
+            interruptible(cancel, async { Ok(session.find_image(image).await?) }).await?;
         }
         Some(session)
     } else {
