@@ -35,8 +35,8 @@ pub struct Faults {
     pub failing_gets: u32,
     /// So many PATCHes get 503 first.
     pub failing_patches: u32,
-    /// The next PATCH that speaks of this property is acted upon and answered with 503.
-    pub lost_patch_of: Option<String>,
+    /// The next PATCH that speaks of this property is answered with 503, acted upon (`true`) or not.
+    pub lost_patch_of: Option<(String, bool)>,
     /// So many DELETEs of images get 503 first.
     pub failing_deletes: u32,
     /// So many GETs of data get a body with one byte flipped.

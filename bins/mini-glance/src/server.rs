@@ -497,11 +497,15 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
             if Faults::take(&mut shared.state().faults.failing_patches) {
                 return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
             }
-            let patched = shared.state().images.patch(&id, &body, project);
-            let lost = |key: &mut String| body.to_string().contains(key.as_str());
-            if patched.is_ok() && shared.state().faults.lost_patch_of.take_if(lost).is_some() {
+            let speaks_of = |(key, _): &mut (String, bool)| body.to_string().contains(key.as_str());
+            let lost = shared.state().faults.lost_patch_of.take_if(speaks_of);
+            if let Some((_, acted_upon)) = lost {
+                if acted_upon {
+                    let _ = shared.state().images.patch(&id, &body, project);
+                }
                 return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
             }
+            let patched = shared.state().images.patch(&id, &body, project);
             Ok(unbox(patched.map(|image| json_response(StatusCode::OK, &image))))
         }
         (Method::DELETE, ["v2", "images", id]) => {
