@@ -158,7 +158,7 @@ pub async fn run(mut arguments: ConvertArgs) -> ExitCode {
         after,
         copy_members: arguments.source_after.copy_members,
         elsewhere: arguments.to_os_cloud.is_some(),
-        run: run.id(),
+        run: Some(run.name()),
         ..usual
     };
     let progress = Progress::default();

@@ -8,7 +8,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -192,10 +192,16 @@ impl Run {
         write(&inner.folder, &inner.record).is_ok() || write_over(&inner.folder, &inner.record)
     }
 
-    /// Its name.
+    /// The name that its record has, if there is one.
     pub fn id(&self) -> Option<String> {
         let inner = self.0.as_ref()?;
         Some(inner.lock().unwrap_or_else(PoisonError::into_inner).record.run.clone())
+    }
+
+    /// The name that its images carry. Without a record it has one, too: each of its tries has to know what the one before made.
+    pub fn name(&self) -> String {
+        static WITHOUT_RECORD: OnceLock<String> = OnceLock::new();
+        self.id().unwrap_or_else(|| WITHOUT_RECORD.get_or_init(|| uuid::Uuid::new_v4().hyphenated().to_string()).clone())
     }
 
     /// Where it makes images.

@@ -182,7 +182,7 @@ async fn snapshot(
         );
         confirm(&what, arguments.yes, cancel).await?;
     }
-    let id = run.id().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
+    let id = run.name();
     let waiting = Waiting { image: Duration::from_secs(arguments.timeout.saturating_mul(60)), ..Waiting::default() };
     let snapshot = Snapshot { session: &session, compute: &compute, plan: &plan, run: &id, waiting, notices: display, cancel };
     let image = snapshot.run().await?;
@@ -249,7 +249,7 @@ async fn convert(
 ) -> Result<Outcome, JobError> {
     let notices: Arc<dyn Notices> = Arc::new(display.clone());
     let verify = arguments.conversion.verify.map_or(Verify::Readback, Into::into);
-    let options = Options { after: After::Delete, verify, force: arguments.force, run: run.id(), ..options };
+    let options = Options { after: After::Delete, verify, force: arguments.force, run: Some(run.name()), ..options };
     let source = cancel.guard(Source::glance(session, &image.id)).await.map_err(|_| JobError::interrupted())??;
     let job = Job::new(source, options, progress, &notices, cancel);
     let checking = stages::convert::retire::check(&job, arguments.force);

@@ -146,7 +146,7 @@ async fn upload(
     match what {
         What::Convert => {
             let properties = properties(arguments);
-            let options = Options { properties, force: arguments.force, run: run.id(), ..options };
+            let options = Options { properties, force: arguments.force, run: Some(run.name()), ..options };
             let notices: Arc<dyn Notices> = Arc::new(display.clone());
             let job = Job::new(Source::local(&arguments.file)?, options, progress, &notices, cancel);
             Ok(Made::Converted(into_glance(&job, &session, None, name_of(arguments)).await?))
@@ -258,7 +258,7 @@ async fn send(
         disk_format,
         virtual_bytes,
         properties: properties(arguments),
-        run: run.id(),
+        run: Some(run.name()),
         patience: Patience::default(),
     };
     let notices: Arc<dyn Notices> = Arc::new(display.clone());

@@ -21,7 +21,7 @@ use crate::{
     openstack::{
         ApiError, Image, Session,
         error::now_utc,
-        image::{CLAIM_UNTIL, RUN},
+        image::{CLAIM_UNTIL, RUN, VERIFIED},
     },
     text::{causes, printable},
 };
@@ -126,8 +126,10 @@ impl<'a> Maker<'a> {
                 image.shown_id()
             )));
         }
-        // an own one that an earlier try could not remove goes, whatever became of it; a finished one never
-        let half_made = matches!(image.status.as_str(), "queued" | "saving" | "killed") || (own && !carries_its_own_proof(image));
+        // an own one that an earlier try could not remove goes; a finished one never, nor one that this run took on from another
+        let going = || self.notices.was_deleting(self.run(), &image.id) || image.property(VERIFIED).is_none();
+        let half_made =
+            matches!(image.status.as_str(), "queued" | "saving" | "killed") || (own && !carries_its_own_proof(image) && going());
         if !half_made {
             // another run has just come to its end: the next look finds out what it came to
             return Err(JobError::Held {

@@ -13,6 +13,7 @@ use super::{
 use crate::{
     openstack::{
         Change, Image, Session,
+        error::{ApiError, now_utc},
         image::{CLAIM_UNTIL, RUN, SOURCE_HASH, SOURCE_ID, VERIFIED},
     },
     text::{causes, printable},
@@ -125,12 +126,14 @@ pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>, name
         return Ok(Some(done.clone()));
     }
     // Nova copies marks onto the snapshots of servers that were started from a conversion: only an image under a claimed id, or under the
-    // name that is wanted, is taken for one that was never proven. What an earlier try of this run made, it looks at itself
+    // name that is wanted, is taken for one that was never proven. What an earlier try of this run was about to delete is made anew
     let claimed = |image: &Image| {
         let project = session.whoami().project_id.clone().unwrap_or_default();
         (0..CLAIMED_IDS_LOOKED_FOR).any(|generation| claimed_id(&source.id, &project, generation) == image.id)
     };
-    let maybe = |image: &&Image| active(image) && !own_run(image) && (image.name.as_deref() == Some(name) || claimed(image));
+    let going =
+        |image: &Image| own_run(image) && job.options.run.as_deref().is_some_and(|run| job.notices.was_deleting(run, &image.id));
+    let maybe = |image: &&Image| active(image) && !going(image) && (image.name.as_deref() == Some(name) || claimed(image));
     if let Some(unproven) = ours.iter().find(maybe) {
         go_on_with_unproven(job, session, unproven).await?;
         return Ok(Some(unproven.clone()));
@@ -188,15 +191,30 @@ async fn adopted(
 ) -> Result<(), JobError> {
     let Source::Glance { bytes, .. } = &job.source else { return work().await };
     let goes = job.options.after != After::Keep;
+    if !goes && image.property(CLAIM_UNTIL).is_none() && carries_its_own_proof(image) {
+        return work().await;
+    }
+    // it may have been read for hours since it was looked at, and have come to somebody else
+    let looking = job.cancel.guard(session.image_if_there(&image.id)).await;
+    let found = looking.map_err(|_| JobError::interrupted())??.ok_or_else(|| JobError::Lost { image: image.id.clone() })?;
+    if let Some(other) = found.property(RUN)
+        && image.property(RUN) != Some(other)
+        && job.options.run.as_deref() != Some(other)
+    {
+        return Err(held(&found, &*job.notices).unwrap_or_else(|| JobError::Held {
+            image: image.id.clone(),
+            run: other.to_owned(),
+            until: now_utc(),
+        }));
+    }
+    let image = &found;
     let claimed = image.property(CLAIM_UNTIL).is_some();
     // somebody else's protection is not ours to take off
     let ours = claimed || (goes && image.protected != Some(true));
     let stranger = image.property(RUN).filter(|run| job.options.run.as_deref() != Some(*run));
     let mut changes = Vec::new();
     let run = job.options.run.as_deref().or(image.property(RUN));
-    if let Some(run) = &job.options.run
-        && (claimed || goes || !carries_its_own_proof(image))
-    {
+    if let Some(run) = &job.options.run {
         changes.push(Change::Set(RUN.to_owned(), json!(run)));
     }
     if ours {
@@ -214,16 +232,21 @@ async fn adopted(
     if !changes.is_empty() {
         job.notices.making(&image.id);
         let adopting = session.change_image(&image.id, &changes);
-        let adopted = job.cancel.guard(adopting).await;
-        let refused = matches!(&adopted, Ok(Err(error)) if !error.is_retryable());
-        if ours && !refused && !matches!(adopted, Ok(Ok(_))) {
-            // it may have been heard: nobody is to be kept away for nothing. Where the source may go, the other run's DELETE may be on its way
-            let released = job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await;
-            if goes && !matches!(released, Some(Ok(()))) {
-                job.notices.warn(&format!("it may be that {stays}"));
+        let adopted = job.options.patience.to_its_end(&job.cancel, adopting).await;
+        let refused = |error: &ApiError| !error.is_retryable() && !matches!(error, ApiError::Answer { .. });
+        match adopted {
+            Some(Ok(_)) => {}
+            Some(Err(error)) if refused(&error) => return Err(error.into()),
+            // it may have been heard, or be yet: nobody is to be kept away for nothing
+            unheard => {
+                let released = job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await;
+                if ours && !matches!(released, Some(Ok(true))) {
+                    let until = format!("image {} is claimed by this run for a while", image.shown_id());
+                    job.notices.warn(&format!("it may be that {}", if goes { &stays } else { &until }));
+                }
+                return Err(unheard.and_then(Result::err).map_or_else(JobError::interrupted, JobError::from));
             }
         }
-        adopted.map_err(|_| JobError::interrupted())??;
     }
     let done = work().await;
     if !ours {
@@ -245,7 +268,7 @@ async fn adopted(
         }
     }
     match job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await {
-        Some(Ok(())) => {}
+        Some(Ok(_)) => {}
         Some(Err(error)) => job.notices.warn(&format!("{stays} ({})", causes(&error))),
         None => job.notices.warn(&stays),
     }

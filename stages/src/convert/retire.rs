@@ -117,6 +117,9 @@ async fn members(session: &Session, image: &Image) -> Result<Vec<String>, JobErr
 pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, compare_first: bool) -> Result<(), JobError> {
     let Source::Glance { session: source_session, image: source, .. } = &job.source else { return Ok(()) };
     let after = job.options.after;
+    if after == After::Keep && !job.options.copy_members {
+        return Ok(());
+    }
     if compare_first && after != After::Keep {
         compare_again(job, session, new_id).await?;
     }
@@ -274,19 +277,22 @@ pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<bo
 /// Takes the claim off a finished image, and the protection that kept others from deleting it while its source went; unless it has come to
 /// another run than `run`, which has them now.
 ///
+/// Returns whether they are off: `false` for an image that carries another run's name.
+///
 /// # Errors
 /// [`ApiError`].
-pub async fn release(session: &Session, image_id: &str, run: Option<&str>) -> Result<(), ApiError> {
+pub async fn release(session: &Session, image_id: &str, run: Option<&str>) -> Result<bool, ApiError> {
     let released = async {
         match session.image_if_there(image_id).await? {
             Some(image) if image.property(RUN).is_none_or(|of| Some(of) == run) => {}
-            _ => return Ok(()),
+            Some(_) => return Ok(false),
+            None => return Ok(true),
         }
         session.set_property(image_id, "protected", &json!(false)).await?;
-        session.remove_property(image_id, CLAIM_UNTIL).await
+        session.remove_property(image_id, CLAIM_UNTIL).await.map(|()| true)
     };
     match released.await {
-        Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(()),
+        Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(true),
         other => other,
     }
 }
@@ -375,7 +381,7 @@ async fn finish_marks(session: &Session, image: &Image, notices: &dyn Notices) -
     }
     if image.property(CLAIM_UNTIL).is_some() {
         match claim::held(image, notices) {
-            None => release(session, &image.id, image.property(RUN)).await?,
+            None => drop(release(session, &image.id, image.property(RUN)).await?),
             Some(held) => notices.warn(&format!("image {} stays protected: {held}", image.shown_id())),
         }
     }

@@ -290,11 +290,21 @@ impl Emission<'_> {
                 }
             }
         }
-        match self.guard(self.maker.session.change_image(image_id, &changes)).await? {
-            Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
+        // not broken off: what cleans up has to see what became of it
+        let marking = self.maker.session.change_image(image_id, &changes);
+        match self.job.options.patience.to_its_end(&self.job.cancel, marking).await {
+            Some(Err(gone)) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                 return Err(JobError::Lost { image: image_id.to_owned() });
             }
-            other => other.map(drop)?,
+            Some(other) => other.map(drop)?,
+            None => {
+                if goes && self.maker.claim.is_some() {
+                    self.job.notices.warn(&format!(
+                        "it may be that image {image_id} is verified and stays protected: virta image set --unprotected {image_id}"
+                    ));
+                }
+                return Err(JobError::interrupted());
+            }
         }
         // by a request of its own: while the mark's answer was lost and it was sent again, others still kept away
         if let Some(claim) = &self.maker.claim {
@@ -342,7 +352,7 @@ impl Emission<'_> {
         }
         let releasing = retire::release(self.maker.session, image_id, Some(self.maker.run()));
         let cause = match self.job.options.patience.to_its_end(&self.job.cancel, releasing).await {
-            Some(Ok(())) => return,
+            Some(Ok(_)) => return,
             Some(Err(error)) => causes(&error),
             None => "interrupted".to_owned(),
         };

@@ -156,7 +156,7 @@ impl Glance<'_> {
         let id = uuid::Uuid::new_v4().hyphenated().to_string();
         let name = format!("virta-bench-{}", &id[..8]);
         let record = json!({
-            "id": id, "name": name, "disk_format": "raw", "container_format": "bare", "visibility": "private", RUN: run.id().unwrap_or_default(), BENCH: "noise",
+            "id": id, "name": name, "disk_format": "raw", "container_format": "bare", "visibility": "private", RUN: run.name(), BENCH: "noise",
         });
         let record = record.as_object().expect("an object");
         run.making(&id);
