@@ -6,7 +6,7 @@ use std::{num::NonZeroUsize, sync::Arc};
 
 use engine::CancelToken;
 use stages::{
-    batch::{Batch, Event, Plan, Wish, plan::images_of_project, run::Limits},
+    batch::{Batch, Event, Listing, Plan, Wish, run::Limits},
     convert::Options,
     openstack::{CloudConfig, CloudFlags, Session, config::Surroundings},
 };
@@ -18,8 +18,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     // all together take no more than these
     let run = Some(uuid::Uuid::new_v4().to_string());
     let options = Options { memory_bytes: 512 << 20, run, ..Options::default() };
-    let images = images_of_project(&session).await?;
-    let plan = Plan::make(&session, &images, wishes, &options, "{name}-qcow2", None)?;
+    let listing = Listing::of_project(&session).await?;
+    let plan = Plan::make(&session, listing, wishes, &options, "{name}-qcow2", None)?;
     let names: Vec<String> = plan.entries.iter().map(stages::batch::Entry::shown).collect();
     let listener = Arc::new(move |event: &Event<'_>| {
         if let Event::Ended { index, outcome, .. } = event {

@@ -419,6 +419,47 @@ async fn a_run_that_slept_before_its_mark_looks_whose_the_image_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_try_that_failed_took_on_from_another_run_is_not_removed_by_the_next() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    let source = place.add("web", 1, 3 * MIB);
+    place.run(&["web", "--verify", "none"]).await.ends(0, &["1 converted"]);
+    let made = place.conversions()[&source]["id"].clone();
+    // under another name it is known by its id alone; it cannot be read at first
+    place.service.faults(|faults| faults.failing_gets = 1000);
+    let before = place.service.requests().len();
+    let other = place.command("there", &["web", "--name-template", "{name}-small", "--tries", "2"]).spawn().unwrap();
+    let changes = || place.service.requests()[before..].iter().filter(|request| request.starts_with("PATCH")).count();
+    // taken on by its first try, and by its second
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while changes() < 2 {
+        assert!(Instant::now() < deadline, "{:?}", &place.service.requests()[before..]);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    place.service.faults(|faults| faults.failing_gets = 0);
+    let output = tokio::time::timeout(Duration::from_secs(60), other.wait_with_output()).await.unwrap().unwrap();
+    Run::new(output, Duration::ZERO).ends(0, &["0 converted, 1 done before"]);
+    let requests = place.service.requests();
+    assert!(!requests.iter().any(|request| request.starts_with("DELETE")), "{requests:?}");
+    let image = place.conversions()[&source].clone();
+    assert_eq!(image["id"], made);
+    assert!(image["virta_verified"].as_str().unwrap().starts_with("hash:"), "{image}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_plan_has_seen_is_not_asked_again() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    for name in ["a", "b", "c"] {
+        place.add(name, 1, 3 * MIB);
+    }
+    place.run(&["a", "b", "c"]).await.ends(0, &["3 converted"]);
+    let requests = place.service.requests();
+    assert_eq!(requests.iter().filter(|request| *request == "GET /v2/images").count(), 1, "one list: {requests:?}");
+    // what is there by now is looked at as it is
+    place.run(&["a", "b", "c"]).await.ends(0, &["0 converted, 3 done before"]);
+    place.assert_all_converted(false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_conversion_that_was_never_verified_is_known_after_its_source_has_gone() {
     let mut place = Place::start(Config::default(), |_| {}).await;
     let source = place.add("web", 1, 3 * MIB);

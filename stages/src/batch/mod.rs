@@ -12,6 +12,7 @@
 //! | [`wish`] | one thing that is asked for: an image, its new name, its own flags |
 //! | [`list`] | wishes out of lines, CSV or JSON |
 //! | [`select`] | wishes out of what the project has |
+//! | [`listing`] | what the project has |
 //! | [`plan`] | what becomes of each wish, told before anything is done |
 //! | [`shares`] | the budgets, and each conversion's part of them |
 //! | [`journal`] | what happened, line by line, for the run that comes after a kill |
@@ -40,6 +41,7 @@
 
 pub mod journal;
 pub mod list;
+pub mod listing;
 pub mod outcome;
 pub mod plan;
 pub mod run;
@@ -48,6 +50,7 @@ pub mod shares;
 pub mod wish;
 
 pub use journal::Journal;
+pub use listing::Listing;
 pub use outcome::{Outcome, Summary};
 pub use plan::{Entry, Plan, Verdict};
 pub use run::{Batch, Event};

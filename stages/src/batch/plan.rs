@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use super::{Journal, Wish};
+use super::{Journal, Listing, Wish};
 use crate::{
     convert::{
         After, JobError, Notices, Options, claim,
@@ -17,9 +17,6 @@ use crate::{
     },
     text::{counted, printable},
 };
-
-/// The largest page that Glance gives (`api_limit_max`).
-const PAGE: &str = "1000";
 
 /// What is to be done about a wish.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,20 +81,14 @@ impl Entry {
 }
 
 /// A plan.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// In the order of the wishes.
     pub entries: Vec<Entry>,
     /// What the user should know.
     pub notes: Vec<String>,
-}
-
-/// All images that the project may see, for [`Plan::make`] and [`super::select`].
-///
-/// # Errors
-/// [`JobError`].
-pub async fn images_of_project(session: &Session) -> Result<Vec<Image>, JobError> {
-    Ok(session.images_matching(&[("limit", PAGE)]).await?)
+    /// What it was made of.
+    pub listing: Listing,
 }
 
 /// Replacements that a dead run left between the deletion of the source and the new name: they are finished.
@@ -169,7 +160,7 @@ impl<'a> Project<'a> {
 }
 
 impl Plan {
-    /// Makes a plan for `wishes` out of `images`.
+    /// Makes a plan for `wishes` out of what the project has.
     ///
     /// `options` are those for all; `template` names what has no name of its own.
     ///
@@ -177,21 +168,21 @@ impl Plan {
     /// [`JobError::Usage`] for a wish that contradicts itself, or a template that makes no sense.
     pub fn make(
         session: &Session,
-        images: &[Image],
+        listing: Listing,
         wishes: Vec<Wish>,
         options: &Options,
         template: &str,
         journal: Option<&Journal>,
     ) -> Result<Self, JobError> {
-        let project = Project::new(session, images);
-        let mut plan = Self::default();
+        let project = Project::new(session, &listing.images);
+        let (mut entries, mut notes) = (Vec::<Entry>::new(), Vec::new());
         let mut ids: HashMap<String, usize> = HashMap::new();
         let mut new_names: HashMap<String, usize> = HashMap::new();
         for wish in wishes {
             let word = wish.image.clone();
             let usage = |what: String| JobError::Usage(format!("{}: {what}", printable(&word)));
             let own = wish.options(options).map_err(usage)?;
-            let found = project.find(&wish, template, journal, &mut plan.notes);
+            let found = project.find(&wish, template, journal, &mut notes);
             let (image, mut verdict) = match found {
                 Ok(image) => (Some(image), None),
                 Err(verdict) => (None, Some(verdict)),
@@ -202,7 +193,7 @@ impl Plan {
                 (None, None) => String::new(),
             };
             if let Some(image) = image {
-                if let Some(first) = ids.insert(image.id.clone(), plan.entries.len()) {
+                if let Some(first) = ids.insert(image.id.clone(), entries.len()) {
                     ids.insert(image.id.clone(), first);
                     verdict = Some(skip("it is in the list twice"));
                 }
@@ -211,8 +202,7 @@ impl Plan {
                 verdict = Some(match judged {
                     Verdict::Convert => match new_names.get(&new_name) {
                         Some(other) => {
-                            let other: &Entry = &plan.entries[*other];
-                            let id = other.image.as_ref().map(Image::shown_id).unwrap_or_default();
+                            let id = entries[*other].image.as_ref().map(Image::shown_id).unwrap_or_default();
                             Verdict::Fail {
                                 reason: format!(
                                     "its new name, {}, is also that of the conversion of {id}: put {{id}} or {{date}} into --name-template",
@@ -221,7 +211,7 @@ impl Plan {
                             }
                         }
                         None => {
-                            new_names.insert(new_name.clone(), plan.entries.len());
+                            new_names.insert(new_name.clone(), entries.len());
                             Verdict::Convert
                         }
                     },
@@ -229,9 +219,9 @@ impl Plan {
                 });
             }
             let verdict = verdict.unwrap_or(Verdict::Fail { reason: "there is no such image".to_owned() });
-            plan.entries.push(Entry { wish, image: image.cloned(), new_name, options: own, verdict });
+            entries.push(Entry { wish, image: image.cloned(), new_name, options: own, verdict });
         }
-        Ok(plan)
+        Ok(Self { entries, notes, listing })
     }
 
     /// Sources that would go although they are shared with other projects, which would lose them: a request for each that may be. Where Glance does not

@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::{
-    Entry, Journal, Outcome, Plan, Summary, Verdict,
+    Entry, Journal, Listing, Outcome, Plan, Summary, Verdict,
     outcome::{Line, is_transient},
     shares::{Grant, Shares, TooSmall},
 };
@@ -23,10 +23,7 @@ use crate::{
     convert::{
         After, FoundServer, Job, JobError, Notices, Options, Report, Source,
         error::Nature,
-        names::{
-            NameCheck, carries_its_own_proof, check_name, finish_earlier, go_on_with_finished, go_on_with_unproven,
-            images_of_name,
-        },
+        names::{NameCheck, carries_its_own_proof, check_name, finish_earlier, go_on_with_finished, images_of_name},
         report::rss_peak_bytes,
         retire,
         to_glance::to_glance,
@@ -307,7 +304,15 @@ impl Runner {
     /// Finished images whose claim a dead run could not take off any more.
     async fn tidy(&self) {
         let session = &self.batch.session;
-        let Ok(images) = session.images_matching(&[("limit", "1000")]).await else { return };
+        let listed = &self.batch.plan.listing;
+        let anew = match listed.is_recent() {
+            true => None,
+            false => match Listing::of_project(session).await {
+                Ok(anew) => Some(anew),
+                Err(_) => return,
+            },
+        };
+        let images = &anew.as_ref().unwrap_or(listed).images;
         let own = |image: &&Image| image.owner == session.whoami().project_id;
         for image in images.iter().filter(own).filter(|image| image.status == "active" && image.property(CLAIM_UNTIL).is_some()) {
             // while the source is there, whoever is at it still needs the protection
@@ -395,10 +400,12 @@ impl Runner {
         let options = Options { claim: true, run: batch.options.run.clone(), ..grant.applied(&entry.options) };
         let goes = options.after != After::Keep;
         let (session, entry, cancel) = (batch.session.clone(), entry.clone(), batch.cancel.child());
+        // what failed once is looked at again
+        let untouched = batch.plan.listing.untouched(&entry).filter(|_| tries == 1);
         let started = Instant::now();
         let task = async move {
             let told: Arc<dyn Notices> = Arc::clone(&notices) as Arc<dyn Notices>;
-            let result = convert_one(&session, &entry, options, &progress, &told, &cancel).await;
+            let result = convert_one(&session, &entry, untouched, options, &progress, &told, &cancel).await;
             let warnings = std::mem::take(&mut *notices.warnings.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
             Finished { index, grant, tries, started, result, warnings }
         };
@@ -586,17 +593,28 @@ impl Runner {
     }
 }
 
-/// One try at one entry.
+/// One try at one entry. `untouched`: its source, if it is known that nothing is made of it.
 async fn convert_one(
     session: &Session,
     entry: &Entry,
+    untouched: Option<Image>,
     options: Options,
     progress: &Progress,
     notices: &Arc<dyn Notices>,
     cancel: &CancelToken,
 ) -> Result<Ended, JobError> {
     let Some(image) = &entry.image else { return Err(JobError::bug("an entry without an image was begun")) };
-    let result = convert_found(session, &image.id, &entry.new_name, options, progress, notices, cancel).await;
+    let found = async {
+        match untouched {
+            Some(source) => Ok(Found { source: Source::image(session, source)?, made: Vec::new(), taken: Vec::new() }),
+            None => Found::look(session, &image.id, &entry.new_name).await,
+        }
+    };
+    let converting = async {
+        let found = cancel.guard(found).await.map_err(|_| JobError::interrupted())??;
+        convert_found(session, found, &entry.new_name, options, progress, notices, cancel).await
+    };
+    let result = converting.await;
     let gone = |error: &JobError| {
         error.api().is_some_and(|api| api.status() == Some(StatusCode::NOT_FOUND))
             || matches!(error, JobError::Image(crate::openstack::image::ImageError::NotFound { .. }))
@@ -626,32 +644,45 @@ async fn convert_one(
     }
 }
 
+/// A source, and what has to do with it.
+struct Found {
+    source: Source,
+    /// Images that say that they were made of it.
+    made: Vec<Image>,
+    /// Images that have the new name.
+    taken: Vec<Image>,
+}
+
+impl Found {
+    async fn look(session: &Session, id: &str, new_name: &str) -> Result<Self, JobError> {
+        // three questions at once: each may wait behind somebody's transfer
+        let (source, made, taken) =
+            tokio::join!(Source::glance(session, id), session.images_where(SOURCE_ID, id), images_of_name(session, new_name));
+        let (source, mut made, taken) = (source?, made?, taken?);
+        if matches!(&source, Source::Glance { image, .. } if image.os_hidden == Some(true)) {
+            // its conversion is hidden, too, and lists leave such out unless they are asked for
+            made.extend(session.images_matching(&[(SOURCE_ID, id), ("os_hidden", "true")]).await?);
+        }
+        Ok(Self { source, made, taken })
+    }
+}
+
 async fn convert_found(
     session: &Session,
-    id: &str,
+    found: Found,
     new_name: &str,
     options: Options,
     progress: &Progress,
     notices: &Arc<dyn Notices>,
     cancel: &CancelToken,
 ) -> Result<Ended, JobError> {
-    // three questions at once: each may wait behind somebody's transfer
-    let asking = async {
-        tokio::join!(Source::glance(session, id), session.images_where(SOURCE_ID, id), images_of_name(session, new_name))
-    };
-    let (source, made, taken) = cancel.guard(asking).await.map_err(|_| JobError::interrupted())?;
-    let (job, mut made, taken) = (Job::new(source?, options, progress, notices, cancel), made?, taken?);
-    if matches!(&job.source, Source::Glance { image, .. } if image.os_hidden == Some(true)) {
-        // its conversion is hidden, too, and lists leave such out unless they are asked for
-        let hidden = cancel.guard(session.images_matching(&[(SOURCE_ID, id), ("os_hidden", "true")])).await;
-        made.extend(hidden.map_err(|_| JobError::interrupted())??);
-    }
+    let Found { source, made, taken } = found;
+    let job = Job::new(source, options, progress, notices, cancel);
     // not broken off as a whole: a source may be on its way out
     let checking = cancel.guard(retire::check(&job, job.options.force)).await;
     checking.unwrap_or_else(|_| Err(JobError::interrupted()))?;
     let run = job.options.run.as_deref();
     let is_own = |image: &Image| run.is_some() && image.property(RUN) == run;
-    let was_deleting = |image: &Image| run.is_some_and(|run| job.notices.was_deleting(run, &image.id));
     let looking = async {
         if let Some(done) = finish_earlier(&job, session, made, new_name).await? {
             return Ok(Some(Ended::Earlier(done.id)));
@@ -667,12 +698,7 @@ async fn convert_found(
                 Ok(Some(Ended::Earlier(done.id)))
             }
             // an earlier try of this run made it, and it may be on its way out: it is made anew
-            NameCheck::Unproven(image) if is_own(&image) && was_deleting(&image) => Ok(None),
-            // or took it on, and did not come to its end
-            NameCheck::Unproven(image) if is_own(&image) => {
-                go_on_with_unproven(&job, session, &image).await?;
-                Ok(Some(Ended::Earlier(image.id)))
-            }
+            NameCheck::Unproven(image) if is_own(&image) => Ok(None),
             NameCheck::Unproven(image) => Err(crate::convert::names::unproven(&image)),
             NameCheck::Free { unfinished } => {
                 for image in unfinished.iter().filter(|image| image.property(CLAIM_UNTIL).is_none()) {

@@ -76,7 +76,14 @@ impl Source {
     /// # Errors
     /// [`JobError`]: not there, two of one name, not active, not raw, without bytes; each says what to do.
     pub async fn glance(session: &Session, name_or_id: &str) -> Result<Self, JobError> {
-        let image = find(session, name_or_id).await?;
+        Self::image(session, find(session, name_or_id).await?)
+    }
+
+    /// An image whose record is known, if it can be converted.
+    ///
+    /// # Errors
+    /// Those of [`Source::glance`].
+    pub fn image(session: &Session, image: Image) -> Result<Self, JobError> {
         let shown = format!("image {} ({})", image.shown(), image.id);
         if image.is_volume_backed() {
             return Err(JobError::Refused(format!(

@@ -21,8 +21,8 @@ use engine::CancelToken;
 use jiff::SignedDuration;
 use stages::{
     batch::{
-        Batch, Event, Journal, Outcome, Plan, Summary, Wish, list,
-        plan::{finish_replacements, images_of_project},
+        Batch, Event, Journal, Listing, Outcome, Plan, Summary, Wish, list,
+        plan::finish_replacements,
         run::Limits,
         select::{Filter, parse_age, snapshots},
     },
@@ -160,7 +160,14 @@ impl BatchArgs {
         if after != After::Keep && verify == Verify::None {
             return Err("a source is deleted only after verification: leave --verify none out".to_owned());
         }
-        Ok(Options { after, verify, force: self.force, copy_members: self.source_after.copy_members, run: run.id(), ..usual })
+        Ok(Options {
+            after,
+            verify,
+            force: self.force,
+            copy_members: self.source_after.copy_members,
+            run: Some(run.name()),
+            ..usual
+        })
     }
 
     fn limits(&self) -> Limits {
@@ -369,9 +376,9 @@ async fn prepare(
         run.in_cloud(&session);
         status::clean_up_before(&session, display, cancel).await?;
     }
-    let mut images = images_of_project(&session).await?;
-    if changes && options.after == After::Replace && finish_replacements(&session, &images, display).await? {
-        images = images_of_project(&session).await?;
+    let mut listing = Listing::of_project(&session).await?;
+    if changes && options.after == After::Replace && finish_replacements(&session, &listing.images, display).await? {
+        listing = Listing::of_project(&session).await?;
     }
     let mut left_out = Vec::new();
     let selection = arguments.selection(&wishes);
@@ -387,7 +394,7 @@ async fn prepare(
             name: arguments.name.clone(),
             instance,
         };
-        let mut selected = snapshots(&session, &images, &filter);
+        let mut selected = snapshots(&session, &listing.images, &filter);
         // grouped by user where there are several
         selected.images.sort_by(|a, b| {
             let key = |image: &Image| (image.property("user_id").map(str::to_owned), image.name.clone(), image.id.clone());
@@ -405,7 +412,7 @@ async fn prepare(
         wishes = selected.images.iter().map(|image| Wish::of(&image.id)).collect();
         if wishes.is_empty() {
             let own = |image: &&Image| session.owns(image) && image.disk_format.as_deref() == Some("raw");
-            let raw = images.iter().filter(own).count();
+            let raw = listing.images.iter().filter(own).count();
             let others = match raw {
                 0 => String::new(),
                 raw => format!(
@@ -420,10 +427,10 @@ async fn prepare(
         for wish in &wishes {
             let id = wish.image.strip_prefix("glance:").unwrap_or(&wish.image);
             if uuid::Uuid::parse_str(id).is_ok()
-                && !images.iter().any(|image| image.id.eq_ignore_ascii_case(id))
+                && !listing.images.iter().any(|image| image.id.eq_ignore_ascii_case(id))
                 && let Ok(image) = session.image(id).await
             {
-                images.push(image);
+                listing.images.push(image);
             }
         }
     }
@@ -449,7 +456,7 @@ async fn prepare(
             }
         },
     };
-    let mut plan = Plan::make(&session, &images, wishes, options, &arguments.name_template, journal.as_ref())?;
+    let mut plan = Plan::make(&session, listing, wishes, options, &arguments.name_template, journal.as_ref())?;
     if arguments.dry_run {
         // a run finds that out itself, image by image
         let looking = cancel.guard(plan.refuse_shared(&session)).await;

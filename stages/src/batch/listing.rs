@@ -1,0 +1,58 @@
+//! What the project has, as one list told it.
+//!
+//! A plan is made of it, and what begins soon afterwards does not ask again what it told: three requests for each image, of which Glance does a few
+//! dozen a second. What may have come in between, the claim finds (its id is taken then), and what changed in the source, the look at it
+//! when it was read.
+
+use std::time::{Duration, Instant};
+
+use super::Entry;
+use crate::{
+    convert::JobError,
+    openstack::{Image, Session, image::SOURCE_ID},
+};
+
+/// The largest page that Glance gives (`api_limit_max`).
+const PAGE: &str = "1000";
+/// So long it is believed.
+const RECENT: Duration = Duration::from_secs(30);
+
+/// All images that a project may see, and when that was.
+#[derive(Clone, Debug)]
+pub struct Listing {
+    /// As Glance listed them; hidden ones are not among them.
+    pub images: Vec<Image>,
+    taken: Instant,
+}
+
+impl Listing {
+    /// Asks Glance: one request for each thousand images.
+    ///
+    /// # Errors
+    /// [`JobError::Api`].
+    pub async fn of_project(session: &Session) -> Result<Self, JobError> {
+        let taken = Instant::now();
+        Ok(Self { images: session.images_matching(&[("limit", PAGE)]).await?, taken })
+    }
+
+    /// Is it from just now?
+    #[must_use]
+    pub fn is_recent(&self) -> bool {
+        self.taken.elapsed() < RECENT
+    }
+
+    /// The entry's source, if that is all there is to know before it is converted: nothing is made of it, and no other image has the new name.
+    pub(super) fn untouched(&self, entry: &Entry) -> Option<Image> {
+        let source = entry.image.as_ref()?;
+        let listed = self.images.iter().find(|image| image.id == source.id)?;
+        // lists leave the conversions of hidden images out
+        if !self.is_recent() || listed.os_hidden == Some(true) {
+            return None;
+        }
+        let touches = |image: &&Image| {
+            image.id != source.id
+                && (image.property(SOURCE_ID) == Some(&source.id) || image.name.as_deref() == Some(&entry.new_name))
+        };
+        (!self.images.iter().any(|image| touches(&image))).then(|| listed.clone())
+    }
+}
