@@ -316,7 +316,7 @@ def many(cloud, inputs, virta, work):
         )  # fmt: skip
 
     batches = [fresh.batch(f"virta batch --verify none --jobs {jobs}", jobs) for jobs in (1, 4)]
-    curls = [transfers(parallel) for parallel in (1, 2, 4)]
+    curls = [transfers(parallel) for parallel in (2, 4, 8)]
     return Case(
         "glance-batch", "real Glance, 12 raw images of 160 to 600 MiB, a quarter of them data", names[0], [*batches, *curls],
         [

@@ -71,7 +71,8 @@ class Cloud:
         return f"curl -sS --fail -H @{self.headers} -o {path} {self.glance}/v2/images/{image}/file"
 
     def put(self, image, path):
+        """`Expect:` off: curl would wait a second for a "100 Continue", which Glance's own WSGI server never sends."""
         return (
-            f"curl -sS --fail -X PUT -H @{self.headers} -H 'Content-Type: application/octet-stream'"
+            f"curl -sS --fail -X PUT -H @{self.headers} -H 'Content-Type: application/octet-stream' -H Expect:"
             f" -T {path} {self.glance}/v2/images/{image}/file"
         )
