@@ -4,6 +4,7 @@
 //! lives: the kernel lets go of it however the run ends. An image's id is written down before the request that makes it leaves.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -224,6 +225,7 @@ impl Run {
 
     /// It is about to delete this image.
     pub fn deleting(&self, image_id: &str) {
+        deletions().insert((self.name(), image_id.to_owned()));
         self.change(|record| push_once(&mut record.deleting, image_id));
     }
 
@@ -375,9 +377,16 @@ pub fn made_by(source: &str, destination: &str, session: &Session) -> Vec<String
     runs.flat_map(|found| found.record.images).collect()
 }
 
-/// Was this run of this machine, which is over, about to delete that image? [`Run::deleting`].
+/// What runs of this process were about to delete: it is known where it could not be written down, too.
+fn deletions() -> std::sync::MutexGuard<'static, BTreeSet<(String, String)>> {
+    static DELETIONS: Mutex<BTreeSet<(String, String)>> = Mutex::new(BTreeSet::new());
+    DELETIONS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Was this run, one of this process or one of this machine that is over, about to delete that image? [`Run::deleting`].
 pub fn was_deleting(run: &str, image_id: &str) -> bool {
-    found(run).is_some_and(|found| found.record.deleting.iter().any(|id| id == image_id))
+    deletions().contains(&(run.to_owned(), image_id.to_owned()))
+        || found(run).is_some_and(|found| found.record.deleting.iter().any(|id| id == image_id))
 }
 
 fn push_once(ids: &mut Vec<String>, id: &str) {

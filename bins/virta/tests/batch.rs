@@ -446,6 +446,24 @@ async fn what_a_try_that_failed_took_on_from_another_run_is_not_removed_by_the_n
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_another_run_made_since_the_plan_is_found_by_the_first_try() {
+    let mut place = Place::start(Config::default(), |faults| {
+        faults.stalling_puts = 1;
+        faults.stall = Duration::from_secs(3);
+    })
+    .await;
+    place.add("large", 1, 12 * MIB);
+    place.add("small", 2, 3 * MIB);
+    let one = place.command("here", &["large", "small", "--jobs", "1", "--tries", "1", "--no-wait"]).spawn().unwrap();
+    seen(&place.service, "PUT /v2/images").await;
+    let other = place.command("there", &["small"]).output().await.unwrap();
+    Run::new(other, Duration::ZERO).ends(0, &["1 converted"]);
+    let output = tokio::time::timeout(Duration::from_secs(60), one.wait_with_output()).await.unwrap().unwrap();
+    Run::new(output, Duration::ZERO).ends(0, &["1 converted, 1 done before"]);
+    place.assert_all_converted(false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_the_plan_has_seen_is_not_asked_again() {
     let mut place = Place::start(Config::default(), |_| {}).await;
     for name in ["a", "b", "c"] {

@@ -1,10 +1,10 @@
 //! What the project has, as one list told it.
 //!
 //! A plan is made of it, and what begins soon afterwards does not ask again what it told: three requests for each image, of which Glance does a few
-//! dozen a second. What may have come in between, the claim finds (its id is taken then), and what changed in the source, the look at it
-//! when it was read.
+//! dozen a second. What another batch did in between, the claim finds (its id is taken then), and what changed in the source's bytes, the look at
+//! it when it was read. An image that somebody gives the new name in that half minute is not seen: then there are two of it.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime};
 
 use super::Entry;
 use crate::{
@@ -22,7 +22,8 @@ const RECENT: Duration = Duration::from_secs(30);
 pub struct Listing {
     /// As Glance listed them; hidden ones are not among them.
     pub images: Vec<Image>,
-    taken: Instant,
+    /// By the clock that goes on while a machine sleeps.
+    taken: SystemTime,
 }
 
 impl Listing {
@@ -31,14 +32,14 @@ impl Listing {
     /// # Errors
     /// [`JobError::Api`].
     pub async fn of_project(session: &Session) -> Result<Self, JobError> {
-        let taken = Instant::now();
+        let taken = SystemTime::now();
         Ok(Self { images: session.images_matching(&[("limit", PAGE)]).await?, taken })
     }
 
     /// Is it from just now?
     #[must_use]
     pub fn is_recent(&self) -> bool {
-        self.taken.elapsed() < RECENT
+        self.taken.elapsed().is_ok_and(|since| since < RECENT)
     }
 
     /// The entry's source, if that is all there is to know before it is converted: nothing is made of it, and no other image has the new name.

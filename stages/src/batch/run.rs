@@ -324,6 +324,11 @@ impl Runner {
             {
                 continue;
             }
+            // as it is now: the protection may be the user's by now
+            let claimed = session.image_if_there(&image.id).await;
+            if claimed.is_ok_and(|now| now.is_none_or(|now| now.property(CLAIM_UNTIL).is_none())) {
+                continue;
+            }
             if let Err(error) = retire::release(session, &image.id, image.property(RUN)).await {
                 self.tell(&format!(
                     "warning: image {} keeps the mark of a run that is over: {}",
@@ -363,13 +368,13 @@ impl Runner {
     /// Begins as many as there are slots. `true`: there is one that waits for a part of the budgets.
     fn fill(&mut self) -> bool {
         while self.stopped.is_none() && self.shares.has_slot() {
-            let (index, tries) = if let Some(index) = self.queue.front() {
-                (*index, 0)
+            let (index, tries, again) = if let Some(index) = self.queue.front() {
+                (*index, 0, false)
             } else {
                 let now = Instant::now();
                 let ready = |later: &Later| later.due <= now && self.is_worth_it(later);
                 let Some(at) = self.later.iter().position(ready) else { return false };
-                (self.later[at].index, self.later[at].tries)
+                (self.later[at].index, self.later[at].tries, true)
             };
             let waiting = (self.queue.len() + self.later.len()).saturating_sub(1);
             let Some(grant) = self.shares.grant(self.batch.plan.entries[index].bytes(), waiting) else { return true };
@@ -378,12 +383,12 @@ impl Runner {
             } else {
                 self.later.retain(|later| later.index != index);
             }
-            self.start(index, tries + 1, grant);
+            self.start(index, tries + 1, again, grant);
         }
         false
     }
 
-    fn start(&mut self, index: usize, tries: u32, grant: Grant) {
+    fn start(&mut self, index: usize, tries: u32, again: bool, grant: Grant) {
         let batch = &self.batch;
         let entry = &batch.plan.entries[index];
         let progress = Progress::default();
@@ -400,8 +405,8 @@ impl Runner {
         let options = Options { claim: true, run: batch.options.run.clone(), ..grant.applied(&entry.options) };
         let goes = options.after != After::Keep;
         let (session, entry, cancel) = (batch.session.clone(), entry.clone(), batch.cancel.child());
-        // what failed once is looked at again
-        let untouched = batch.plan.listing.untouched(&entry).filter(|_| tries == 1);
+        // what failed once, or was held, is looked at again
+        let untouched = batch.plan.listing.untouched(&entry).filter(|_| !again);
         let started = Instant::now();
         let task = async move {
             let told: Arc<dyn Notices> = Arc::clone(&notices) as Arc<dyn Notices>;
@@ -458,7 +463,11 @@ impl Runner {
         let freed_later = self.under_way.values().any(|(_, _, goes)| *goes);
         let last_try = tries >= limits.tries;
         // a claim that is over may be found once, when its image has just been finished
-        let is_claimed = !matches!(error, JobError::Held { until, .. } if *until <= now_utc());
+        let is_claimed = match error {
+            JobError::Held { until, .. } => *until > now_utc(),
+            JobError::JustEnded { .. } => false,
+            _ => true,
+        };
         let again = match nature {
             Nature::Transient => !last_try,
             // room may come from what still runs and deletes its source
@@ -604,17 +613,21 @@ async fn convert_one(
     cancel: &CancelToken,
 ) -> Result<Ended, JobError> {
     let Some(image) = &entry.image else { return Err(JobError::bug("an entry without an image was begun")) };
-    let found = async {
-        match untouched {
-            Some(source) => Ok(Found { source: Source::image(session, source)?, made: Vec::new(), taken: Vec::new() }),
-            None => Found::look(session, &image.id, &entry.new_name).await,
-        }
-    };
-    let converting = async {
+    let converting = async |untouched: Option<Image>| {
+        let found = async {
+            match untouched {
+                Some(source) => Ok(Found { source: Source::image(session, source)?, made: Vec::new(), taken: Vec::new() }),
+                None => Found::look(session, &image.id, &entry.new_name).await,
+            }
+        };
         let found = cancel.guard(found).await.map_err(|_| JobError::interrupted())??;
-        convert_found(session, found, &entry.new_name, options, progress, notices, cancel).await
+        convert_found(session, found, &entry.new_name, options.clone(), progress, notices, cancel).await
     };
-    let result = converting.await;
+    let believed = untouched.is_some();
+    let result = match converting(untouched).await {
+        Err(JobError::JustEnded { .. }) if believed => converting(None).await,
+        other => other,
+    };
     let gone = |error: &JobError| {
         error.api().is_some_and(|api| api.status() == Some(StatusCode::NOT_FOUND))
             || matches!(error, JobError::Image(crate::openstack::image::ImageError::NotFound { .. }))

@@ -122,6 +122,14 @@ pub enum JobError {
         /// How long its claim is good, UTC.
         until: String,
     },
+    /// Another run came to its end with this source after it was looked at: the next look finds out what it came to.
+    #[error("run {run} has just come to its end with this source (image {image})")]
+    JustEnded {
+        /// The image that it made.
+        image: String,
+        /// The run.
+        run: String,
+    },
     /// The image under construction was deleted by somebody else.
     #[error("image {image}, which this run was making, was deleted by somebody else")]
     Lost {
@@ -246,7 +254,7 @@ impl JobError {
     pub fn nature(&self) -> Nature {
         match self {
             Self::Interrupted(_) => return Nature::Interrupted,
-            Self::Held { .. } => return Nature::Held,
+            Self::Held { .. } | Self::JustEnded { .. } => return Nature::Held,
             Self::Quota(_) => return Nature::Quota,
             Self::Stuck { .. } | Self::Lost { .. } => return Nature::Transient,
             Self::LeftBehind { error, .. } => return error.nature(),

@@ -20,7 +20,6 @@ use crate::{
     glance::{Patience, Retries},
     openstack::{
         ApiError, Image, Session,
-        error::now_utc,
         image::{CLAIM_UNTIL, RUN, VERIFIED},
     },
     text::{causes, printable},
@@ -108,13 +107,13 @@ impl<'a> Maker<'a> {
             self.not_ours(&id);
             // one that is not there was made once, and deleted: its id is spent
             if let Some(image) = self.session.image_if_there(&id).await? {
-                self.take_over(&image).await?;
+                self.take_over(claim, &image).await?;
             }
         }
     }
 
     /// An image has the claimed id already. Returns if it was removed because nobody needs it; the next generation is free then.
-    async fn take_over(&self, image: &Image) -> Result<(), JobError> {
+    async fn take_over(&self, claim: &Claim, image: &Image) -> Result<(), JobError> {
         // an earlier try of this very run left it, and this run works on a source once at a time
         let own = image.property(RUN) == Some(self.run());
         if !own && let Some(held) = claim::held(image, self.notices) {
@@ -130,12 +129,13 @@ impl<'a> Maker<'a> {
         let going = || self.notices.was_deleting(self.run(), &image.id) || image.property(VERIFIED).is_none();
         let half_made =
             matches!(image.status.as_str(), "queued" | "saving" | "killed") || (own && !carries_its_own_proof(image) && going());
-        if !half_made {
+        // what is the only copy is never half made
+        let only_copy = image.status == "active" && self.session.image_if_there(claim.source()).await?.is_none();
+        if !half_made || only_copy {
             // another run has just come to its end: the next look finds out what it came to
-            return Err(JobError::Held {
+            return Err(JobError::JustEnded {
                 image: image.id.clone(),
                 run: image.property(RUN).unwrap_or("unknown").to_owned(),
-                until: now_utc(),
             });
         }
         self.delete_once(&image.id).await?;

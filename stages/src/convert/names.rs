@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use reqwest::StatusCode;
 use serde_json::json;
 
 use super::{
@@ -211,7 +212,6 @@ async fn adopted(
     let claimed = image.property(CLAIM_UNTIL).is_some();
     // somebody else's protection is not ours to take off
     let ours = claimed || (goes && image.protected != Some(true));
-    let stranger = image.property(RUN).filter(|run| job.options.run.as_deref() != Some(*run));
     let mut changes = Vec::new();
     let run = job.options.run.as_deref().or(image.property(RUN));
     if let Some(run) = &job.options.run {
@@ -236,13 +236,18 @@ async fn adopted(
         let refused = |error: &ApiError| !error.is_retryable() && !matches!(error, ApiError::Answer { .. });
         match adopted {
             Some(Ok(_)) => {}
+            Some(Err(gone)) if gone.status() == Some(StatusCode::NOT_FOUND) => {
+                return Err(JobError::Lost { image: image.id.clone() });
+            }
             Some(Err(error)) if refused(&error) => return Err(error.into()),
             // it may have been heard, or be yet: nobody is to be kept away for nothing
             unheard => {
-                let released = job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await;
-                if ours && !matches!(released, Some(Ok(true))) {
-                    let until = format!("image {} is claimed by this run for a while", image.shown_id());
-                    job.notices.warn(&format!("it may be that {}", if goes { &stays } else { &until }));
+                if ours {
+                    let released = job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await;
+                    if unheard.is_none() || !matches!(released, Some(Ok(true))) {
+                        let until = format!("image {} is claimed by this run for a while", image.shown_id());
+                        job.notices.warn(&format!("it may be that {}", if goes { &stays } else { &until }));
+                    }
                 }
                 return Err(unheard.and_then(Result::err).map_or_else(JobError::interrupted, JobError::from));
             }
@@ -253,14 +258,20 @@ async fn adopted(
         return done;
     }
     // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
-    // of this machine which died when it deleted, or of an earlier try of this very run. Only then is the protection taken off; while the source
-    // is there, at once
-    let may_be_deleted = stranger.is_some_and(|run| !job.notices.is_dead(run))
-        || image.property(RUN).is_some_and(|run| job.notices.was_deleting(run, &image.id));
+    // of this machine which died when it deleted. An unproven one that carries this very run's name may have been taken on by an earlier try.
+    // Only then is the protection taken off; while the source is there, at once
+    let may_be_deleted = image.property(RUN).is_some_and(|of| {
+        let may_live = match job.options.run.as_deref() == Some(of) {
+            true => !carries_its_own_proof(image),
+            false => !job.notices.is_dead(of),
+        };
+        may_live || job.notices.was_deleting(of, &image.id)
+    });
     // a DELETE of the source that was not answered may still be heard
     let going = matches!(&done, Err(JobError::SourceKept { error, .. }) if error.is_retryable());
     if goes && may_be_deleted && (going || is_source_gone(job).await) {
-        job.notices.note(&format!("image {} stays protected for a minute: a run elsewhere made it", image.shown_id()));
+        job.notices
+            .note(&format!("image {} stays protected for a minute: a run elsewhere may still delete it", image.shown_id()));
         let waiting = tokio::time::sleep(job.options.patience.silence);
         if job.cancel.guard(waiting).await.is_err() {
             job.notices.warn(&stays);

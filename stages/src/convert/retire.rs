@@ -163,11 +163,18 @@ fn kept(new_id: &str) -> JobError {
     ))
 }
 
+/// What a source that is not there, or cannot be asked for, leads to.
+const SOURCE_NOT_SEEN: &str = "the source could not be looked at again (another run may have deleted it)";
+
 /// Everything before the DELETE. Broken off anywhere, both images are there.
 async fn prepare(job: &Job, session: &Session, source_session: &Session, source: &Image, new_id: &str) -> Result<(), JobError> {
     let after = job.options.after;
+    let mut source = source.clone();
     if after != After::Keep {
         refuse_overtaken(job, &session.image(new_id).await?)?;
+        // as it is now: it may have been shared since it was looked at
+        let looking = source_session.image(&source.id).await;
+        source = looking.map_err(|error| failed(new_id, SOURCE_NOT_SEEN, error))?;
     }
     if after == After::Replace {
         let marks = [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())];
@@ -182,7 +189,7 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
     }
     // asked for again: somebody may have been added meanwhile
     let members =
-        if after == After::Keep && !job.options.copy_members { Vec::new() } else { members(source_session, source).await? };
+        if after == After::Keep && !job.options.copy_members { Vec::new() } else { members(source_session, &source).await? };
     if job.options.copy_members {
         for member in &members {
             let added = session.add_member(new_id, member).await;
@@ -202,9 +209,7 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
         )));
     }
     job.check_unchanged().await.map_err(|error| match error {
-        JobError::Api(error) => {
-            failed(new_id, "the source could not be looked at again (another run may have deleted it)", error)
-        }
+        JobError::Api(error) => failed(new_id, SOURCE_NOT_SEEN, error),
         error => error,
     })?;
     let new = session.image(new_id).await?;

@@ -27,7 +27,7 @@ use crate::{
     hash::Hasher,
     openstack::{
         Change, Image, Session,
-        error::now_utc,
+        error::{ApiError, now_utc},
         image::{CLAIM_UNTIL, RUN, VERIFIED, check_properties, converted_record},
     },
     qcow2::Geometry,
@@ -292,19 +292,22 @@ impl Emission<'_> {
         }
         // not broken off: what cleans up has to see what became of it
         let marking = self.maker.session.change_image(image_id, &changes);
-        match self.job.options.patience.to_its_end(&self.job.cancel, marking).await {
+        let error = match self.job.options.patience.to_its_end(&self.job.cancel, marking).await {
+            Some(Ok(_)) => None,
             Some(Err(gone)) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                 return Err(JobError::Lost { image: image_id.to_owned() });
             }
-            Some(other) => other.map(drop)?,
-            None => {
-                if goes && self.maker.claim.is_some() {
-                    self.job.notices.warn(&format!(
-                        "it may be that image {image_id} is verified and stays protected: virta image set --unprotected {image_id}"
-                    ));
-                }
-                return Err(JobError::interrupted());
+            Some(Err(error)) => Some(Some(error)),
+            None => Some(None),
+        };
+        if let Some(error) = error {
+            let heard = |error: &ApiError| error.is_retryable() || matches!(error, ApiError::Answer { .. });
+            if goes && self.maker.claim.is_some() && error.as_ref().is_none_or(heard) {
+                self.job.notices.warn(&format!(
+                    "it may be that image {image_id} is verified and stays protected: virta image set --unprotected {image_id}"
+                ));
             }
+            return Err(error.map_or_else(JobError::interrupted, JobError::from));
         }
         // by a request of its own: while the mark's answer was lost and it was sent again, others still kept away
         if let Some(claim) = &self.maker.claim {
