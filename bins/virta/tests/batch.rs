@@ -10,7 +10,10 @@ use std::{
 };
 
 use common::{MIB, Run, seen, signal};
-use mini_glance::{Config, Faults, MiniGlance, identity::PROJECT_ID};
+use mini_glance::{
+    Config, Faults, MiniGlance,
+    identity::{OTHER_PROJECT_ID, PROJECT_ID},
+};
 use serde_json::{Value, json};
 use stages::qcow2::{Qcow2, verify};
 use tokio::process::Command;
@@ -463,6 +466,60 @@ async fn what_another_run_made_since_the_plan_is_found_by_the_first_try() {
     place.assert_all_converted(false);
 }
 
+/// A batch of one after the other, the first of which takes a while; what is changed meanwhile, the others have to meet as it is.
+async fn changed_behind_the_plan(place: &mut Place, flags: &[&str], change: impl AsyncFnOnce(&Place)) -> Run {
+    place.service.faults(|faults| {
+        faults.stalling_puts = 1;
+        faults.stall = Duration::from_secs(3);
+    });
+    let arguments = [&["--jobs", "1", "--tries", "1", "--no-wait"][..], flags].concat();
+    let running = place.command("here", &arguments).spawn().unwrap();
+    seen(&place.service, "PUT /v2/images").await;
+    change(place).await;
+    let output = tokio::time::timeout(Duration::from_secs(60), running.wait_with_output()).await.unwrap().unwrap();
+    Run::new(output, Duration::ZERO)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_was_shared_since_the_plan_stays() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    let large = place.add("large", 1, 12 * MIB);
+    let small = place.add("small", 2, 3 * MIB);
+    let share = async |place: &Place| {
+        let share = place.clean(env!("CARGO_BIN_EXE_virta")).args(["share", &small, OTHER_PROJECT_ID]).output().await.unwrap();
+        Run::new(share, Duration::ZERO).ends(0, &[]);
+    };
+    let run = changed_behind_the_plan(&mut place, &["large", "small", "--delete-source", "--yes"], share).await;
+    run.ends(4, &["shared with 1 project"]);
+    assert!(place.image(&large).is_none());
+    assert!(place.image(&small).is_some(), "its members would lose it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_was_taken_since_the_plan_is_not_given_twice() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    place.add("large", 1, 12 * MIB);
+    place.add("small", 2, 3 * MIB);
+    let take = async |place: &Place| {
+        place.service.add_image(&record("small-qcow2"), |storing| storing.write(&[1; 512])).unwrap();
+    };
+    let run = changed_behind_the_plan(&mut place, &["large", "small"], take).await;
+    run.ends(4, &["an image called small-qcow2 is there already"]);
+    assert_eq!(place.service.images().iter().filter(|image| image["name"] == "small-qcow2").count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replacement_has_the_name_that_its_source_had_at_last() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    place.add("large", 1, 12 * MIB);
+    let small = place.add("small", 2, 3 * MIB);
+    let rename = async |place: &Place| place.service.set(&small, "name", json!("small-of-today"));
+    let run = changed_behind_the_plan(&mut place, &["large", "small", "--replace", "--yes"], rename).await;
+    run.ends(0, &["2 converted"]);
+    assert!(place.image(&small).is_none());
+    assert_eq!(place.conversions()[&small]["name"], "small-of-today");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_plan_has_seen_is_not_asked_again() {
     let mut place = Place::start(Config::default(), |_| {}).await;
@@ -471,7 +528,11 @@ async fn what_the_plan_has_seen_is_not_asked_again() {
     }
     place.run(&["a", "b", "c"]).await.ends(0, &["3 converted"]);
     let requests = place.service.requests();
-    assert_eq!(requests.iter().filter(|request| *request == "GET /v2/images").count(), 1, "one list: {requests:?}");
+    assert_eq!(
+        requests.iter().filter(|request| *request == "GET /v2/images").count(),
+        1 + 3,
+        "one list, and who has each name: {requests:?}"
+    );
     // what is there by now is looked at as it is
     place.run(&["a", "b", "c"]).await.ends(0, &["0 converted, 3 done before"]);
     place.assert_all_converted(false);

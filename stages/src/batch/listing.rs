@@ -1,8 +1,8 @@
 //! What the project has, as one list told it.
 //!
-//! A plan is made of it, and what begins soon afterwards does not ask again what it told: three requests for each image, of which Glance does a few
-//! dozen a second. What another batch did in between, the claim finds (its id is taken then), and what changed in the source's bytes, the look at
-//! it when it was read. An image that somebody gives the new name in that half minute is not seen: then there are two of it.
+//! A plan is made of it, and what begins soon afterwards does not ask again what it told: two requests for each image, of which Glance does a few
+//! dozen a second. What another batch did in between, the claim finds (its id is taken then); what changed in the source's bytes, the look at
+//! it when it was read; and who may have the new name by now is asked in any case.
 
 use std::time::{Duration, SystemTime};
 

@@ -615,10 +615,13 @@ async fn convert_one(
     let Some(image) = &entry.image else { return Err(JobError::bug("an entry without an image was begun")) };
     let converting = async |untouched: Option<Image>| {
         let found = async {
-            match untouched {
-                Some(source) => Ok(Found { source: Source::image(session, source)?, made: Vec::new(), taken: Vec::new() }),
-                None => Found::look(session, &image.id, &entry.new_name).await,
+            // no claim keeps others from giving an image the new name
+            if let Some(source) = untouched
+                && images_of_name(session, &entry.new_name).await?.iter().all(|taken| taken.id == source.id)
+            {
+                return Ok(Found { source: Source::image(session, source)?, made: Vec::new(), taken: Vec::new() });
             }
+            Found::look(session, &image.id, &entry.new_name).await
         };
         let found = cancel.guard(found).await.map_err(|_| JobError::interrupted())??;
         convert_found(session, found, &entry.new_name, options.clone(), progress, notices, cancel).await

@@ -124,7 +124,7 @@ pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, compar
         compare_again(job, session, new_id).await?;
     }
     let preparing = prepare(job, session, source_session, source, new_id);
-    job.cancel.guard(preparing).await.map_err(|_| kept(new_id))??;
+    let source = job.cancel.guard(preparing).await.map_err(|_| kept(new_id))??;
     if after == After::Keep {
         return Ok(());
     }
@@ -167,12 +167,19 @@ fn kept(new_id: &str) -> JobError {
 const SOURCE_NOT_SEEN: &str = "the source could not be looked at again (another run may have deleted it)";
 
 /// Everything before the DELETE. Broken off anywhere, both images are there.
-async fn prepare(job: &Job, session: &Session, source_session: &Session, source: &Image, new_id: &str) -> Result<(), JobError> {
+///
+/// Returns the source, as it is now where it goes: it may have been shared or renamed since it was looked at.
+async fn prepare(
+    job: &Job,
+    session: &Session,
+    source_session: &Session,
+    source: &Image,
+    new_id: &str,
+) -> Result<Image, JobError> {
     let after = job.options.after;
     let mut source = source.clone();
     if after != After::Keep {
         refuse_overtaken(job, &session.image(new_id).await?)?;
-        // as it is now: it may have been shared since it was looked at
         let looking = source_session.image(&source.id).await;
         source = looking.map_err(|error| failed(new_id, SOURCE_NOT_SEEN, error))?;
     }
@@ -199,7 +206,7 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
             .note(&format!("the new image is shared with {}, which has to be accepted there", counted(members.len(), "project")));
     }
     if after == After::Keep {
-        return Ok(());
+        return Ok(source);
     }
     if !members.is_empty() && !job.options.copy_members {
         return Err(JobError::Refused(format!(
@@ -227,7 +234,7 @@ async fn prepare(job: &Job, session: &Session, source_session: &Session, source:
             new.status
         )));
     }
-    Ok(())
+    Ok(source)
 }
 
 /// Whose source another run cares for, this one leaves alone.
