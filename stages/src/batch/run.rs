@@ -324,10 +324,14 @@ impl Runner {
             {
                 continue;
             }
-            // as it is now: the protection may be the user's by now
-            let claimed = session.image_if_there(&image.id).await;
-            if claimed.is_ok_and(|now| now.is_none_or(|now| now.property(CLAIM_UNTIL).is_none())) {
-                continue;
+            // as it is now: the claim may be another run's by now, or the protection the user's
+            let as_listed = |now: &Image| {
+                let same = |key: &str| now.property(key) == image.property(key);
+                same(CLAIM_UNTIL) && same(RUN) && now.protected == image.protected
+            };
+            match session.image_if_there(&image.id).await {
+                Ok(Some(now)) if as_listed(&now) => {}
+                _ => continue,
             }
             if let Err(error) = retire::release(session, &image.id, image.property(RUN)).await {
                 self.tell(&format!(
@@ -616,10 +620,11 @@ async fn convert_one(
     let converting = async |untouched: Option<Image>| {
         let found = async {
             // no claim keeps others from giving an image the new name
-            if let Some(source) = untouched
-                && images_of_name(session, &entry.new_name).await?.iter().all(|taken| taken.id == source.id)
-            {
-                return Ok(Found { source: Source::image(session, source)?, made: Vec::new(), taken: Vec::new() });
+            if let Some(source) = untouched {
+                let taken = images_of_name(session, &entry.new_name).await?;
+                if taken.iter().all(|taken| taken.id == source.id) {
+                    return Ok(Found { source: Source::image(session, source)?, made: Vec::new(), taken });
+                }
             }
             Found::look(session, &image.id, &entry.new_name).await
         };

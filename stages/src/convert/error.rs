@@ -123,7 +123,7 @@ pub enum JobError {
         until: String,
     },
     /// Another run came to its end with this source after it was looked at: the next look finds out what it came to.
-    #[error("run {run} has just come to its end with this source (image {image})")]
+    #[error("image {image} of run {run} is there already, and was not when this source was looked at")]
     JustEnded {
         /// The image that it made.
         image: String,

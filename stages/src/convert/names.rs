@@ -233,7 +233,8 @@ async fn adopted(
         job.notices.making(&image.id);
         let adopting = session.change_image(&image.id, &changes);
         let adopted = job.options.patience.to_its_end(&job.cancel, adopting).await;
-        let refused = |error: &ApiError| !error.is_retryable() && !matches!(error, ApiError::Answer { .. });
+        let refused =
+            |error: &ApiError| !error.is_retryable() && !matches!(error, ApiError::Answer { .. } | ApiError::Credentials { .. });
         match adopted {
             Some(Ok(_)) => {}
             Some(Err(gone)) if gone.status() == Some(StatusCode::NOT_FOUND) => {

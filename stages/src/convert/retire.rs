@@ -180,8 +180,9 @@ async fn prepare(
     let mut source = source.clone();
     if after != After::Keep {
         refuse_overtaken(job, &session.image(new_id).await?)?;
-        let looking = source_session.image(&source.id).await;
-        source = looking.map_err(|error| failed(new_id, SOURCE_NOT_SEEN, error))?;
+        // where it is gone, the last look says so, when all else is done
+        let found = source_session.image_if_there(&source.id).await;
+        source = found.map_err(|error| failed(new_id, SOURCE_NOT_SEEN, error))?.unwrap_or(source);
     }
     if after == After::Replace {
         let marks = [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())];

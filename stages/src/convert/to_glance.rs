@@ -301,7 +301,9 @@ impl Emission<'_> {
             None => Some(None),
         };
         if let Some(error) = error {
-            let heard = |error: &ApiError| error.is_retryable() || matches!(error, ApiError::Answer { .. });
+            let heard = |error: &ApiError| {
+                error.is_retryable() || matches!(error, ApiError::Answer { .. } | ApiError::Credentials { .. })
+            };
             if goes && self.maker.claim.is_some() && error.as_ref().is_none_or(heard) {
                 self.job.notices.warn(&format!(
                     "it may be that image {image_id} is verified and stays protected: virta image set --unprotected {image_id}"
