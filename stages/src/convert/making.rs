@@ -127,11 +127,13 @@ impl<'a> Maker<'a> {
         }
         // an own one that an earlier try could not remove goes; a finished one never, nor one that this run took on from another
         let going = || self.notices.was_deleting(self.run(), &image.id) || image.property(VERIFIED).is_none();
-        let half_made =
+        let mut half_made =
             matches!(image.status.as_str(), "queued" | "saving" | "killed") || (own && !carries_its_own_proof(image) && going());
         // what is the only copy is never half made
-        let only_copy = image.status == "active" && self.session.image_if_there(claim.source()).await?.is_none();
-        if !half_made || only_copy {
+        if half_made && image.status == "active" {
+            half_made = self.session.image_if_there(claim.source()).await?.is_some();
+        }
+        if !half_made {
             // another run has just come to its end: the next look finds out what it came to
             return Err(JobError::JustEnded {
                 image: image.id.clone(),

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     openstack::{
         Change, Image, Session,
-        error::{ApiError, now_utc},
+        error::now_utc,
         image::{CLAIM_UNTIL, RUN, SOURCE_HASH, SOURCE_ID, VERIFIED},
     },
     text::{causes, printable},
@@ -233,14 +233,12 @@ async fn adopted(
         job.notices.making(&image.id);
         let adopting = session.change_image(&image.id, &changes);
         let adopted = job.options.patience.to_its_end(&job.cancel, adopting).await;
-        let refused =
-            |error: &ApiError| !error.is_retryable() && !matches!(error, ApiError::Answer { .. } | ApiError::Credentials { .. });
         match adopted {
             Some(Ok(_)) => {}
             Some(Err(gone)) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                 return Err(JobError::Lost { image: image.id.clone() });
             }
-            Some(Err(error)) if refused(&error) => return Err(error.into()),
+            Some(Err(error)) if !error.may_have_been_heard() => return Err(error.into()),
             // it may have been heard, or be yet: nobody is to be kept away for nothing
             unheard => {
                 if ours {

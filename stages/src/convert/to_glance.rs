@@ -301,10 +301,7 @@ impl Emission<'_> {
             None => Some(None),
         };
         if let Some(error) = error {
-            let heard = |error: &ApiError| {
-                error.is_retryable() || matches!(error, ApiError::Answer { .. } | ApiError::Credentials { .. })
-            };
-            if goes && self.maker.claim.is_some() && error.as_ref().is_none_or(heard) {
+            if goes && self.maker.claim.is_some() && error.as_ref().is_none_or(ApiError::may_have_been_heard) {
                 self.job.notices.warn(&format!(
                     "it may be that image {image_id} is verified and stays protected: virta image set --unprotected {image_id}"
                 ));

@@ -177,6 +177,12 @@ impl ApiError {
             Self::Answer { .. } | Self::Credentials { .. } => false,
         }
     }
+
+    /// May what was asked for have been done, or be yet? A request is repeated inside, so a sign-in that failed may have been its second try.
+    #[must_use]
+    pub fn may_have_been_heard(&self) -> bool {
+        self.is_retryable() || matches!(self, Self::Answer { .. } | Self::Credentials { .. })
+    }
 }
 
 /// Now, in UTC, to the second.
