@@ -13,7 +13,9 @@
 //! ```
 //! `virta_claim_until` says how long others have to keep away. It is renewed while the image is `queued`, and while it is `active` if that may
 //! last (it is read back, hashed anew, or its source is to go); a change while it is `saving` is lost, so before the PUT it is set to an hour or four times the
-//! estimate from then on, whichever is more. What is left of that when the image is `active` mostly lasts for what comes next.
+//! estimate from then on, whichever is more. The claim on a small source, which is surveyed before it would have to be renewed, is made so long at
+//! once: a change of an image is the dearest request that Glance answers, and the survey of a small image not much dearer.
+//! What is left when the image is `active` mostly lasts for what comes next.
 //!
 //! # What cannot happen
 //! - *Two conversions of one source*: two POSTs of one id do not both succeed.
@@ -74,6 +76,10 @@ pub(super) struct Claim {
     project: String,
     /// How long it is good each time it is renewed.
     life: Duration,
+    /// The same while its image is `queued`.
+    queued_life: Duration,
+    /// Its end, as it was last set.
+    end: Arc<Mutex<SystemTime>>,
     renewing: Mutex<Option<Renewing>>,
     /// When the image was last seen to be this run's.
     seen: Mutex<Option<SystemTime>>,
@@ -104,12 +110,30 @@ pub(super) fn ahead(by: Duration) -> String {
     text(Timestamp::now().checked_add(by).unwrap_or(Timestamp::MAX))
 }
 
+/// How long a transfer of `bytes` takes at most, as far as one can tell.
+fn expected(rate_limit: Option<u64>, bytes: u64) -> Duration {
+    let limit = rate_limit.map_or(u64::MAX, |limit| limit / SHARED_BY);
+    Duration::from_secs(bytes / limit.clamp(1 << 15, TRANSFER_BYTES_PER_S))
+}
+
 /// How long a claim has to be good that is not renewed while `bytes` are transferred, the `tried`th time.
-pub(super) fn long_enough(session: &Session, bytes: u64, tried: u32) -> Duration {
-    let limit = session.rate_bytes_per_s().map_or(u64::MAX, |limit| limit / SHARED_BY);
-    let rate = limit.clamp(1 << 15, TRANSFER_BYTES_PER_S);
-    let expected = Duration::from_secs(bytes / rate) * (1 << tried.saturating_sub(1).min(6));
-    TRANSFER_MIN.max(expected * 4)
+pub(super) fn long_enough(rate_limit: Option<u64>, bytes: u64, tried: u32) -> Duration {
+    TRANSFER_MIN.max(expected(rate_limit, bytes) * (1 << tried.saturating_sub(1).min(6)) * 4)
+}
+
+/// How long a claim on a source of `bytes` is good each time it is renewed while its image is `queued`: where that ends within a claim's `life`, as
+/// long as the upload behind it may take, too.
+fn while_queued(rate_limit: Option<u64>, bytes: u64, life: Duration) -> Duration {
+    if expected(rate_limit, bytes) > life { life } else { life + long_enough(rate_limit, bytes, 1) }
+}
+
+/// A claim's end was set `by` from now on.
+fn set(end: &Mutex<SystemTime>, by: Duration) {
+    *end.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now() + by;
+}
+
+fn end_of(end: &Mutex<SystemTime>) -> SystemTime {
+    *end.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Until when the claim on an image is good; `None` for one that has none, or none any more.
@@ -144,19 +168,33 @@ fn refuse_other(image: &Image, run: &str) -> Result<(), JobError> {
 }
 
 impl Claim {
-    /// `life`: how long it is good each time.
-    pub(super) fn new(source: &str, project: &str, life: Duration) -> Self {
-        let (source, project) = (source.to_owned(), project.to_owned());
-        Self { source, project, life, renewing: Mutex::default(), seen: Mutex::default(), lost: Arc::default() }
+    /// On a source of `bytes`; `life`: how long it is good each time.
+    pub(super) fn new(source: &str, project: &str, bytes: u64, rate_limit: Option<u64>, life: Duration) -> Self {
+        Self {
+            source: source.to_owned(),
+            project: project.to_owned(),
+            life,
+            queued_life: while_queued(rate_limit, bytes, life),
+            end: Arc::new(Mutex::new(SystemTime::UNIX_EPOCH)),
+            renewing: Mutex::default(),
+            seen: Mutex::default(),
+            lost: Arc::default(),
+        }
     }
 
     pub(super) fn image_id(&self, generation: u32) -> String {
         claimed_id(&self.source, &self.project, generation)
     }
 
-    /// The end of a claim that is made or renewed now.
-    pub(super) fn next_end(&self) -> String {
-        ahead(self.life)
+    /// The end of a claim that is made now.
+    pub(super) fn first_end(&self) -> String {
+        set(&self.end, self.queued_life);
+        ahead(self.queued_life)
+    }
+
+    /// Is there nothing to renew for so long?
+    fn is_good_for(&self, life: Duration) -> bool {
+        end_of(&self.end) >= SystemTime::now() + life
     }
 
     /// The source's id.
@@ -169,17 +207,26 @@ impl Claim {
         self.lost.load(SeqCst)
     }
 
-    /// Renews it again and again; when the image is gone, the job is cancelled.
-    pub(super) fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken) {
+    /// Renews it again and again while the image is `queued`; when the image is gone, the job is cancelled.
+    pub(super) fn keep_queued(&self, session: &Session, image_id: &str, cancel: &CancelToken) {
+        self.keep(session, image_id, cancel, self.queued_life);
+    }
+
+    /// The same while the image is `active`.
+    pub(super) fn keep_active(&self, session: &Session, image_id: &str, cancel: &CancelToken) {
+        set(&self.end, self.life);
+        self.keep(session, image_id, cancel, self.life);
+    }
+
+    fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken, life: Duration) {
         let (session, id, cancel) = (session.clone(), image_id.to_owned(), cancel.clone());
-        let (life, lost) = (self.life, Arc::clone(&self.lost));
+        let (every, lost, end) = (self.life / 4, Arc::clone(&self.lost), Arc::clone(&self.end));
         let stop = CancelToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            let mut good_until = SystemTime::now() + life;
-            while stopped.guard(tokio::time::sleep(life / 4)).await.is_ok() {
+            while stopped.guard(tokio::time::sleep(every)).await.is_ok() {
                 // the machine may have slept: then others may be at it by now, and this run has to let go
-                if SystemTime::now() > good_until {
+                if SystemTime::now() > end_of(&end) {
                     lost.store(true, SeqCst);
                     cancel.cancel(Cause::Requested(format!("the claim by image {id} could not be renewed in time")));
                     return;
@@ -190,7 +237,7 @@ impl Claim {
                         cancel.cancel(Cause::Requested(format!("image {id} was deleted by somebody else")));
                         return;
                     }
-                    Ok(()) => good_until = SystemTime::now() + life,
+                    Ok(()) => set(&end, life),
                     // a service that stumbles is asked again; until it gets up, the claim is still good for a while
                     Err(_) => {}
                 }
@@ -213,7 +260,7 @@ impl Claim {
             // looked at once more, and last: nobody else's claim is to be cut short
             let found = session.image_if_there(&image.id).await?;
             refuse_other(&found.ok_or_else(|| JobError::Lost { image: image.id.clone() })?, run)?;
-            let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(self.next_end()));
+            let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(ahead(self.life)));
             match session.change_image(&image.id, &[renewal]).await {
                 Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                     return Err(JobError::Lost { image: image.id.clone() });
@@ -256,8 +303,12 @@ impl Claim {
     /// Before a PUT of `bytes`: while it lasts, nothing can be renewed.
     pub(super) async fn set_ahead(&self, session: &Session, image_id: &str, bytes: u64, tried: u32) -> Result<(), JobError> {
         self.leave().await;
-        let until = ahead(long_enough(session, bytes, tried));
-        Ok(session.set_property(image_id, CLAIM_UNTIL, &json!(until)).await?)
+        let life = long_enough(session.rate_bytes_per_s(), bytes, tried);
+        if !self.is_good_for(life) {
+            session.set_property(image_id, CLAIM_UNTIL, &json!(ahead(life))).await?;
+            set(&self.end, life);
+        }
+        Ok(())
     }
 }
 
@@ -305,6 +356,26 @@ mod tests {
         assert!(!lasts(&image("soon"), life));
         assert!(refuse_other(&image("soon"), "r").is_ok());
         assert!(matches!(refuse_other(&image("soon"), "s"), Err(JobError::Held { .. })));
+    }
+
+    #[test]
+    fn a_claim_on_a_small_source_is_made_for_its_upload_too() {
+        let (life, hour) = (Duration::from_secs(600), Duration::from_secs(3600));
+        // what comes within ten minutes at 4 MiB/s
+        assert_eq!(while_queued(None, 2400 << 20, life), life + hour);
+        assert_eq!(while_queued(None, 2404 << 20, life), life, "renewed while it is surveyed, and set ahead before the PUT");
+        // one of eight that share 8 MiB/s
+        assert_eq!(while_queued(Some(8 << 20), 600 << 20, life), life + hour);
+        assert_eq!(while_queued(Some(8 << 20), 601 << 20, life), life);
+        assert_eq!(long_enough(None, 3600 << 20, 1), hour, "four times a quarter of an hour");
+        assert_eq!(long_enough(None, 3600 << 20, 2), hour * 2, "somebody took over: the next one is given more");
+        for (bytes, good) in [(2400 << 20, true), (2404 << 20, false)] {
+            let claim = Claim::new("s", "p", bytes, None, life);
+            assert!(!claim.is_good_for(Duration::ZERO), "there is none yet");
+            let end = claim.first_end();
+            assert_eq!(claim.is_good_for(hour), good, "{bytes} bytes");
+            assert_eq!(lasts(&image(&end), hour), good, "the image says the same: {end}");
+        }
     }
 
     struct Dead;

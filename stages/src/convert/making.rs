@@ -161,7 +161,7 @@ impl<'a> Maker<'a> {
         let mut record = self.record.clone();
         record.insert("id".to_owned(), json!(id));
         if let Some(claim) = &self.claim {
-            record.insert(CLAIM_UNTIL.to_owned(), json!(claim.next_end()));
+            record.insert(CLAIM_UNTIL.to_owned(), json!(claim.first_end()));
         }
         let mut lost = false;
         loop {

@@ -221,7 +221,7 @@ async fn adopted(
         // it is not renewed: both are read while it lasts, unless nothing is
         let reads = goes || !carries_its_own_proof(image);
         let both = bytes + image.size.unwrap_or_default();
-        let reading = if reads { claim::long_enough(session, both, 1) } else { Duration::ZERO };
+        let reading = if reads { claim::long_enough(session.rate_bytes_per_s(), both, 1) } else { Duration::ZERO };
         changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::ahead(reading.max(job.options.patience.claim)))));
         if goes {
             changes.push(Change::Set("protected".to_owned(), json!(true)));

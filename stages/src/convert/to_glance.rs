@@ -56,7 +56,7 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
     let claiming = async {
         let id = maker.create_or_stop().await?;
         if let Some(claim) = &maker.claim {
-            claim.keep(session, &id, &job.cancel);
+            claim.keep_queued(session, &id, &job.cancel);
         }
         Ok((id, survey_within_quota(job, session, name).await?))
     };
@@ -75,7 +75,7 @@ fn claim_of(job: &Job, session: &Session) -> Result<Option<(u64, Claim)>, JobErr
     let Some(project) = &session.whoami().project_id else {
         return Err(JobError::Refused("a source can only be claimed for a project, and this sign-in has none".to_owned()));
     };
-    Ok(Some((*bytes, Claim::new(&image.id, project, job.options.patience.claim))))
+    Ok(Some((*bytes, Claim::new(&image.id, project, *bytes, session.rate_bytes_per_s(), job.options.patience.claim))))
 }
 
 fn maker<'a>(job: &'a Job, session: &'a Session, name: &str, virtual_bytes: u64) -> Maker<'a> {
@@ -311,7 +311,7 @@ impl Emission<'_> {
         // by a request of its own: while the mark's answer was lost and it was sent again, others still kept away
         if let Some(claim) = &self.maker.claim {
             if goes {
-                claim.keep(self.maker.session, image_id, &self.job.cancel);
+                claim.keep_active(self.maker.session, image_id, &self.job.cancel);
             } else {
                 let removing = self.maker.session.remove_property(image_id, CLAIM_UNTIL);
                 let cause = match self.job.options.patience.to_its_end(&self.job.cancel, removing).await {
