@@ -225,13 +225,7 @@ impl<'a> Maker<'a> {
     pub(super) async fn remove_all_but(&self, id: &str) {
         let others = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for other in others.iter().filter(|other| *other != id) {
-            let removed = self.patience.to_its_end(self.cancel, self.remove(other)).await;
-            let cause = match removed {
-                Some(Ok(())) => None,
-                Some(Err(error)) => Some(causes(&error)),
-                None => Some("interrupted".to_owned()),
-            };
-            if let Some(cause) = cause {
+            if let Some(cause) = self.patience.failure_of(self.cancel, self.remove(other)).await {
                 self.notices.left(other);
                 self.notices.warn(&format!(
                     "an earlier try left image {other} half made, and deleting it failed ({cause}): virta clean removes it, or: virta image \

@@ -17,7 +17,7 @@ use crate::{
         error::now_utc,
         image::{CLAIM_UNTIL, RUN, SOURCE_HASH, SOURCE_ID, VERIFIED},
     },
-    text::{causes, printable},
+    text::printable,
 };
 
 /// Claimed ids of a source that are recognised.
@@ -277,10 +277,8 @@ async fn adopted(
             return done; // all else is done
         }
     }
-    match job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await {
-        Some(Ok(_)) => {}
-        Some(Err(error)) => job.notices.warn(&format!("{stays} ({})", causes(&error))),
-        None => job.notices.warn(&stays),
+    if let Some(cause) = job.options.patience.failure_of(&job.cancel, release(session, &image.id, run)).await {
+        job.notices.warn(&format!("{stays} ({cause})"));
     }
     done
 }

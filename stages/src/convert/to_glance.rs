@@ -32,7 +32,7 @@ use crate::{
     },
     qcow2::Geometry,
     store::{Chunk, EmitReport},
-    text::{causes, printable, shell_word, size},
+    text::{printable, shell_word, size},
 };
 
 /// Converts the job's source into a new image called `name`. Where the options say so, the source is claimed first.
@@ -314,12 +314,9 @@ impl Emission<'_> {
                 claim.keep_active(self.maker.session, image_id, &self.job.cancel);
             } else {
                 let removing = self.maker.session.remove_property(image_id, CLAIM_UNTIL);
-                let cause = match self.job.options.patience.to_its_end(&self.job.cancel, removing).await {
-                    Some(Ok(())) => return Ok(()),
-                    Some(Err(error)) => causes(&error),
-                    None => "interrupted".to_owned(),
-                };
-                self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {cause}"));
+                if let Some(cause) = self.job.options.patience.failure_of(&self.job.cancel, removing).await {
+                    self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {cause}"));
+                }
             }
         }
         Ok(())
@@ -353,12 +350,11 @@ impl Emission<'_> {
             claim.leave().await;
         }
         let releasing = retire::release(self.maker.session, image_id, Some(self.maker.run()));
-        let cause = match self.job.options.patience.to_its_end(&self.job.cancel, releasing).await {
-            Some(Ok(_)) => return,
-            Some(Err(error)) => causes(&error),
-            None => "interrupted".to_owned(),
-        };
-        self.job.notices.warn(&format!("image {image_id} stays protected: {cause}; virta image set --unprotected {image_id}"));
+        if let Some(cause) = self.job.options.patience.failure_of(&self.job.cancel, releasing).await {
+            self.job
+                .notices
+                .warn(&format!("image {image_id} stays protected: {cause}; virta image set --unprotected {image_id}"));
+        }
     }
 
     async fn read_back(&self, image: &Image) -> Result<(), JobError> {

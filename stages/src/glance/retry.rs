@@ -1,13 +1,14 @@
 //! How long to wait, how often to try, and the record of it.
 
 use std::{
+    error::Error,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use engine::CancelToken;
 
-use crate::progress::Progress;
+use crate::{progress::Progress, text::causes};
 
 /// Longest wait that a service may ask for with `Retry-After`.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
@@ -73,6 +74,22 @@ impl Patience {
         tokio::select! {
             answer = &mut request => Some(answer),
             () = cancel.cancelled() => tokio::time::timeout(self.clean_up, request).await.ok(),
+        }
+    }
+
+    /// [`Self::to_its_end`]: why it was not done; `None`: it was.
+    ///
+    /// # Cancel safety
+    /// That of the request.
+    pub async fn failure_of<T, E: Error>(
+        &self,
+        cancel: &CancelToken,
+        request: impl Future<Output = Result<T, E>>,
+    ) -> Option<String> {
+        match self.to_its_end(cancel, request).await {
+            Some(Ok(_)) => None,
+            Some(Err(error)) => Some(causes(&error)),
+            None => Some("interrupted".to_owned()),
         }
     }
 
