@@ -33,6 +33,8 @@ pub struct Faults {
     pub cut_after_bytes: u64,
     /// So many GETs of data get 503 first.
     pub failing_gets: u32,
+    /// So many POSTs of images get 503 first.
+    pub failing_posts: u32,
     /// So many PATCHes get 503 first.
     pub failing_patches: u32,
     /// The next PATCH that speaks of this property is answered with 503, acted upon (`true`) or not.

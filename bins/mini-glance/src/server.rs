@@ -473,6 +473,9 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
         (Method::POST, ["v2", "images"]) => {
             let body = read_json(request).await?;
             let mut state = shared.state();
+            if Faults::take(&mut state.faults.failing_posts) {
+                return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
+            }
             if let Some(key) = state.faults.refused_properties.iter().find(|key| body.get(key.as_str()).is_some()) {
                 return Ok(html(StatusCode::FORBIDDEN, &format!("Attribute '{key}' is reserved.")));
             }

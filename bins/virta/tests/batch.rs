@@ -422,6 +422,35 @@ async fn a_run_that_slept_before_its_mark_looks_whose_the_image_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_an_earlier_try_left_is_not_taken_for_the_image_that_an_unanswered_post_made() {
+    let mut place = Place::start(Config::default(), |faults| {
+        faults.stalling_puts = 1;
+        faults.stall = Duration::from_secs(3);
+    })
+    .await;
+    let (first, second) = (place.add("first", 1, 12 * MIB), place.add("second", 2, 3 * MIB));
+    let run = place.command("here", &["first", "second", "--jobs", "1"]).spawn().unwrap();
+    seen(&place.service, "PUT /v2/images").await;
+    // as an earlier try of this run would leave it: its claim is over
+    let claimed = |source: &str, generation| stages::convert::claim::claimed_id(source, PROJECT_ID, generation);
+    let mut left = record("second-qcow2");
+    left["id"] = json!(claimed(&second, 0));
+    left["virta_source_id"] = json!(second);
+    left["virta_run"] = place.image(&claimed(&first, 0)).unwrap()["virta_run"].clone();
+    left["virta_claim_until"] = json!("2020-01-01T00:00:00Z");
+    let left = place.service.add_image(&left, |storing| storing.write(b"")).unwrap();
+    place.service.set(&left, "status", json!("queued"));
+    place.service.set(&left, "size", Value::Null);
+    place.service.faults(|faults| faults.failing_posts = 1);
+    let output = tokio::time::timeout(Duration::from_secs(60), run.wait_with_output()).await.unwrap().unwrap();
+    Run::new(output, Duration::ZERO).ends(0, &["2 converted"]);
+    place.assert_all_converted(false);
+    place.service.faults(|faults| assert_eq!(faults.failing_posts, 0, "one was not answered"));
+    assert!(place.image(&left).is_none());
+    assert_eq!(place.conversions()[&second]["id"], claimed(&second, 1), "made anew, and claimed from then on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_try_that_failed_took_on_from_another_run_is_not_removed_by_the_next() {
     let mut place = Place::start(Config::default(), |_| {}).await;
     let source = place.add("web", 1, 3 * MIB);

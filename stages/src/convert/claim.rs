@@ -14,7 +14,8 @@
 //! `virta_claim_until` says how long others have to keep away. It is renewed while the image is `queued`, and while it is `active` if that may
 //! last (it is read back, hashed anew, or its source is to go); a change while it is `saving` is lost, so before the PUT it is set to an hour or four times the
 //! estimate from then on, whichever is more. The claim on a small source, which is surveyed before it would have to be renewed, is made so long at
-//! once: a change of an image is the dearest request that Glance answers, and the survey of a small image not much dearer.
+//! once: a change of an image is the dearest request that Glance answers. How long this run believes a claim to be good is counted from before the
+//! request that said so: its answer may have been waited for, or slept through, for long.
 //! What is left when the image is `active` mostly lasts for what comes next.
 //!
 //! # What cannot happen
@@ -121,15 +122,19 @@ pub(super) fn long_enough(rate_limit: Option<u64>, bytes: u64, tried: u32) -> Du
     TRANSFER_MIN.max(expected(rate_limit, bytes) * (1 << tried.saturating_sub(1).min(6)) * 4)
 }
 
-/// How long a claim on a source of `bytes` is good each time it is renewed while its image is `queued`: where that ends within a claim's `life`, as
+/// How long a claim on a source of `bytes` is good each time it is renewed while its image is `queued`: where that ends before the first renewal, as
 /// long as the upload behind it may take, too.
 fn while_queued(rate_limit: Option<u64>, bytes: u64, life: Duration) -> Duration {
-    if expected(rate_limit, bytes) > life { life } else { life + long_enough(rate_limit, bytes, 1) }
+    if expected(rate_limit, bytes) > renewed_every(life) { life } else { life + long_enough(rate_limit, bytes, 1) }
 }
 
-/// A claim's end was set `by` from now on.
-fn set(end: &Mutex<SystemTime>, by: Duration) {
-    *end.lock().unwrap_or_else(PoisonError::into_inner) = SystemTime::now() + by;
+/// A claim that is good for `life` is renewed so often.
+fn renewed_every(life: Duration) -> Duration {
+    life / 4
+}
+
+fn set(end: &Mutex<SystemTime>, at: SystemTime) {
+    *end.lock().unwrap_or_else(PoisonError::into_inner) = at;
 }
 
 fn end_of(end: &Mutex<SystemTime>) -> SystemTime {
@@ -188,7 +193,7 @@ impl Claim {
 
     /// The end of a claim that is made now.
     pub(super) fn first_end(&self) -> String {
-        set(&self.end, self.queued_life);
+        set(&self.end, SystemTime::now() + self.queued_life);
         ahead(self.queued_life)
     }
 
@@ -214,13 +219,12 @@ impl Claim {
 
     /// The same while the image is `active`.
     pub(super) fn keep_active(&self, session: &Session, image_id: &str, cancel: &CancelToken) {
-        set(&self.end, self.life);
         self.keep(session, image_id, cancel, self.life);
     }
 
     fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken, life: Duration) {
         let (session, id, cancel) = (session.clone(), image_id.to_owned(), cancel.clone());
-        let (every, lost, end) = (self.life / 4, Arc::clone(&self.lost), Arc::clone(&self.end));
+        let (every, lost, end) = (renewed_every(self.life), Arc::clone(&self.lost), Arc::clone(&self.end));
         let stop = CancelToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
@@ -231,13 +235,14 @@ impl Claim {
                     cancel.cancel(Cause::Requested(format!("the claim by image {id} could not be renewed in time")));
                     return;
                 }
+                let asked = SystemTime::now();
                 match session.set_property(&id, CLAIM_UNTIL, &json!(ahead(life))).await {
                     Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                         lost.store(true, SeqCst);
                         cancel.cancel(Cause::Requested(format!("image {id} was deleted by somebody else")));
                         return;
                     }
-                    Ok(()) => set(&end, life),
+                    Ok(()) => set(&end, asked + life),
                     // a service that stumbles is asked again; until it gets up, the claim is still good for a while
                     Err(_) => {}
                 }
@@ -269,6 +274,7 @@ impl Claim {
             }
         }
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
+        set(&self.end, seen + self.life);
         Ok(())
     }
 
@@ -305,8 +311,9 @@ impl Claim {
         self.leave().await;
         let life = long_enough(session.rate_bytes_per_s(), bytes, tried);
         if !self.is_good_for(life) {
+            let asked = SystemTime::now();
             session.set_property(image_id, CLAIM_UNTIL, &json!(ahead(life))).await?;
-            set(&self.end, life);
+            set(&self.end, asked + life);
         }
         Ok(())
     }
@@ -361,15 +368,15 @@ mod tests {
     #[test]
     fn a_claim_on_a_small_source_is_made_for_its_upload_too() {
         let (life, hour) = (Duration::from_secs(600), Duration::from_secs(3600));
-        // what comes within ten minutes at 4 MiB/s
-        assert_eq!(while_queued(None, 2400 << 20, life), life + hour);
-        assert_eq!(while_queued(None, 2404 << 20, life), life, "renewed while it is surveyed, and set ahead before the PUT");
+        // what comes within 150 seconds at 4 MiB/s
+        assert_eq!(while_queued(None, 600 << 20, life), life + hour);
+        assert_eq!(while_queued(None, 604 << 20, life), life, "renewed while it is surveyed, and set ahead before the PUT");
         // one of eight that share 8 MiB/s
-        assert_eq!(while_queued(Some(8 << 20), 600 << 20, life), life + hour);
-        assert_eq!(while_queued(Some(8 << 20), 601 << 20, life), life);
+        assert_eq!(while_queued(Some(8 << 20), 150 << 20, life), life + hour);
+        assert_eq!(while_queued(Some(8 << 20), 151 << 20, life), life);
         assert_eq!(long_enough(None, 3600 << 20, 1), hour, "four times a quarter of an hour");
         assert_eq!(long_enough(None, 3600 << 20, 2), hour * 2, "somebody took over: the next one is given more");
-        for (bytes, good) in [(2400 << 20, true), (2404 << 20, false)] {
+        for (bytes, good) in [(600 << 20, true), (604 << 20, false)] {
             let claim = Claim::new("s", "p", bytes, None, life);
             assert!(!claim.is_good_for(Duration::ZERO), "there is none yet");
             let end = claim.first_end();

@@ -123,7 +123,9 @@ pub enum JobError {
         until: String,
     },
     /// Another run came to its end with this source after it was looked at: the next look finds out what it came to.
-    #[error("image {image} of run {run} is there already, and was not when this source was looked at")]
+    #[error(
+        "image {image} of run {run} is there already: it came to its end since this source was looked at, or does not say that it was made from it"
+    )]
     JustEnded {
         /// The image that it made.
         image: String,

@@ -176,10 +176,12 @@ impl<'a> Maker<'a> {
                 continue;
             }
             let taken = error.status() == Some(StatusCode::CONFLICT);
-            // The answer may have been lost on its way: the run's name in the image tells whose it is.
+            // The answer may have been lost on its way: the run's name in the image tells whose it is, and the claim's end, that it was made just now, and not
+            // by an earlier try.
             let ours = async || {
+                let same = |image: &Image, key: &str| image.property(key) == record.get(key).and_then(Value::as_str);
                 let found = self.session.image(id).await;
-                found.is_ok_and(|image| image.property(RUN) == Some(self.run()) && image.status == "queued")
+                found.is_ok_and(|image| [RUN, CLAIM_UNTIL].iter().all(|key| same(&image, key)) && image.status == "queued")
             };
             if taken && lost && ours().await {
                 return Ok(Posted::Made);

@@ -177,12 +177,13 @@ async fn prepare(
     new_id: &str,
 ) -> Result<Image, JobError> {
     let after = job.options.after;
-    let mut source = source.clone();
+    let (mut source, mut gone) = (source.clone(), false);
     if after != After::Keep {
         refuse_overtaken(job, &session.image(new_id).await?)?;
-        // where it is gone, the last look says so, when all else is done
-        let found = source_session.image_if_there(&source.id).await;
-        source = found.map_err(|error| failed(new_id, SOURCE_NOT_SEEN, error))?.unwrap_or(source);
+        let found = source_session.image_if_there(&source.id).await.map_err(|error| failed(new_id, SOURCE_NOT_SEEN, error))?;
+        // the last look says so, when all else is done
+        gone = found.is_none();
+        source = found.unwrap_or(source);
     }
     if after == After::Replace {
         let marks = [(REPLACES_NAME, source.name.clone().unwrap_or_default()), (REPLACES, source.id.clone())];
@@ -196,8 +197,8 @@ async fn prepare(
         set.map_err(|error| failed(new_id, &format!("making the new image {visibility}"), error))?;
     }
     // asked for again: somebody may have been added meanwhile
-    let members =
-        if after == After::Keep && !job.options.copy_members { Vec::new() } else { members(source_session, &source).await? };
+    let asked_for = !gone && (after != After::Keep || job.options.copy_members);
+    let members = if asked_for { members(source_session, &source).await? } else { Vec::new() };
     if job.options.copy_members {
         for member in &members {
             let added = session.add_member(new_id, member).await;

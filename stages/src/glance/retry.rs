@@ -37,7 +37,8 @@ pub struct Patience {
     pub tries: u32,
     /// Uploads of one image.
     pub uploads: u32,
-    /// How long a claim on a source is good each time it is renewed; others wait so long after whoever made it died.
+    /// How long a claim on a source is good each time it is renewed; others wait so long after whoever made it died, or, behind an
+    /// upload and where the source is small, for an hour more.
     pub claim: Duration,
     /// How long removing what is half made may take after an interrupt.
     pub clean_up: Duration,

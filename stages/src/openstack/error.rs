@@ -178,10 +178,13 @@ impl ApiError {
         }
     }
 
-    /// May what was asked for have been done, or be yet? A request is repeated inside, so a sign-in that failed may have been its second try.
+    /// May what was asked for have been done, or be yet? A request is repeated inside, so a sign-in that failed or was refused may have been its
+    /// second try.
     #[must_use]
     pub fn may_have_been_heard(&self) -> bool {
-        self.is_retryable() || matches!(self, Self::Answer { .. } | Self::Credentials { .. })
+        self.is_retryable()
+            || matches!(self, Self::Answer { .. } | Self::Credentials { .. })
+            || self.status() == Some(StatusCode::UNAUTHORIZED)
     }
 }
 

@@ -140,7 +140,7 @@ Examples:
 
 What became of an image is in Glance (virta_source_id, virta_verified), so the same command on another machine, or without its journal, comes to \
 the same. A source is claimed by making its new image, under an id that follows from the source's: two batches at once never convert the \
-same image twice. A claim that a dead run left ends after an hour or more, or after 10 minutes if it was still reading a source of over 2.4 GiB; on the dead run's own machine at once.
+same image twice. A claim that a dead run left ends after 10 minutes, or an hour and more if it was uploading or the source is of 600 MiB or less; on the dead run's own machine at once.
 Exit status: 0 all done, 1 failed, 2 wrong usage, 4 some are not done (a table says why, with the command for just those), 130 interrupted.
 With --task-from-env: 0 done, now or before, 75 try again, 64 wrong usage, 65 never worth another try.";
 
