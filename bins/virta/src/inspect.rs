@@ -1,15 +1,13 @@
 //! `virta inspect`.
 
-use std::{
-    fs::File,
-    io,
-    os::unix::fs::{FileTypeExt, MetadataExt},
-    process::ExitCode,
-    sync::Arc,
-};
+use std::{fs::File, io, os::unix::fs::FileTypeExt, process::ExitCode, sync::Arc};
 
 use clap::Args;
 use engine::CancelToken;
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
+};
 use stages::{
     convert::JobError,
     glance::{Patience, Peek, Remote, Retries, connection::ReadError},
@@ -177,6 +175,24 @@ async fn on_a_thread(
     }
 }
 
+/// Bytes of the qcow2's clusters (64 KiB) that are not all within holes of a file; `None` where the file system does not tell.
+fn cluster_bytes_with_data(file: &File, bytes: u64) -> Option<u64> {
+    const CLUSTER: u64 = 64 << 10;
+    let (mut at, mut counted_to, mut sum) = (0, 0, 0_u64);
+    while at < bytes {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            Err(_) => return None,
+        };
+        at = seek(file, SeekFrom::Hole(start)).ok()?.min(bytes);
+        let end = at.next_multiple_of(CLUSTER);
+        sum += end - (start / CLUSTER * CLUSTER).max(counted_to).min(end);
+        counted_to = end;
+    }
+    Some(sum)
+}
+
 /// A local file or block device.
 struct Local {
     file: File,
@@ -192,8 +208,8 @@ impl Local {
             return Err(io::Error::other("it is no file and no block device"));
         }
         let file = File::open(path)?;
-        let bytes = if kind.is_file() { metadata.len() } else { rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))? };
-        let allocated = kind.is_file().then(|| metadata.blocks().saturating_mul(512));
+        let bytes = if kind.is_file() { metadata.len() } else { seek(&file, SeekFrom::End(0))? };
+        let allocated = kind.is_file().then(|| cluster_bytes_with_data(&file, bytes)).flatten();
         Ok(Self { file, bytes, allocated })
     }
 }

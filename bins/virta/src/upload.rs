@@ -67,6 +67,9 @@ pub struct UploadArgs {
     pub output: OutputArgs,
 }
 
+/// A disk is a whole number of these.
+const SECTOR_BYTES: u64 = 512;
+
 const EXAMPLES: &str = "\
 The format is found from the file's bytes, never from its name. A raw disk becomes a compact qcow2 on its way, with nothing written to disk;
 qcow2 and ISO are sent as they are, after everything was checked that Glance would refuse only after the last byte, and what it would take and \
@@ -202,6 +205,11 @@ fn look(arguments: &UploadArgs) -> Result<What, JobError> {
         virtual_bytes,
     };
     match format {
+        DiskFormat::Raw if !arguments.as_is && file_bytes % SECTOR_BYTES != 0 => Err(JobError::Refused(format!(
+            "{shown} is no disk: its {file_bytes} bytes are no whole number of sectors of {SECTOR_BYTES}, and no image format is known by them. To send \
+             it as it is all the same: {}",
+            retry_as_is(path, &arguments.name)
+        ))),
         DiskFormat::Raw if !arguments.keep_format && !arguments.as_is => Ok(What::Convert),
         DiskFormat::Raw | DiskFormat::Luks => match boot_fault {
             Some(fault) if !arguments.as_is => Err(JobError::Refused(format!(

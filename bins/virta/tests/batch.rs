@@ -234,7 +234,7 @@ async fn a_plan_is_shown_and_nothing_is_done() {
             "-web",
             "convert",
             "5.0 MiB to read",
-            "1 snapshot of other users",
+            "1 snapshot of this project left out that other users made",
             "1 snapshot left out by the filters",
             "reading takes about",
         ],
@@ -254,7 +254,7 @@ async fn a_plan_is_shown_and_nothing_is_done() {
     place.service.set(&web, "visibility", json!("shared"));
     place.service.add_member(&web, "another-project");
     let run = place.run(&["--all-snapshots", "--delete-source", "--dry-run"]).await;
-    run.ends(0, &["cannot", "shared with 1 project,", "--copy-members", "1 source would be deleted", "1 of 2 images"]);
+    run.ends(4, &["cannot", "shared with 1 project,", "--copy-members", "1 source would be deleted", "1 of 2 images"]);
     let run = place.run(&["--all-snapshots", "--delete-source", "--copy-members", "--dry-run"]).await;
     run.ends(0, &["2 sources would be deleted"]);
     place.run(&["web", "--larger-than", "1G"]).await.ends(2, &["it needs --all-snapshots"]);
@@ -282,7 +282,7 @@ async fn a_list_gives_each_image_its_own_name_properties_and_flags() {
     let output = place.command("elsewhere", &["--from", "list.csv", "--yes"]).output().await.unwrap();
     Run::new(output, Duration::ZERO).ends(0, &["2 done before"]);
     std::fs::write(place.folder.path().join("bad.csv"), "image,colour\nweb,red\n").unwrap();
-    place.run(&["--from", "bad.csv"]).await.ends(2, &["bad.csv, line 2", "colour", "property:KEY"]);
+    place.run(&["--from", "bad.csv"]).await.ends(2, &["bad.csv, line 1", "colour", "property:KEY"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -596,14 +596,17 @@ async fn a_mark_whose_answer_was_lost_is_set_once_and_one_that_was_not_heard_is_
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interrupt_leaves_nothing_half_made_and_the_same_command_goes_on() {
     let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(30)).await;
-    for seed in 1..=8 {
+    for seed in 1..=16 {
         place.add(&format!("vm{seed}"), seed, 12 * MIB);
     }
     let child = place.command("here", &["--all-snapshots", "--jobs", "3"]).spawn().unwrap();
     seen(&place.service, "PUT /v2/images").await;
     signal(&child, rustix::process::Signal::INT);
     let output = tokio::time::timeout(Duration::from_secs(20), child.wait_with_output()).await.unwrap().unwrap();
-    Run::new(output, Duration::ZERO).ends(130, &["stopped before the end: interrupted", "nothing half-made is left"]);
+    Run::new(output, Duration::ZERO).ends(
+        130,
+        &["stopped before the end: interrupted", "nothing half-made is left", "not tried   1", " images: interrupted"],
+    );
     let _ = place.conversions(); // what is there is whole
     place.run(&["--all-snapshots", "--jobs", "3"]).await.ends(0, &["converted"]);
     place.assert_all_converted(false);

@@ -32,6 +32,24 @@ fn ends(folder: &Path, arguments: &[&str], code: i32, texts: &[&str]) {
     }
 }
 
+#[test]
+fn what_inspect_says_at_most_is_never_less_than_what_convert_makes() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = fs::File::create(folder.path().join("disk.raw")).unwrap();
+    file.set_len(300 << 20).unwrap();
+    // clumps of 8 KiB, by turns within a cluster and across two, and one right before a hole's end
+    for clump in 0..40_u64 {
+        file.write_all_at(&[7; 8 << 10], (clump << 20) + (clump % 2 * (60 << 10))).unwrap();
+    }
+    file.write_all_at(&[9], (300 << 20) - 1).unwrap();
+    let (code, text) = virta(folder.path(), &["inspect", "disk.raw", "-f", "json"]);
+    let told: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{code:?} {error}: {text}"));
+    let at_most = told["predicted"]["at_most_bytes"].as_u64().unwrap();
+    ends(folder.path(), &["convert", "disk.raw", "disk.qcow2", "--progress", "none"], 0, &[]);
+    let made = fs::metadata(folder.path().join("disk.qcow2")).unwrap().len();
+    assert!((made..made + (512 << 10)).contains(&at_most), "{at_most} said, {made} made");
+}
+
 /// 5 MiB with a hole, an odd size.
 fn folder_with_disk() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();

@@ -109,6 +109,9 @@ async fn what_glance_would_refuse_or_no_server_would_boot_is_refused_before_a_by
     cloud.run(&["upload", "disk.qcow2", "new", "--public"]).await.ends(2, &["only administrators", "virta share"]);
     cloud.run(&["upload", "nothing", "new"]).await.ends(2, &["there is no file nothing"]);
     cloud.run(&["upload", "/dev/null", "new"]).await.ends(2, &["is no regular file"]);
+    // a file of secrets, a page that says 404: not taken for a disk
+    write(&cloud, "clouds.yaml.bak", &vec![b'a'; 1000]);
+    cloud.run(&["upload", "clouds.yaml.bak", "new"]).await.ends(1, &["clouds.yaml.bak is no disk", "1000 bytes", "--as-is"]);
     // a disk whose partition table Glance minds: as raw it is refused, as qcow2 it is not
     cloud
         .run(&["upload", "disk.raw", "new", "--keep-format"])

@@ -140,6 +140,9 @@ fn csv(text: &str) -> Result<Vec<Wish>, ListError> {
     };
     let mut reader = ::csv::ReaderBuilder::new().trim(::csv::Trim::All).from_reader(text.as_bytes());
     let head = reader.headers().map_err(|error| wrong(&error, error.to_string()))?.clone();
+    for column in &head {
+        known(column).map_err(|what| at(1, what))?;
+    }
     let mut wishes = Vec::new();
     for record in reader.records() {
         let record = record.map_err(|error| match error.kind() {
@@ -180,17 +183,28 @@ fn set(wish: &mut Wish, column: &str, value: &str) -> Result<(), String> {
         "replace" => wish.replace = yes(value)?,
         "copy_members" => wish.copy_members = yes(value)?,
         _ => {
-            let key = column.strip_prefix("property:").or_else(|| column.strip_prefix("property."));
-            let Some(key) = key.filter(|key| !key.is_empty()) else {
-                return Err(format!(
-                    "column {column:?} is not known; there are image, name, compress, compress_level, verify, delete_source, replace, \
-                     copy_members and property:KEY"
-                ));
-            };
-            wish.properties.insert(key.to_owned(), value.to_owned());
+            if let Some(key) = property(column) {
+                wish.properties.insert(key.to_owned(), value.to_owned());
+            }
         }
     }
     Ok(())
+}
+
+/// The property that a column is for.
+fn property(column: &str) -> Option<&str> {
+    let key = column.strip_prefix("property:").or_else(|| column.strip_prefix("property."));
+    key.filter(|key| !key.is_empty())
+}
+
+/// Is a column of this name known?
+fn known(column: &str) -> Result<(), String> {
+    const COLUMNS: [&str; 8] =
+        ["image", "name", "compress", "compress_level", "verify", "delete_source", "replace", "copy_members"];
+    if property(column).is_some() || COLUMNS.contains(&column.to_ascii_lowercase().as_str()) {
+        return Ok(());
+    }
+    Err(format!("column {column:?} is not known; there are {} and property:KEY", COLUMNS.join(", ")))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use stages::{
-    batch::{Outcome, Summary, Wish},
+    batch::{Outcome, Summary, Wish, outcome::Line},
     text::{counted, printable, shell_word, size, time},
 };
 
@@ -14,6 +14,8 @@ use crate::{care::chosen_cloud, cli::FormatChoice, convert::write_report, exit};
 const RETRY_IDS_MAX: usize = 12;
 /// Lines of what is not done that are shown.
 const LEFT_SHOWN_MAX: usize = 40;
+/// Images that were not tried are named up to so many.
+const NOT_TRIED_SHOWN_MAX: usize = 10;
 
 /// The last lines, the report, and the exit code.
 pub(super) fn conclude(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> ExitCode {
@@ -93,13 +95,22 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
     let left: Vec<_> = summary.left().collect();
     if !left.is_empty() {
         lines.push(String::new());
-        let width = left.iter().map(|line| named(line).chars().count()).max().unwrap_or(0).min(40);
-        for line in left.iter().take(LEFT_SHOWN_MAX) {
+        // whose turn never came are told as one, where they are many
+        let not_tried = |line: &&&Line| matches!(line.outcome, Outcome::NotTried { .. });
+        let waiting = left.iter().filter(not_tried).count();
+        let as_one = waiting > NOT_TRIED_SHOWN_MAX;
+        let shown: Vec<_> = left.iter().filter(|line| !as_one || !not_tried(line)).collect();
+        let width = shown.iter().map(|line| named(line).chars().count()).max().unwrap_or(0).min(40);
+        for line in shown.iter().take(LEFT_SHOWN_MAX) {
             let why = printable(line.outcome.why().unwrap_or_default());
             lines.push(format!("{:<11} {:<width$}  {why}", line.outcome.word(), named(line)));
         }
-        if left.len() > LEFT_SHOWN_MAX {
-            lines.push(format!("and {} more: -f json, or --report FILE, has all of them", left.len() - LEFT_SHOWN_MAX));
+        if shown.len() > LEFT_SHOWN_MAX {
+            lines.push(format!("and {} more: -f json, or --report FILE, has all of them", shown.len() - LEFT_SHOWN_MAX));
+        }
+        if let Some(first) = left.iter().find(not_tried).filter(|_| as_one) {
+            let why = printable(first.outcome.why().unwrap_or_default());
+            lines.push(format!("{:<11} {}: {why}", first.outcome.word(), counted(waiting, "image")));
         }
         lines.push(String::new());
         lines.push(match retry_command(arguments, &left, journal.as_deref()) {
@@ -115,7 +126,7 @@ fn float_seconds(seconds: f64) -> u64 {
     seconds.max(0.0).round() as u64
 }
 
-fn named(line: &stages::batch::outcome::Line) -> String {
+fn named(line: &Line) -> String {
     let name = line.name.as_deref().filter(|name| !name.is_empty());
     match (name, &line.id) {
         (Some(name), Some(id)) => printable(&format!("{name} ({id})")),
@@ -163,14 +174,10 @@ fn write_whole(path: &std::path::Path, text: &str) -> std::io::Result<()> {
 }
 
 /// The command that tries just these again. Many, and those with flags of their own, go into a file beside the journal.
-fn retry_command(
-    arguments: &BatchArgs,
-    left: &[&stages::batch::outcome::Line],
-    journal: Option<&std::path::Path>,
-) -> std::io::Result<String> {
+fn retry_command(arguments: &BatchArgs, left: &[&Line], journal: Option<&std::path::Path>) -> std::io::Result<String> {
     let selecting = ["--from", "--all-snapshots", "--all-users", "--larger-than", "--older-than", "--name", "--instance"];
     let kept: Vec<String> = typed_flags(&selecting).iter().map(|word| shell_word(word)).collect();
-    let dashed = |line: &&stages::batch::outcome::Line| line.id.is_none() && line.word.starts_with('-');
+    let dashed = |line: &&Line| line.id.is_none() && line.word.starts_with('-');
     let plain = arguments.from.is_none() && left.len() <= RETRY_IDS_MAX && !left.iter().any(dashed);
     let which = if plain {
         left.iter().map(|line| shell_word(&printable(line.id.as_deref().unwrap_or(&line.word)))).collect::<Vec<_>>().join(" ")

@@ -141,7 +141,7 @@ Examples:
 What became of an image is in Glance (virta_source_id, virta_verified), so the same command on another machine, or without its journal, comes to \
 the same. A source is claimed by making its new image, under an id that follows from the source's: two batches at once never convert the \
 same image twice. A claim that a dead run left ends after 10 minutes, or an hour and more if it was uploading or the source is of 600 MiB or less; on the dead run's own machine at once.
-Exit status: 0 all done, 1 failed, 2 wrong usage, 4 some are not done (a table says why, with the command for just those), 130 interrupted.
+Exit status: 0 all done, 1 failed, 2 wrong usage, 4 some are not done (a table says why, with the command for just those; of --dry-run: some cannot be done), 130 interrupted.
 With --task-from-env: 0 done, now or before, 75 try again, 64 wrong usage, 65 never worth another try.";
 
 fn parse_rate(text: &str) -> Result<u64, String> {
@@ -242,7 +242,7 @@ enum Came {
     /// It ran.
     Summary(Box<Summary>, Option<PathBuf>),
     /// There was something to show.
-    Shown,
+    Shown(ExitCode),
 }
 
 /// Runs the command.
@@ -270,7 +270,7 @@ pub async fn run(arguments: BatchArgs) -> ExitCode {
     let result = batch(&arguments, wishes, options, &display, &run, &cancel).await;
     display.finish().await;
     match result {
-        Ok(Came::Shown) => ExitCode::SUCCESS,
+        Ok(Came::Shown(code)) => code,
         Ok(Came::Summary(summary, journal)) => {
             let code = summary.exit_code();
             let done = summary.count(Outcome::is_good);
@@ -312,11 +312,12 @@ async fn batch(
     plan.notes.iter().for_each(|note| display.note(note));
     if let Some(engine) = arguments.plan {
         engines::write(engine, arguments, plan, display)?;
-        return Ok(Came::Shown);
+        return Ok(Came::Shown(ExitCode::SUCCESS));
     }
     if arguments.dry_run {
         show_plan(arguments, session, plan, left_out, display, cancel).await?;
-        return Ok(Came::Shown);
+        let lacks = plan.entries.iter().any(|entry| matches!(entry.verdict, stages::batch::Verdict::Fail { .. }));
+        return Ok(Came::Shown(if lacks { ExitCode::from(4) } else { ExitCode::SUCCESS }));
     }
     left_out.iter().for_each(|line| display.note(line));
     ask(arguments, session, plan, cancel).await?;
@@ -402,7 +403,7 @@ async fn prepare(
         });
         if selected.of_others > 0 {
             left_out.push(format!(
-                "{} of other users of this project left out: --all-users takes them",
+                "{} of this project left out that other users made, or nobody knows who: --all-users takes them",
                 counted(selected.of_others, "snapshot")
             ));
         }

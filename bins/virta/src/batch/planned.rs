@@ -1,12 +1,13 @@
 //! What `--dry-run` shows: each image's fate, and what all of it would take.
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZero, sync::Arc, time::Duration};
 
 use engine::CancelToken;
 use stages::{
     batch::{Plan, Verdict},
     convert::{After, JobError, Notices, Verify},
     glance::connection::{Asking, Connection},
+    hash::Hasher,
     openstack::{Image, Session},
     progress::Progress,
     text::{counted, size, time},
@@ -22,6 +23,8 @@ use crate::{
 /// How much is read to tell how fast Glance is, and for how long.
 const MEASURE_BYTES: usize = 64 << 20;
 const MEASURE_FOR: Duration = Duration::from_secs(3);
+/// How long is hashed to tell how fast that goes.
+const HASH_FOR: Duration = Duration::from_millis(100);
 
 const COLUMNS: [Column; 8] = [
     Column { key: "id", heading: "ID", usual: true, right: false },
@@ -102,12 +105,23 @@ pub(super) async fn show_plan(
         return Ok(());
     };
     let measured = measure(session, largest, cancel).await?;
-    let rate = arguments.rate_limit.map_or(measured, |limit| limit.min(measured)).max(1);
+    let mut rate = measured;
+    let mut because = "which one connection gave just now";
+    if work.iter().any(|entry| entry.options.verify != Verify::None) {
+        let at_once = std::thread::available_parallelism().map_or(1, NonZero::get).min(arguments.jobs.get()).min(work.len());
+        let hashed = hash_rate().saturating_mul(u64::try_from(at_once).unwrap_or(1));
+        if hashed < rate {
+            (rate, because) = (hashed, "at which the sources are hashed here");
+        }
+    }
+    if let Some(limit) = arguments.rate_limit.filter(|limit| *limit < rate) {
+        (rate, because) = (limit, "the limit");
+    }
+    let rate = rate.max(1);
     display.note(&format!(
-        "reading takes about {} at {}/s, {}{}",
+        "reading takes about {} at {}/s, {because}{}",
         time(float(bytes) / float(rate)),
         size(rate),
-        if rate < measured { "the limit" } else { "which one connection gave just now" },
         match (converted > 0, work.iter().any(|entry| entry.options.verify == Verify::Readback)) {
             (true, true) => "; sending, and reading it back, comes on top",
             (true, false) => "; sending comes on top",
@@ -121,6 +135,19 @@ pub(super) async fn show_plan(
         ));
     }
     Ok(())
+}
+
+/// Bytes a second that one core hashes.
+fn hash_rate() -> u64 {
+    let (mut hasher, piece) = (Hasher::sha512(), vec![0x5a; 1 << 20]);
+    let started = std::time::Instant::now();
+    let mut hashed: u64 = 0;
+    while started.elapsed() < HASH_FOR {
+        hasher.update(&piece);
+        hashed += 1 << 20;
+    }
+    let millis = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+    hashed * 1000 / millis
 }
 
 /// Bytes a second of one connection, by reading the beginning of an image.

@@ -330,7 +330,9 @@ async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken)
         }
         Some(session)
     } else {
-        record.notes.push("no cloud was measured: --os-cloud, OS_CLOUD or OS_AUTH_URL choose one".to_owned());
+        if !arguments.no_cloud {
+            record.notes.push("no cloud was measured: --os-cloud, OS_CLOUD or OS_AUTH_URL choose one".to_owned());
+        }
         None
     };
     let amount = Amount::new(arguments.quick);
