@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use jiff::SignedDuration;
+
 /// How a ranged GET is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Ranges {
@@ -33,6 +35,8 @@ pub struct Faults {
     pub cut_after_bytes: u64,
     /// So many GETs of data get 503 first.
     pub failing_gets: u32,
+    /// The identity service's clock is so far ahead, as tokens tell.
+    pub clock_ahead: SignedDuration,
     /// So many POSTs of images get 503 first.
     pub failing_posts: u32,
     /// So many PATCHes get 503 first.

@@ -57,7 +57,7 @@ impl Tokens {
     }
 
     /// POST /v3/auth/tokens.
-    pub fn sign_in(&mut self, body: &Value, base: &str, life: Duration) -> Response<Body> {
+    pub fn sign_in(&mut self, body: &Value, base: &str, life: Duration, clock_ahead: SignedDuration) -> Response<Body> {
         let identity = &body["auth"]["identity"];
         let user = &identity["password"]["user"];
         let credential = &identity["application_credential"];
@@ -91,7 +91,7 @@ impl Tokens {
             "user": { "id": name_of(project), "name": name_of(project), "domain": domain },
             "project": { "id": project, "name": name_of(project), "domain": domain },
             "roles": [{ "id": "r", "name": "member" }],
-            "issued_at": text(now),
+            "issued_at": text(now.checked_add(clock_ahead).unwrap_or(now)),
             "expires_at": text(end),
             "catalog": [
                 { "id": "k", "type": "identity", "name": "keystone", "endpoints": endpoint(format!("{base}/v3")) },

@@ -441,7 +441,9 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
         (&Method::POST, ["v3", "auth", "tokens"]) => {
             let body = read_json(request).await?;
             let life = shared.token_life;
-            return Ok(shared.state().tokens.sign_in(&body, base, life));
+            let mut state = shared.state();
+            let clock_ahead = state.faults.clock_ahead;
+            return Ok(state.tokens.sign_in(&body, base, life, clock_ahead));
         }
         _ => {}
     }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use common::{MIB, Run, seen, signal};
+use jiff::SignedDuration;
 use mini_glance::{
     Config, Faults, MiniGlance,
     identity::{OTHER_PROJECT_ID, PROJECT_ID},
@@ -419,6 +420,50 @@ async fn a_run_that_slept_before_its_mark_looks_whose_the_image_is() {
     Run::new(output, Duration::ZERO).ends(4, &["another"]);
     let image = place.image(&made).unwrap();
     assert!(theirs.iter().all(|(key, value)| image[key] == *value), "{image}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_claim_was_over_while_it_sent_keeps_its_image_protected_for_a_while() {
+    let mut place = Place::start(Config::default(), |faults| {
+        faults.stalling_puts = 1;
+        faults.stall = Duration::from_secs(2);
+    })
+    .await;
+    let web = place.add("web", 1, 12 * MIB);
+    let run = place.command("here", &["web", "--delete-source", "--yes"]).spawn().unwrap();
+    seen(&place.service, "PUT /v2/images").await;
+    let made = stages::convert::claim::claimed_id(&web, PROJECT_ID, 0);
+    place.service.set(&made, "virta_claim_until", json!("2020-01-01T00:00:00Z"));
+    while place.image(&web).is_some() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let protected = |place: &Place| place.image(&made).unwrap()["protected"].clone();
+    assert_eq!(protected(&place), true, "whoever found the claim over may be about to delete it");
+    signal(&run, rustix::process::Signal::INT);
+    let ended = Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO);
+    ended.ends(130, &["stays protected for a minute", "virta image set --unprotected", "1 converted"]);
+    assert_eq!(protected(&place), true);
+    place.assert_all_converted(true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_whose_clock_is_wrong_takes_nothing_over() {
+    let mut place = Place::start(Config::default(), |faults| faults.clock_ahead = SignedDuration::from_mins(-75)).await;
+    let web = place.add("web", 1, 3 * MIB);
+    let mut theirs = record("web-qcow2");
+    theirs["id"] = json!(stages::convert::claim::claimed_id(&web, PROJECT_ID, 0));
+    theirs["virta_source_id"] = json!(web);
+    theirs["virta_run"] = json!("0a0a0a0a-0000-0000-0000-000000000000");
+    theirs["virta_claim_until"] = json!("2020-01-01T00:00:00Z");
+    let theirs = place.service.add_image(&theirs, |storing| storing.write(b"")).unwrap();
+    place.service.set(&theirs, "status", json!("queued"));
+    place.service.set(&theirs, "size", Value::Null);
+    place.run(&["web", "--no-wait"]).await.ends(4, &["clock is", "ahead of the identity service's", "0a0a0a0a"]);
+    assert!(place.image(&theirs).is_some());
+    place.service.faults(|faults| faults.clock_ahead = SignedDuration::ZERO);
+    place.run(&["web"]).await.ends(0, &["1 converted"]);
+    assert!(place.image(&theirs).is_none());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,10 +30,14 @@
 //!   minute later where the other run's DELETE may still be on its way. Whoever was overtaken so writes no mark, deletes no source, and takes nothing
 //!   off.
 //!
+//! The same minute is kept by the run that made an image if its claim was ever over (a suspended machine, an upload that took longer than
+//! reckoned with): whoever saw that may be about to delete the image, and its DELETE may land when all is done.
+//!
 //! What is left: a run that is stopped (a suspended machine) between its last look and its DELETE, for longer than that minute; and a minute
 //! that somebody interrupts and takes the protection off.
 //!
-//! Clocks of machines may differ by [`GRACE_S`]; a clock that is more wrong makes somebody lose work, never data.
+//! Clocks of machines may differ by [`GRACE_S`]. Keystone tells with each token what time it is: a machine whose clock is more wrong takes nothing
+//! over from others, and keeps that minute, for others may take its claims for over.
 
 use std::{
     sync::{
@@ -86,6 +90,8 @@ pub(super) struct Claim {
     seen: Mutex<Option<SystemTime>>,
     /// Its image was deleted by somebody else.
     lost: Arc<AtomicBool>,
+    /// It may have been over once.
+    doubted: AtomicBool,
 }
 
 /// The task that renews a claim.
@@ -157,6 +163,11 @@ pub fn held(image: &Image, notices: &dyn Notices) -> Option<JobError> {
     (!notices.is_dead(run)).then(|| JobError::Held { image: image.id.clone(), run: run.to_owned(), until: text(until) })
 }
 
+/// Is this machine's clock so wrong that claims cannot be told to be over?
+pub(super) fn clock_is_wrong(session: &Session) -> Option<SignedDuration> {
+    session.clock_ahead().filter(|ahead| ahead.unsigned_abs() > Duration::from_secs(GRACE_S.unsigned_abs()))
+}
+
 /// Does the claim on an image last as long as a renewal would make it?
 fn lasts(image: &Image, life: Duration) -> bool {
     let until = image.property(CLAIM_UNTIL).and_then(|until| until.parse::<Timestamp>().ok());
@@ -184,7 +195,18 @@ impl Claim {
             renewing: Mutex::default(),
             seen: Mutex::default(),
             lost: Arc::default(),
+            doubted: AtomicBool::new(false),
         }
+    }
+
+    /// It may be over, or be taken for over: somebody may be about to delete the image.
+    pub(super) fn doubt(&self) {
+        self.doubted.store(true, SeqCst);
+    }
+
+    /// May somebody's DELETE of the image be on its way?
+    pub(super) fn is_doubted(&self) -> bool {
+        self.doubted.load(SeqCst)
     }
 
     pub(super) fn image_id(&self, generation: u32) -> String {
@@ -260,6 +282,9 @@ impl Claim {
     /// left to show for a source that went, is not to be written over, nor its claim.
     pub(super) async fn go_on(&self, session: &Session, image: &Image, run: &str) -> Result<(), JobError> {
         refuse_other(image, run)?;
+        if !lasts(image, Duration::ZERO) {
+            self.doubt();
+        }
         let seen = SystemTime::now();
         if !lasts(image, self.life) {
             // looked at once more, and last: nobody else's claim is to be cut short
@@ -309,6 +334,9 @@ impl Claim {
     /// Before a PUT of `bytes`: while it lasts, nothing can be renewed.
     pub(super) async fn set_ahead(&self, session: &Session, image_id: &str, bytes: u64, tried: u32) -> Result<(), JobError> {
         self.leave().await;
+        if !self.is_good_for(Duration::ZERO) {
+            self.doubt();
+        }
         let life = long_enough(session.rate_bytes_per_s(), bytes, tried);
         if !self.is_good_for(life) {
             let asked = SystemTime::now();

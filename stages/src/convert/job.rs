@@ -283,9 +283,14 @@ impl Job {
     /// # Errors
     /// [`JobError::Source`] for a file that changed, [`JobError::Verification`] for an image that is another one now.
     pub(super) async fn check_unchanged(&self) -> Result<(), JobError> {
+        self.source_unchanged().await.map(|_| ())
+    }
+
+    /// [`Self::check_unchanged`], and an image as it is now.
+    pub(super) async fn source_unchanged(&self) -> Result<Option<Image>, JobError> {
         match &self.source {
-            Source::Local(raw) => Ok(raw.check_unchanged()?),
-            Source::Pipe(_) => Ok(()),
+            Source::Local(raw) => Ok(raw.check_unchanged().map(|()| None)?),
+            Source::Pipe(_) => Ok(None),
             Source::Glance { session, image, .. } => {
                 let now = self.cancel.guard(session.image(&image.id)).await.map_err(|_| JobError::interrupted())??;
                 if let Some(what) = image.differs_from(&now) {
@@ -294,7 +299,7 @@ impl Job {
                         image.id
                     )));
                 }
-                Ok(())
+                Ok(Some(now))
             }
         }
     }

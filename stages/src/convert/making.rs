@@ -22,7 +22,7 @@ use crate::{
         ApiError, Image, Session,
         image::{CLAIM_UNTIL, RUN, VERIFIED},
     },
-    text::{causes, printable},
+    text::{causes, printable, time},
 };
 
 /// Images of one claim that were made and deleted before this one; more than that is no accident.
@@ -118,6 +118,20 @@ impl<'a> Maker<'a> {
         let own = image.property(RUN) == Some(self.run());
         if !own && let Some(held) = claim::held(image, self.notices) {
             return Err(held);
+        }
+        let is_dead = image.property(RUN).is_some_and(|run| self.notices.is_dead(run));
+        if !own
+            && !is_dead
+            && let Some(ahead) = claim::clock_is_wrong(self.session)
+        {
+            let (by, way) = (ahead.unsigned_abs().as_secs_f64(), if ahead.is_negative() { "behind" } else { "ahead of" });
+            return Err(JobError::Refused(format!(
+                "this machine's clock is {} {way} the identity service's, so whether run {} still makes image {} cannot be told: set the clock right \
+                 (timedatectl set-ntp true)",
+                time(by),
+                printable(image.property(RUN).unwrap_or("unknown")),
+                image.shown_id()
+            )));
         }
         if image.status == "deactivated" {
             return Err(JobError::Refused(format!(

@@ -284,7 +284,7 @@ async fn adopted(
 }
 
 /// Is the job's source not there any more? What cannot be told counts as gone.
-async fn is_source_gone(job: &Job) -> bool {
+pub(super) async fn is_source_gone(job: &Job) -> bool {
     let Source::Glance { session, image, .. } = &job.source else { return false };
     let looking = tokio::time::timeout(job.options.patience.silence, session.image(&image.id));
     !matches!(job.options.patience.to_its_end(&job.cancel, looking).await, Some(Ok(Ok(_))))

@@ -217,10 +217,15 @@ async fn prepare(
             counted(members.len(), "project")
         )));
     }
-    job.check_unchanged().await.map_err(|error| match error {
+    let last = job.source_unchanged().await.map_err(|error| match error {
         JobError::Api(error) => failed(new_id, SOURCE_NOT_SEEN, error),
         error => error,
     })?;
+    if last.is_some_and(|last| last.visibility != source.visibility) {
+        return Err(JobError::Refused(format!(
+            "the source's visibility was changed just now: it is not deleted; the new image is {new_id}. The same command goes on"
+        )));
+    }
     let new = session.image(new_id).await?;
     refuse_overtaken(job, &new)?;
     if new.status == "active" && new.expected_hash().is_none() {
@@ -243,9 +248,10 @@ async fn prepare(
 fn refuse_overtaken(job: &Job, new: &Image) -> Result<(), JobError> {
     match (&job.options.run, new.property(RUN)) {
         (Some(run), Some(other)) if run != other => Err(JobError::Refused(format!(
-            "another run ({}) has taken the new image {} over meanwhile: the source is left to it",
+            "another run ({}) has taken the new image {id} over meanwhile: the source is left to it. Should the image still be protected when that run is \
+             over, by this one: virta image set --unprotected {id}",
             printable(other),
-            new.shown_id()
+            id = new.shown_id()
         ))),
         _ => Ok(()),
     }

@@ -13,10 +13,10 @@ use serde_json::json;
 
 use super::{
     After, Job, JobError, Report, Source, Verify,
-    claim::Claim,
+    claim::{Claim, clock_is_wrong},
     job::{ReportOf, Surveyed, cause_of},
     making::Maker,
-    names::{carries_its_own_proof, verified_mark},
+    names::{carries_its_own_proof, is_source_gone, verified_mark},
     readback::{Target, against_survey},
     report::HashReport,
     retire,
@@ -75,7 +75,11 @@ fn claim_of(job: &Job, session: &Session) -> Result<Option<(u64, Claim)>, JobErr
     let Some(project) = &session.whoami().project_id else {
         return Err(JobError::Refused("a source can only be claimed for a project, and this sign-in has none".to_owned()));
     };
-    Ok(Some((*bytes, Claim::new(&image.id, project, *bytes, session.rate_bytes_per_s(), job.options.patience.claim))))
+    let claim = Claim::new(&image.id, project, *bytes, session.rate_bytes_per_s(), job.options.patience.claim);
+    if clock_is_wrong(session).is_some() {
+        claim.doubt();
+    }
+    Ok(Some((*bytes, claim)))
 }
 
 fn maker<'a>(job: &'a Job, session: &'a Session, name: &str, virtual_bytes: u64) -> Maker<'a> {
@@ -346,7 +350,17 @@ impl Emission<'_> {
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.
     async fn release(&self, image_id: &str) {
+        let stays = || format!("image {image_id} stays protected: virta image set --unprotected {image_id}");
         if let Some(claim) = &self.maker.claim {
+            if claim.is_doubted() && is_source_gone(self.job).await {
+                self.job
+                    .notices
+                    .warn(&format!("image {image_id} stays protected for a minute: a run elsewhere may have found its claim over, and still delete it"));
+                if self.guard(tokio::time::sleep(self.job.options.patience.silence)).await.is_err() {
+                    self.job.notices.warn(&stays());
+                    return;
+                }
+            }
             claim.leave().await;
         }
         let releasing = retire::release(self.maker.session, image_id, Some(self.maker.run()));

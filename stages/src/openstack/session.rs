@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url, header::HeaderMap};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -107,6 +107,8 @@ pub struct Whoami {
 struct Token {
     secret: Secret,
     expires_at: Option<Timestamp>,
+    /// How far this machine's clock was ahead of the service's when the token was issued.
+    clock_ahead: Option<SignedDuration>,
 }
 
 struct Inner {
@@ -160,6 +162,13 @@ impl Session {
     #[must_use]
     pub fn limited_to(&self, bytes_per_s: u64) -> Self {
         Self(Arc::clone(&self.0), Some(RateLimit::new(bytes_per_s)))
+    }
+
+    /// How far this machine's clock was ahead of the identity service's when it last signed in, beyond what the request may have taken; `None`
+    /// where the service does not say.
+    #[must_use]
+    pub fn clock_ahead(&self) -> Option<SignedDuration> {
+        self.token_now().clock_ahead
     }
 
     /// The limit for image data, if there is one.
@@ -428,11 +437,12 @@ async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, Sig
     }
     let body = auth_body(cloud);
     let mut tries = 0;
-    let response = loop {
+    let (response, asked) = loop {
         tries += 1;
+        let asked = Timestamp::now();
         let sent = clients.of(&url).post(url.clone()).json(&body).timeout(CALL_TIMEOUT).send().await;
         let error = match sent {
-            Ok(response) if response.status().is_success() => break response,
+            Ok(response) if response.status().is_success() => break (response, asked),
             Ok(response) => ApiError::from_response(Method::POST, &url, response).await,
             Err(error) => ApiError::connection(Method::POST, &url, error),
         };
@@ -446,10 +456,17 @@ async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, Sig
             _ => SignInError::Call { cloud: cloud_name, auth_url: cloud.auth_url.clone(), source: error },
         });
     };
-    read_token(cloud, &url, response).await
+    read_token(cloud, &url, response, asked).await
 }
 
-async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response) -> Result<SignedIn, SignInError> {
+/// How far this machine's clock is ahead of one that said `issued` between `asked` and `answered`.
+fn clock_ahead(issued: Timestamp, asked: Timestamp, answered: Timestamp) -> SignedDuration {
+    // either zero or nearer to it: what the request took is nobody's fault
+    asked.duration_since(issued).max(SignedDuration::ZERO) + answered.duration_since(issued).min(SignedDuration::ZERO)
+}
+
+async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response, asked: Timestamp) -> Result<SignedIn, SignInError> {
+    let answered = Timestamp::now();
     let bad = |what: String| SignInError::Call {
         cloud: cloud.name.clone(),
         auth_url: cloud.auth_url.clone(),
@@ -462,6 +479,8 @@ async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response) -> R
     let token = &body["token"];
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let expires_at = token["expires_at"].as_str().and_then(|end| end.parse().ok());
+    let issued = token["issued_at"].as_str().and_then(|issued| issued.parse().ok());
+    let clock_ahead = issued.map(|issued| clock_ahead(issued, asked, answered));
     let catalog = match &token["catalog"] {
         Value::Null => Vec::new(), // an unscoped token
         catalog => serde_json::from_value(catalog.clone()).map_err(|error| bad(format!("its catalog: {error}")))?,
@@ -476,7 +495,7 @@ async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response) -> R
         user_id: text(&token["user"]["id"]),
         password_expires_at: text(&token["user"]["password_expires_at"]),
     };
-    Ok(SignedIn { token: Token { secret, expires_at }, catalog, whoami })
+    Ok(SignedIn { token: Token { secret, expires_at, clock_ahead }, catalog, whoami })
 }
 
 fn user_text(identity: &Identity) -> String {
@@ -595,6 +614,13 @@ fn versioned(mut url: Url) -> Url {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_request_takes_makes_no_clock_wrong() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let ahead = |issued| clock_ahead(at(issued), at(100), at(130)).as_secs();
+        assert_eq!([70, 100, 115, 130, 190].map(ahead), [30, 0, 0, 0, -60]);
+    }
 
     fn cloud() -> CloudConfig {
         CloudConfig {
