@@ -240,7 +240,7 @@ mod tests {
     #[test]
     fn errors_say_which_line_and_what() {
         for (text, line, what) in [
-            ("image,colour\nx,red\n", 2, "colour"),
+            ("image,colour\nx,red\n", 1, "colour"),
             ("image,verify\nx,hash\ny\n", 3, "1 columns"),
             ("image,delete_source\nx,maybe\n", 2, "maybe"),
             ("[\"a\",\n {\"image\": \"b\", \"colour\": 1}]", 2, "colour"),
