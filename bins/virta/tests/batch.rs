@@ -66,6 +66,19 @@ impl Place {
         id
     }
 
+    /// An image under a source's claimed id that was never sent, and whose claim is over.
+    fn leave_queued(&self, source: &str, name: &str, run: &Value) -> String {
+        let mut left = record(name);
+        left["id"] = json!(stages::convert::claim::claimed_id(source, PROJECT_ID, 0));
+        left["virta_source_id"] = json!(source);
+        left["virta_run"] = run.clone();
+        left["virta_claim_until"] = json!("2020-01-01T00:00:00Z");
+        let left = self.service.add_image(&left, |storing| storing.write(b"")).unwrap();
+        self.service.set(&left, "status", json!("queued"));
+        self.service.set(&left, "size", Value::Null);
+        left
+    }
+
     /// `virta batch`, on a machine of this name: its state folder.
     fn command(&self, machine: &str, arguments: &[&str]) -> Command {
         let mut command = self.clean(env!("CARGO_BIN_EXE_virta"));
@@ -452,14 +465,7 @@ async fn a_run_whose_claim_was_over_while_it_sent_keeps_its_image_protected_for_
 async fn a_machine_whose_clock_is_wrong_takes_nothing_over() {
     let mut place = Place::start(Config::default(), |faults| faults.clock_ahead = SignedDuration::from_mins(-75)).await;
     let web = place.add("web", 1, 3 * MIB);
-    let mut theirs = record("web-qcow2");
-    theirs["id"] = json!(stages::convert::claim::claimed_id(&web, PROJECT_ID, 0));
-    theirs["virta_source_id"] = json!(web);
-    theirs["virta_run"] = json!("0a0a0a0a-0000-0000-0000-000000000000");
-    theirs["virta_claim_until"] = json!("2020-01-01T00:00:00Z");
-    let theirs = place.service.add_image(&theirs, |storing| storing.write(b"")).unwrap();
-    place.service.set(&theirs, "status", json!("queued"));
-    place.service.set(&theirs, "size", Value::Null);
+    let theirs = place.leave_queued(&web, "web-qcow2", &json!("0a0a0a0a-0000-0000-0000-000000000000"));
     place.run(&["web", "--no-wait"]).await.ends(4, &["clock is", "ahead of the identity service's", "0a0a0a0a"]);
     assert!(place.image(&theirs).is_some());
     place.service.faults(|faults| faults.clock_ahead = SignedDuration::ZERO);
@@ -479,14 +485,8 @@ async fn what_an_earlier_try_left_is_not_taken_for_the_image_that_an_unanswered_
     seen(&place.service, "PUT /v2/images").await;
     // as an earlier try of this run would leave it: its claim is over
     let claimed = |source: &str, generation| stages::convert::claim::claimed_id(source, PROJECT_ID, generation);
-    let mut left = record("second-qcow2");
-    left["id"] = json!(claimed(&second, 0));
-    left["virta_source_id"] = json!(second);
-    left["virta_run"] = place.image(&claimed(&first, 0)).unwrap()["virta_run"].clone();
-    left["virta_claim_until"] = json!("2020-01-01T00:00:00Z");
-    let left = place.service.add_image(&left, |storing| storing.write(b"")).unwrap();
-    place.service.set(&left, "status", json!("queued"));
-    place.service.set(&left, "size", Value::Null);
+    let run_id = place.image(&claimed(&first, 0)).unwrap()["virta_run"].clone();
+    let left = place.leave_queued(&second, "second-qcow2", &run_id);
     place.service.faults(|faults| faults.failing_posts = 1);
     let output = tokio::time::timeout(Duration::from_secs(60), run.wait_with_output()).await.unwrap().unwrap();
     Run::new(output, Duration::ZERO).ends(0, &["2 converted"]);
