@@ -474,6 +474,20 @@ async fn a_machine_whose_clock_is_wrong_takes_nothing_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_takeover_lets_go_of_an_image_whose_run_is_seen_to_live() {
+    let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(500)).await;
+    let web = place.add("web", 1, 3 * MIB);
+    let theirs = place.leave_queued(&web, "web-qcow2", &json!("0a0a0a0a-0000-0000-0000-000000000000"));
+    let run = place.command("here", &["web", "--no-wait"]).spawn().unwrap();
+    seen(&place.service, "DELETE /v2/images").await;
+    place.service.set(&theirs, "protected", json!(true));
+    place.service.set(&theirs, "virta_claim_until", json!("2100-01-01T00:00:00Z"));
+    let ended = Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO);
+    ended.ends(4, &["held by", "0a0a0a0a", "2100-01-01"]);
+    assert!(place.image(&theirs).is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_an_earlier_try_left_is_not_taken_for_the_image_that_an_unanswered_post_made() {
     let mut place = Place::start(Config::default(), |faults| {
         faults.stalling_puts = 1;

@@ -320,7 +320,7 @@ impl Runner {
             let source_there = images.iter().any(|source| image.property(SOURCE_ID) == Some(&source.id) && source.id != image.id);
             if (source_there && !own_claim_only)
                 || !carries_its_own_proof(image)
-                || crate::convert::claim::held(image, &*self.batch.notices).is_some()
+                || crate::convert::claim::is_over(image, session, &*self.batch.notices).is_err()
             {
                 continue;
             }

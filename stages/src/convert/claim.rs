@@ -55,10 +55,13 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::{JobError, Notices};
-use crate::openstack::{
-    Change, Image, Session,
-    error::now_utc,
-    image::{CLAIM_UNTIL, RUN},
+use crate::{
+    openstack::{
+        Change, Image, Session,
+        error::now_utc,
+        image::{CLAIM_UNTIL, RUN},
+    },
+    text::{printable, time},
 };
 
 /// How far clocks of machines may be apart, seconds.
@@ -166,6 +169,28 @@ pub fn held(image: &Image, notices: &dyn Notices) -> Option<JobError> {
 /// Is this machine's clock so wrong that claims cannot be told to be over?
 pub(super) fn clock_is_wrong(session: &Session) -> Option<SignedDuration> {
     session.clock_ahead().filter(|ahead| ahead.unsigned_abs() > Duration::from_secs(GRACE_S.unsigned_abs()))
+}
+
+/// Before what another run's claim forbids: is it over for sure?
+///
+/// # Errors
+/// [`JobError::Held`]; [`JobError::Refused`] where this machine's clock is too wrong to tell, and the run is not known to be dead.
+pub(crate) fn is_over(image: &Image, session: &Session, notices: &dyn Notices) -> Result<(), JobError> {
+    if let Some(held) = held(image, notices) {
+        return Err(held);
+    }
+    let run = image.property(RUN);
+    match clock_is_wrong(session) {
+        Some(ahead) if !run.is_some_and(|run| notices.is_dead(run)) => Err(JobError::Refused(format!(
+            "this machine's clock is {} {} the identity service's, so whether run {} still makes image {} cannot be told: set the clock right \
+             (timedatectl set-ntp true)",
+            time(ahead.unsigned_abs().as_secs_f64()),
+            if ahead.is_negative() { "behind" } else { "ahead of" },
+            printable(run.unwrap_or("unknown")),
+            image.shown_id()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Does the claim on an image last as long as a renewal would make it?

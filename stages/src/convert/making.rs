@@ -22,7 +22,7 @@ use crate::{
         ApiError, Image, Session,
         image::{CLAIM_UNTIL, RUN, VERIFIED},
     },
-    text::{causes, printable, time},
+    text::{causes, printable},
 };
 
 /// Images of one claim that were made and deleted before this one; more than that is no accident.
@@ -116,22 +116,8 @@ impl<'a> Maker<'a> {
     async fn take_over(&self, claim: &Claim, image: &Image) -> Result<(), JobError> {
         // an earlier try of this very run left it, and this run works on a source once at a time
         let own = image.property(RUN) == Some(self.run());
-        if !own && let Some(held) = claim::held(image, self.notices) {
-            return Err(held);
-        }
-        let is_dead = image.property(RUN).is_some_and(|run| self.notices.is_dead(run));
-        if !own
-            && !is_dead
-            && let Some(ahead) = claim::clock_is_wrong(self.session)
-        {
-            let (by, way) = (ahead.unsigned_abs().as_secs_f64(), if ahead.is_negative() { "behind" } else { "ahead of" });
-            return Err(JobError::Refused(format!(
-                "this machine's clock is {} {way} the identity service's, so whether run {} still makes image {} cannot be told: set the clock right \
-                 (timedatectl set-ntp true)",
-                time(by),
-                printable(image.property(RUN).unwrap_or("unknown")),
-                image.shown_id()
-            )));
+        if !own {
+            claim::is_over(image, self.session, self.notices)?;
         }
         if image.status == "deactivated" {
             return Err(JobError::Refused(format!(
@@ -154,7 +140,14 @@ impl<'a> Maker<'a> {
                 run: image.property(RUN).unwrap_or("unknown").to_owned(),
             });
         }
-        self.delete_once(&image.id).await?;
+        match self.delete_once(&image.id).await {
+            // protected since it was looked at: the other run lives
+            Err(refused) if refused.status() == Some(StatusCode::FORBIDDEN) => {
+                let now = self.session.image_if_there(&image.id).await?;
+                return Err(now.and_then(|now| claim::held(&now, self.notices)).unwrap_or_else(|| refused.into()));
+            }
+            deleted => deleted?,
+        }
         self.notices.note(&format!(
             "image {} of a run that is over ({}) was {}: it is removed, and its source taken over",
             image.shown_id(),

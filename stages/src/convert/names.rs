@@ -9,7 +9,7 @@ use super::{
     After, Job, JobError, Source, Verify,
     claim::{self, claimed_id, held},
     readback::prove,
-    retire::{after_conversion, release},
+    retire::{after_conversion, outlast_deletions, release, release_or_warn, stays_protected},
 };
 use crate::{
     openstack::{
@@ -227,8 +227,6 @@ async fn adopted(
             changes.push(Change::Set("protected".to_owned(), json!(true)));
         }
     }
-    let stays =
-        format!("image {id} stays protected; to take that off: virta image set --unprotected {id}", id = image.shown_id());
     if !changes.is_empty() {
         job.notices.making(&image.id);
         let adopting = session.change_image(&image.id, &changes);
@@ -244,8 +242,11 @@ async fn adopted(
                 if ours {
                     let released = job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await;
                     if unheard.is_none() || !matches!(released, Some(Ok(true))) {
-                        let until = format!("image {} is claimed by this run for a while", image.shown_id());
-                        job.notices.warn(&format!("it may be that {}", if goes { &stays } else { &until }));
+                        let stays = match goes {
+                            true => stays_protected(&image.id, "whether it was protected was not answered"),
+                            false => format!("image {} is claimed by this run for a while", image.shown_id()),
+                        };
+                        job.notices.warn(&format!("it may be that {stays}"));
                     }
                 }
                 return Err(unheard.and_then(Result::err).map_or_else(JobError::interrupted, JobError::from));
@@ -266,28 +267,10 @@ async fn adopted(
         };
         may_live || job.notices.was_deleting(of, &image.id)
     });
-    // a DELETE of the source that was not answered may still be heard
-    let going = matches!(&done, Err(JobError::SourceKept { error, .. }) if error.is_retryable());
-    if goes && may_be_deleted && (going || is_source_gone(job).await) {
-        job.notices
-            .note(&format!("image {} stays protected for a minute: a run elsewhere may still delete it", image.shown_id()));
-        let waiting = tokio::time::sleep(job.options.patience.silence);
-        if job.cancel.guard(waiting).await.is_err() {
-            job.notices.warn(&stays);
-            return done; // all else is done
-        }
-    }
-    if let Some(cause) = job.options.patience.failure_of(&job.cancel, release(session, &image.id, run)).await {
-        job.notices.warn(&format!("{stays} ({cause})"));
+    if !(goes && may_be_deleted) || outlast_deletions(job, &image.id, &done).await {
+        release_or_warn(job, session, &image.id, run).await;
     }
     done
-}
-
-/// Is the job's source not there any more? What cannot be told counts as gone.
-pub(super) async fn is_source_gone(job: &Job) -> bool {
-    let Source::Glance { session, image, .. } = &job.source else { return false };
-    let looking = tokio::time::timeout(job.options.patience.silence, session.image(&image.id));
-    !matches!(job.options.patience.to_its_end(&job.cancel, looking).await, Some(Ok(Ok(_))))
 }
 
 /// The refusal of an image that claims to be this source's conversion and could not be proven to be.

@@ -317,6 +317,42 @@ pub async fn release(session: &Session, image_id: &str, run: Option<&str>) -> Re
     }
 }
 
+/// [`release`], and a warning where it stays as it is.
+pub(super) async fn release_or_warn(job: &Job, session: &Session, image_id: &str, run: Option<&str>) {
+    if let Some(cause) = job.options.patience.failure_of(&job.cancel, release(session, image_id, run)).await {
+        job.notices.warn(&stays_protected(image_id, &cause));
+    }
+}
+
+/// Before [`release`], where somebody's DELETE of the image may be on its way: lets a minute pass, if the source is gone. `retired` is what became of
+/// that. `false`: that was interrupted, and the image stays protected.
+pub(super) async fn outlast_deletions(job: &Job, image_id: &str, retired: &Result<(), JobError>) -> bool {
+    // a DELETE of the source that was not answered may still be heard
+    let going = matches!(retired, Err(JobError::SourceKept { error, .. }) if error.is_retryable());
+    if !going && !is_source_gone(job).await {
+        return true;
+    }
+    job.notices.warn(&format!("image {} stays protected for a minute: a run elsewhere may still delete it", printable(image_id)));
+    let passed = job.cancel.guard(tokio::time::sleep(job.options.patience.silence)).await.is_ok();
+    if !passed {
+        job.notices.warn(&stays_protected(image_id, "interrupted while a run elsewhere might still delete it"));
+    }
+    passed
+}
+
+/// What becomes of an image whose protection could not be taken off, and how it is.
+pub(super) fn stays_protected(image_id: &str, why: &str) -> String {
+    let id = shell_word(&printable(image_id));
+    format!("image {id} stays protected ({why}); to take that off: virta image set --unprotected {id}")
+}
+
+/// Is the job's source not there any more? What cannot be told counts as gone.
+async fn is_source_gone(job: &Job) -> bool {
+    let Source::Glance { session, image, .. } = &job.source else { return false };
+    let looking = tokio::time::timeout(job.options.patience.silence, session.image(&image.id));
+    !matches!(job.options.patience.to_its_end(&job.cancel, looking).await, Some(Ok(Ok(_))))
+}
+
 /// The last step of a replacement: the new image's name, and the marks that told of it come off with it.
 async fn rename(session: &Session, new_id: &str, name: &str, marks: &[&str]) -> Result<(), JobError> {
     let named = async {
@@ -400,9 +436,9 @@ async fn finish_marks(session: &Session, image: &Image, notices: &dyn Notices) -
         None => {}
     }
     if image.property(CLAIM_UNTIL).is_some() {
-        match claim::held(image, notices) {
-            None => drop(release(session, &image.id, image.property(RUN)).await?),
-            Some(held) => notices.warn(&format!("image {} stays protected: {held}", image.shown_id())),
+        match claim::is_over(image, session, notices) {
+            Ok(()) => drop(release(session, &image.id, image.property(RUN)).await?),
+            Err(why) => notices.warn(&format!("image {} stays protected: {why}", image.shown_id())),
         }
     }
     Ok(())

@@ -16,7 +16,7 @@ use super::{
     claim::{Claim, clock_is_wrong},
     job::{ReportOf, Surveyed, cause_of},
     making::Maker,
-    names::{carries_its_own_proof, is_source_gone, verified_mark},
+    names::{carries_its_own_proof, verified_mark},
     readback::{Target, against_survey},
     report::HashReport,
     retire,
@@ -157,8 +157,8 @@ async fn emit(job: &Job, maker: &Maker<'_>, first: Option<String>, mut surveyed:
     };
     maker.remove_all_but(&made.id).await;
     let retired = retire::after_conversion(job, maker.session, &made.id, false).await;
-    if maker.claim.is_some() && job.options.after != After::Keep {
-        emission.release(&made.id).await;
+    if let Some(claim) = maker.claim.as_ref().filter(|_| job.options.after != After::Keep) {
+        emission.release(claim, &made.id, &retired).await;
     }
     retired?;
     Ok(job.report(ReportOf {
@@ -349,25 +349,12 @@ impl Emission<'_> {
     }
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.
-    async fn release(&self, image_id: &str) {
-        let stays = || format!("image {image_id} stays protected: virta image set --unprotected {image_id}");
-        if let Some(claim) = &self.maker.claim {
-            if claim.is_doubted() && is_source_gone(self.job).await {
-                self.job
-                    .notices
-                    .warn(&format!("image {image_id} stays protected for a minute: a run elsewhere may have found its claim over, and still delete it"));
-                if self.guard(tokio::time::sleep(self.job.options.patience.silence)).await.is_err() {
-                    self.job.notices.warn(&stays());
-                    return;
-                }
-            }
-            claim.leave().await;
-        }
-        let releasing = retire::release(self.maker.session, image_id, Some(self.maker.run()));
-        if let Some(cause) = self.job.options.patience.failure_of(&self.job.cancel, releasing).await {
-            self.job
-                .notices
-                .warn(&format!("image {image_id} stays protected: {cause}; virta image set --unprotected {image_id}"));
+    async fn release(&self, claim: &Claim, image_id: &str, retired: &Result<(), JobError>) {
+        // renewed until then: whoever finds it over takes the protection off
+        let in_time = !claim.is_doubted() || retire::outlast_deletions(self.job, image_id, retired).await;
+        claim.leave().await;
+        if in_time {
+            retire::release_or_warn(self.job, self.maker.session, image_id, Some(self.maker.run())).await;
         }
     }
 
