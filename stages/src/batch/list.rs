@@ -182,11 +182,10 @@ fn set(wish: &mut Wish, column: &str, value: &str) -> Result<(), String> {
         "delete_source" => wish.delete_source = yes(value)?,
         "replace" => wish.replace = yes(value)?,
         "copy_members" => wish.copy_members = yes(value)?,
-        _ => {
-            if let Some(key) = property(column) {
-                wish.properties.insert(key.to_owned(), value.to_owned());
-            }
-        }
+        _ => match property(column) {
+            Some(key) => drop(wish.properties.insert(key.to_owned(), value.to_owned())),
+            None => return Err(format!("{value:?} stands under a heading that is empty")),
+        },
     }
     Ok(())
 }
@@ -201,6 +200,10 @@ fn property(column: &str) -> Option<&str> {
 fn known(column: &str) -> Result<(), String> {
     const COLUMNS: [&str; 8] =
         ["image", "name", "compress", "compress_level", "verify", "delete_source", "replace", "copy_members"];
+    // spreadsheets leave such behind
+    if column.is_empty() {
+        return Ok(());
+    }
     if property(column).is_some() || COLUMNS.contains(&column.to_ascii_lowercase().as_str()) {
         return Ok(());
     }
