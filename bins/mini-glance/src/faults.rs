@@ -45,6 +45,8 @@ pub struct Faults {
     pub lost_patch_of: Option<(String, bool)>,
     /// So many DELETEs of images get 503 first.
     pub failing_deletes: u32,
+    /// The next DELETE of an image is acted upon, and answered with 503.
+    pub lost_delete: bool,
     /// So many GETs of data get a body with one byte flipped.
     pub corrupt_gets: u32,
     /// So many GETs of data stall for `stall` after `cut_after_bytes`.

@@ -82,6 +82,7 @@ impl Tokens {
         let now = Timestamp::now();
         let life = SignedDuration::try_from(life).unwrap_or(SignedDuration::from_hours(1));
         let end = now.checked_add(life).unwrap_or(Timestamp::MAX);
+        let told = |at: Timestamp| text(at.checked_add(clock_ahead).unwrap_or(at));
         let token = Uuid::new_v4().simple().to_string();
         self.0.insert(token.clone(), (end, project));
         let endpoint = |url: String| json!([{ "id": "e", "interface": "public", "region": "RegionOne", "region_id": "RegionOne", "url": url }]);
@@ -91,8 +92,8 @@ impl Tokens {
             "user": { "id": name_of(project), "name": name_of(project), "domain": domain },
             "project": { "id": project, "name": name_of(project), "domain": domain },
             "roles": [{ "id": "r", "name": "member" }],
-            "issued_at": text(now.checked_add(clock_ahead).unwrap_or(now)),
-            "expires_at": text(end),
+            "issued_at": told(now),
+            "expires_at": told(end),
             "catalog": [
                 { "id": "k", "type": "identity", "name": "keystone", "endpoints": endpoint(format!("{base}/v3")) },
                 { "id": "n", "type": "compute", "name": "nova", "endpoints": endpoint(format!("{base}/compute/v2.1")) },

@@ -517,7 +517,11 @@ async fn route(shared: &Arc<Shared>, request: Request<Incoming>, path: &str, ran
             if Faults::take(&mut shared.state().faults.failing_deletes) {
                 return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
             }
-            let deleted = shared.state().images.delete(id, project);
+            let mut state = shared.state();
+            let deleted = state.images.delete(id, project);
+            if std::mem::take(&mut state.faults.lost_delete) {
+                return Ok(html(StatusCode::SERVICE_UNAVAILABLE, "The server is currently unavailable."));
+            }
             Ok(unbox(deleted.map(|()| empty(StatusCode::NO_CONTENT))))
         }
         (Method::GET, ["v2", "images", id, "file"]) => download(shared, id, range, project),

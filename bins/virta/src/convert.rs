@@ -399,19 +399,19 @@ pub fn stdout() -> Result<std::fs::File, JobError> {
 async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str) -> Result<Option<Outcome>, JobError> {
     match check_name(session, taken, name, &job.source, job.options.force, job.options.after)? {
         NameCheck::AlreadyDone(image) => {
-            refuse_held(job, &image)?;
+            refuse_held(job, session, &image)?;
             convert::names::go_on_with_finished(job, session, &image).await?;
             return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
         }
         NameCheck::Unproven(image) => {
-            refuse_held(job, &image)?;
+            refuse_held(job, session, &image)?;
             refuse_live(&image)?;
             convert::names::go_on_with_unproven(job, session, &image).await?;
             return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
         }
         NameCheck::Free { unfinished } => {
             for image in unfinished {
-                refuse_held(job, &image)?;
+                refuse_held(job, session, &image)?;
                 refuse_live(&image)?;
                 let id = image.shown_id();
                 job.notices.warn(&format!(
@@ -439,8 +439,8 @@ fn refuse_live(image: &Image) -> Result<(), JobError> {
 }
 
 /// Another run, a batch's, has claimed the source.
-fn refuse_held(job: &Job, image: &Image) -> Result<(), JobError> {
-    convert::claim::held(image, &*job.notices).map_or(Ok(()), Err)
+fn refuse_held(job: &Job, session: &Session, image: &Image) -> Result<(), JobError> {
+    convert::claim::held(image, session.now(), &*job.notices).map_or(Ok(()), Err)
 }
 
 /// Work that an interrupt breaks off.

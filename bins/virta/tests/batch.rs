@@ -10,7 +10,7 @@ use std::{
 };
 
 use common::{MIB, Run, seen, signal};
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use mini_glance::{
     Config, Faults, MiniGlance,
     identity::{OTHER_PROJECT_ID, PROJECT_ID},
@@ -462,15 +462,65 @@ async fn a_run_whose_claim_was_over_while_it_sent_keeps_its_image_protected_for_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_whose_clock_is_wrong_takes_nothing_over() {
+async fn claims_are_in_the_time_of_the_cloud_whatever_a_machines_clock_says() {
     let mut place = Place::start(Config::default(), |faults| faults.clock_ahead = SignedDuration::from_mins(-75)).await;
-    let web = place.add("web", 1, 3 * MIB);
+    let in_minutes = |minutes: i64| Timestamp::now() + SignedDuration::from_mins(minutes);
+    let web = place.add("web", 1, 12 * MIB);
     let theirs = place.leave_queued(&web, "web-qcow2", &json!("0a0a0a0a-0000-0000-0000-000000000000"));
-    place.run(&["web", "--no-wait"]).await.ends(4, &["clock is", "ahead of the identity service's", "0a0a0a0a"]);
+    // in ten minutes, there
+    place.service.set(&theirs, "virta_claim_until", json!(in_minutes(-65).to_string()));
+    place.run(&["web", "--no-wait"]).await.ends(4, &["held by", "0a0a0a0a"]);
     assert!(place.image(&theirs).is_some());
-    place.service.faults(|faults| faults.clock_ahead = SignedDuration::ZERO);
-    place.run(&["web"]).await.ends(0, &["1 converted"]);
+    place.service.faults(|faults| {
+        faults.clock_ahead = SignedDuration::from_mins(75);
+        faults.stalling_puts = 1;
+        faults.stall = Duration::from_secs(1);
+    });
+    // a quarter of an hour ago, there
+    place.service.set(&theirs, "virta_claim_until", json!(in_minutes(60).to_string()));
+    let run = place.command("here", &["web", "--no-wait"]).spawn().unwrap();
+    seen(&place.service, "PUT /v2/images").await;
+    let made = stages::convert::claim::claimed_id(&web, PROJECT_ID, 1);
+    let until: Timestamp = place.image(&made).unwrap()["virta_claim_until"].as_str().unwrap().parse().unwrap();
+    assert!((in_minutes(75 + 60)..in_minutes(75 + 71)).contains(&until), "{until}");
+    Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(0, &["1 converted"]);
     assert!(place.image(&theirs).is_none());
+    place.assert_all_converted(false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_that_was_not_heard_is_repeated_after_another_look_only() {
+    // both are there; what happens before the DELETE is sent again: it came to another run, or somebody else was given the source
+    for shared in [false, true] {
+        let mut place = Place::start(Config::default(), |faults| faults.failing_deletes = 1).await;
+        let web = place.add("web", 1, 3 * MIB);
+        place.service.set(&web, "visibility", json!("shared"));
+        let run = place.command("here", &["web", "--delete-source", "--yes", "--tries", "1"]).spawn().unwrap();
+        seen(&place.service, "DELETE /v2/images").await;
+        let made = stages::convert::claim::claimed_id(&web, PROJECT_ID, 0);
+        if shared {
+            place.service.add_member(&web, "late");
+        } else {
+            place.service.set(&made, "virta_run", json!("0a0a0a0a-0000-0000-0000-000000000000"));
+        }
+        let why = if shared { "shared with 1 project meanwhile" } else { "another run (0a0a0a0a" };
+        Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(4, &[why]);
+        assert!(place.image(&web).is_some() && place.image(&made).is_some(), "{why}: both are there");
+        let deletions = place.service.requests().iter().filter(|request| request.starts_with("DELETE")).count();
+        assert_eq!(deletions, 1, "{why}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_that_was_heard_and_not_answered_is_gone_on_with() {
+    let mut place = Place::start(Config::default(), |faults| faults.lost_delete = true).await;
+    let web = place.add("web", 1, 3 * MIB);
+    place.run(&["web", "--replace", "--yes"]).await.ends(0, &["1 converted"]);
+    place.service.faults(|faults| assert!(!faults.lost_delete, "it was not answered"));
+    assert!(place.image(&web).is_none());
+    let made = place.conversions().remove(&web).unwrap();
+    assert_eq!(made["name"], "web", "{made}");
+    place.assert_shows(&web, &made);
 }
 
 #[tokio::test(flavor = "multi_thread")]

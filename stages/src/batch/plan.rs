@@ -103,7 +103,7 @@ pub async fn finish_replacements(session: &Session, images: &[Image], notices: &
     for image in images.iter().filter(own) {
         let Some(replaced) = image.property(REPLACES) else { continue };
         let there = images.iter().any(|image| image.id == replaced);
-        if !there && carries_its_own_proof(image) && claim::held(image, notices).is_none() {
+        if !there && carries_its_own_proof(image) && claim::held(image, session.now(), notices).is_none() {
             any |= retire::finish_replacing(session, replaced, notices).await?.is_some();
         }
     }

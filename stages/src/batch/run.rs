@@ -10,6 +10,7 @@ use std::{
 };
 
 use engine::CancelToken;
+use jiff::Timestamp;
 use reqwest::StatusCode;
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -30,8 +31,7 @@ use crate::{
     },
     openstack::{
         Image, Session,
-        error::now_utc,
-        image::{CLAIM_UNTIL, RUN, SOURCE_ID},
+        image::{CLAIM_UNTIL, REPLACES, RUN, SOURCE_ID},
     },
     progress::Progress,
     text::{causes, printable},
@@ -320,7 +320,7 @@ impl Runner {
             let source_there = images.iter().any(|source| image.property(SOURCE_ID) == Some(&source.id) && source.id != image.id);
             if (source_there && !own_claim_only)
                 || !carries_its_own_proof(image)
-                || crate::convert::claim::is_over(image, session, &*self.batch.notices).is_err()
+                || crate::convert::claim::protects(image, session.now(), &*self.batch.notices).is_some()
             {
                 continue;
             }
@@ -468,7 +468,7 @@ impl Runner {
         let last_try = tries >= limits.tries;
         // a claim that is over may be found once, when its image has just been finished
         let is_claimed = match error {
-            JobError::Held { until, .. } => *until > now_utc(),
+            JobError::Held { until, .. } => until.parse().is_ok_and(|until: Timestamp| until > self.batch.session.now()),
             JobError::JustEnded { .. } => false,
             _ => true,
         };
@@ -651,6 +651,13 @@ async fn convert_one(
                         && session.owns(made)
                         && carries_its_own_proof(made)
                 });
+                // this run's DELETE was heard, and not answered: the new name is still to be given
+                if let Some(done) = &done
+                    && done.property(REPLACES) == Some(&image.id)
+                    && crate::convert::claim::held(done, session.now(), &**notices).is_none()
+                {
+                    retire::finish_replacing(session, &image.id, &**notices).await?;
+                }
                 done.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
                     JobError::Refused(format!(
                         "image {} ({}) is gone: somebody deleted it meanwhile",
@@ -711,7 +718,7 @@ async fn convert_found(
         match check_name(session, taken, new_name, &job.source, job.options.force, job.options.after)? {
             NameCheck::AlreadyDone(done) => {
                 if !is_own(&done)
-                    && let Some(held) = crate::convert::claim::held(&done, &*job.notices)
+                    && let Some(held) = crate::convert::claim::held(&done, session.now(), &*job.notices)
                 {
                     return Err(held);
                 }

@@ -8,15 +8,15 @@
 //!
 //! ```text
 //! POST g ── 201 ── survey (claim renewed) ── claim set far ahead ── PUT ── active ┬─ proven: mark on, claim off, in one request
-//!   │                                                                             └─ (renewed) proven, protected ── source goes ── claim off
+//!   │                                                                             └─ (renewed) proven, protected, an hour ahead ── source goes ── claim off
 //!   └── 409: gone ─> g + 1 · claim good: held by another · claim over, queued or saving: DELETE g, POST g + 1
 //! ```
-//! `virta_claim_until` says how long others have to keep away. It is renewed while the image is `queued`, and while it is `active` if that may
-//! last (it is read back, hashed anew, or its source is to go); a change while it is `saving` is lost, so before the PUT it is set to an hour or four times the
-//! estimate from then on, whichever is more. The claim on a small source, which is surveyed before it would have to be renewed, is made so long at
-//! once: a change of an image is the dearest request that Glance answers. How long this run believes a claim to be good is counted from before the
-//! request that said so: its answer may have been waited for, or slept through, for long.
-//! What is left when the image is `active` mostly lasts for what comes next.
+//! `virta_claim_until` says how long others have to keep away. It is renewed while the image is `queued`, and while it is `active` if that may last (it is
+//! read back, or hashed anew); the mark sets it an hour ahead where the source is to go. A change while it is `saving` is lost, so before the PUT it is set
+//! to an hour or four times the estimate from then on, whichever is more. The claim on a small source, which is surveyed before it would have to be renewed,
+//! is made so long at once: a change of an image is the dearest request that Glance answers. What is left when the image is `active` mostly lasts for what
+//! comes next. How long this run believes a claim to be good is counted from before the request that said so: its answer may have been waited for, or slept
+//! through, for long.
 //!
 //! # What cannot happen
 //! - *Two conversions of one source*: two POSTs of one id do not both succeed.
@@ -31,13 +31,14 @@
 //!   off.
 //!
 //! The same minute is kept by the run that made an image if its claim was ever over (a suspended machine, an upload that took longer than
-//! reckoned with): whoever saw that may be about to delete the image, and its DELETE may land when all is done.
+//! reckoned with): whoever saw that may be about to delete the image, and its DELETE may land when all is done. Where the source stays, and so the image
+//! has no protection, it is looked at again after that minute.
 //!
 //! What is left: a run that is stopped (a suspended machine) between its last look and its DELETE, for longer than that minute; and a minute
 //! that somebody interrupts and takes the protection off.
 //!
-//! Clocks of machines may differ by [`GRACE_S`]. Keystone tells with each token what time it is: a machine whose clock is more wrong takes nothing
-//! over from others, and keeps that minute, for others may take its claims for over.
+//! Claims are in the time of the cloud, which Keystone tells with each token ([`Session::now`]): a machine's own clock may be wrong. What machines
+//! may still differ by, the time that signing in takes, is far less than [`GRACE_S`]. A clock that is set while a run goes on is known at its next token.
 
 use std::{
     sync::{
@@ -55,16 +56,13 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::{JobError, Notices};
-use crate::{
-    openstack::{
-        Change, Image, Session,
-        error::now_utc,
-        image::{CLAIM_UNTIL, RUN},
-    },
-    text::{printable, time},
+use crate::openstack::{
+    Change, Image, Session,
+    error::now_utc,
+    image::{CLAIM_UNTIL, RUN},
 };
 
-/// How far clocks of machines may be apart, seconds.
+/// How far what machines take for the time may be apart, seconds.
 pub const GRACE_S: i64 = 60;
 /// The least time that a claim is set ahead before a transfer.
 const TRANSFER_MIN: Duration = Duration::from_secs(3600);
@@ -94,7 +92,7 @@ pub(super) struct Claim {
     /// Its image was deleted by somebody else.
     lost: Arc<AtomicBool>,
     /// It may have been over once.
-    doubted: AtomicBool,
+    doubted: Arc<AtomicBool>,
 }
 
 /// The task that renews a claim.
@@ -115,9 +113,9 @@ fn text(at: Timestamp) -> String {
 }
 
 /// The end of a claim that is good for `by` from now on.
-pub(super) fn ahead(by: Duration) -> String {
+pub(super) fn ahead(now: Timestamp, by: Duration) -> String {
     let by = SignedDuration::try_from(by).unwrap_or(SignedDuration::from_hours(1));
-    text(Timestamp::now().checked_add(by).unwrap_or(Timestamp::MAX))
+    text(now.checked_add(by).unwrap_or(Timestamp::MAX))
 }
 
 /// How long a transfer of `bytes` takes at most, as far as one can tell.
@@ -150,53 +148,38 @@ fn end_of(end: &Mutex<SystemTime>) -> SystemTime {
     *end.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Until when the claim on an image is good; `None` for one that has none, or none any more.
+/// Until when the claim on an image is good; `None` for one that has none, or none any more. `now`: [`Session::now`].
 #[must_use]
-pub fn good_until(image: &Image) -> Option<Timestamp> {
+pub fn good_until(image: &Image, now: Timestamp) -> Option<Timestamp> {
     let until: Timestamp = image.property(CLAIM_UNTIL)?.parse().ok()?;
     let grace = SignedDuration::from_secs(GRACE_S);
-    (until.checked_add(grace).unwrap_or(Timestamp::MAX) > Timestamp::now()).then_some(until)
+    (until.checked_add(grace).unwrap_or(Timestamp::MAX) > now).then_some(until)
 }
 
 /// The refusal of an image that another run, which may live, has claimed. A run of this machine that is known to be dead has none.
 #[must_use]
-pub fn held(image: &Image, notices: &dyn Notices) -> Option<JobError> {
-    let until = good_until(image)?;
+pub fn held(image: &Image, now: Timestamp, notices: &dyn Notices) -> Option<JobError> {
+    let until = good_until(image, now)?;
     let run = image.property(RUN).unwrap_or("unknown");
     (!notices.is_dead(run)).then(|| JobError::Held { image: image.id.clone(), run: run.to_owned(), until: text(until) })
 }
 
-/// Is this machine's clock so wrong that claims cannot be told to be over?
-pub(super) fn clock_is_wrong(session: &Session) -> Option<SignedDuration> {
-    session.clock_ahead().filter(|ahead| ahead.unsigned_abs() > Duration::from_secs(GRACE_S.unsigned_abs()))
-}
-
-/// Before what another run's claim forbids: is it over for sure?
-///
-/// # Errors
-/// [`JobError::Held`]; [`JobError::Refused`] where this machine's clock is too wrong to tell, and the run is not known to be dead.
-pub(crate) fn is_over(image: &Image, session: &Session, notices: &dyn Notices) -> Result<(), JobError> {
-    if let Some(held) = held(image, notices) {
-        return Err(held);
-    }
-    let run = image.property(RUN);
-    match clock_is_wrong(session) {
-        Some(ahead) if !run.is_some_and(|run| notices.is_dead(run)) => Err(JobError::Refused(format!(
-            "this machine's clock is {} {} the identity service's, so whether run {} still makes image {} cannot be told: set the clock right \
-             (timedatectl set-ntp true)",
-            time(ahead.unsigned_abs().as_secs_f64()),
-            if ahead.is_negative() { "behind" } else { "ahead of" },
-            printable(run.unwrap_or("unknown")),
-            image.shown_id()
-        ))),
-        _ => Ok(()),
-    }
+/// [`held`], for what is to have its protection taken off: a run that is dead, too, has it where somebody's DELETE may be on its way.
+pub(crate) fn protects(image: &Image, now: Timestamp, notices: &dyn Notices) -> Option<JobError> {
+    let until = good_until(image, now)?;
+    let run = image.property(RUN).unwrap_or("unknown");
+    let doubted = notices.was_deleting(run, &image.id);
+    (doubted || !notices.is_dead(run)).then(|| JobError::Held {
+        image: image.id.clone(),
+        run: run.to_owned(),
+        until: text(until),
+    })
 }
 
 /// Does the claim on an image last as long as a renewal would make it?
-fn lasts(image: &Image, life: Duration) -> bool {
+fn lasts(image: &Image, now: Timestamp, life: Duration) -> bool {
     let until = image.property(CLAIM_UNTIL).and_then(|until| until.parse::<Timestamp>().ok());
-    let enough = SignedDuration::try_from(life).ok().and_then(|life| Timestamp::now().checked_add(life).ok());
+    let enough = SignedDuration::try_from(life).ok().and_then(|life| now.checked_add(life).ok());
     until.zip(enough).is_some_and(|(until, enough)| until >= enough)
 }
 
@@ -220,12 +203,12 @@ impl Claim {
             renewing: Mutex::default(),
             seen: Mutex::default(),
             lost: Arc::default(),
-            doubted: AtomicBool::new(false),
+            doubted: Arc::default(),
         }
     }
 
-    /// It may be over, or be taken for over: somebody may be about to delete the image.
-    pub(super) fn doubt(&self) {
+    /// It was over for a while: somebody may be about to delete the image.
+    fn doubt(&self) {
         self.doubted.store(true, SeqCst);
     }
 
@@ -239,9 +222,16 @@ impl Claim {
     }
 
     /// The end of a claim that is made now.
-    pub(super) fn first_end(&self) -> String {
+    pub(super) fn first_end(&self, now: Timestamp) -> String {
         set(&self.end, SystemTime::now() + self.queued_life);
-        ahead(self.queued_life)
+        ahead(now, self.queued_life)
+    }
+
+    /// The end of a claim whose image is proven and protected, and whose source goes now. It is not renewed: a renewal that lands late would undo
+    /// other changes of the image.
+    pub(super) fn last_end(&self, now: Timestamp) -> String {
+        set(&self.end, SystemTime::now() + TRANSFER_MIN);
+        ahead(now, TRANSFER_MIN)
     }
 
     /// Is there nothing to renew for so long?
@@ -271,7 +261,8 @@ impl Claim {
 
     fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken, life: Duration) {
         let (session, id, cancel) = (session.clone(), image_id.to_owned(), cancel.clone());
-        let (every, lost, end) = (renewed_every(self.life), Arc::clone(&self.lost), Arc::clone(&self.end));
+        let (every, end) = (renewed_every(self.life), Arc::clone(&self.end));
+        let (lost, doubted) = (Arc::clone(&self.lost), Arc::clone(&self.doubted));
         let stop = CancelToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
@@ -283,13 +274,17 @@ impl Claim {
                     return;
                 }
                 let asked = SystemTime::now();
-                match session.set_property(&id, CLAIM_UNTIL, &json!(ahead(life))).await {
+                match session.set_property(&id, CLAIM_UNTIL, &json!(ahead(session.now(), life))).await {
                     Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                         lost.store(true, SeqCst);
                         cancel.cancel(Cause::Requested(format!("image {id} was deleted by somebody else")));
                         return;
                     }
-                    Ok(()) => set(&end, asked + life),
+                    Ok(()) => {
+                        // it was heard, but may have been heard late
+                        doubted.fetch_or(SystemTime::now() > end_of(&end), SeqCst);
+                        set(&end, asked + life);
+                    }
                     // a service that stumbles is asked again; until it gets up, the claim is still good for a while
                     Err(_) => {}
                 }
@@ -307,21 +302,22 @@ impl Claim {
     /// left to show for a source that went, is not to be written over, nor its claim.
     pub(super) async fn go_on(&self, session: &Session, image: &Image, run: &str) -> Result<(), JobError> {
         refuse_other(image, run)?;
-        if !lasts(image, Duration::ZERO) {
-            self.doubt();
-        }
         let seen = SystemTime::now();
-        if !lasts(image, self.life) {
+        if !lasts(image, session.now(), self.life) {
             // looked at once more, and last: nobody else's claim is to be cut short
             let found = session.image_if_there(&image.id).await?;
             refuse_other(&found.ok_or_else(|| JobError::Lost { image: image.id.clone() })?, run)?;
-            let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(ahead(self.life)));
+            let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(ahead(session.now(), self.life)));
             match session.change_image(&image.id, &[renewal]).await {
                 Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                     return Err(JobError::Lost { image: image.id.clone() });
                 }
                 other => refuse_other(&other?, run)?,
             }
+        }
+        // the renewal may have taken until after its end
+        if !lasts(image, session.now(), Duration::ZERO) {
+            self.doubt();
         }
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
         set(&self.end, seen + self.life);
@@ -359,15 +355,17 @@ impl Claim {
     /// Before a PUT of `bytes`: while it lasts, nothing can be renewed.
     pub(super) async fn set_ahead(&self, session: &Session, image_id: &str, bytes: u64, tried: u32) -> Result<(), JobError> {
         self.leave().await;
+        let life = long_enough(session.rate_bytes_per_s(), bytes, tried);
+        if self.is_good_for(life) {
+            return Ok(());
+        }
+        let asked = SystemTime::now();
+        session.set_property(image_id, CLAIM_UNTIL, &json!(ahead(session.now(), life))).await?;
+        // it was heard, but may have been heard late
         if !self.is_good_for(Duration::ZERO) {
             self.doubt();
         }
-        let life = long_enough(session.rate_bytes_per_s(), bytes, tried);
-        if !self.is_good_for(life) {
-            let asked = SystemTime::now();
-            session.set_property(image_id, CLAIM_UNTIL, &json!(ahead(life))).await?;
-            set(&self.end, asked + life);
-        }
+        set(&self.end, asked + life);
         Ok(())
     }
 }
@@ -401,19 +399,20 @@ mod tests {
 
     #[test]
     fn a_claim_is_good_until_its_end_and_a_minute_for_clocks_that_differ() {
-        let seconds = |by: i64| text(Timestamp::now().checked_add(SignedDuration::from_secs(by)).unwrap());
-        assert!(good_until(&image(&seconds(5))).is_some());
-        assert!(good_until(&image(&seconds(5 - GRACE_S))).is_some());
-        assert!(good_until(&image(&seconds(-5 - GRACE_S))).is_none());
-        assert!(good_until(&image("soon")).is_none());
+        let now = Timestamp::now();
+        let seconds = |by: i64| text(now.checked_add(SignedDuration::from_secs(by)).unwrap());
+        assert!(good_until(&image(&seconds(5)), now).is_some());
+        assert!(good_until(&image(&seconds(5 - GRACE_S)), now).is_some());
+        assert!(good_until(&image(&seconds(-5 - GRACE_S)), now).is_none());
+        assert!(good_until(&image("soon"), now).is_none());
     }
 
     #[test]
     fn a_claim_lasts_if_no_renewal_makes_it_longer() {
-        let life = Duration::from_secs(600);
-        assert!(lasts(&image(&ahead(Duration::from_secs(3600))), life));
-        assert!(!lasts(&image(&ahead(Duration::from_secs(590))), life));
-        assert!(!lasts(&image("soon"), life));
+        let (now, life) = (Timestamp::now(), Duration::from_secs(600));
+        assert!(lasts(&image(&ahead(now, Duration::from_secs(3600))), now, life));
+        assert!(!lasts(&image(&ahead(now, Duration::from_secs(590))), now, life));
+        assert!(!lasts(&image("soon"), now, life));
         assert!(refuse_other(&image("soon"), "r").is_ok());
         assert!(matches!(refuse_other(&image("soon"), "s"), Err(JobError::Held { .. })));
     }
@@ -432,9 +431,10 @@ mod tests {
         for (bytes, good) in [(600 << 20, true), (604 << 20, false)] {
             let claim = Claim::new("s", "p", bytes, None, life);
             assert!(!claim.is_good_for(Duration::ZERO), "there is none yet");
-            let end = claim.first_end();
+            let now = Timestamp::now();
+            let end = claim.first_end(now);
             assert_eq!(claim.is_good_for(hour), good, "{bytes} bytes");
-            assert_eq!(lasts(&image(&end), hour), good, "the image says the same: {end}");
+            assert_eq!(lasts(&image(&end), now, hour), good, "the image says the same: {end}");
         }
     }
 
@@ -450,8 +450,9 @@ mod tests {
 
     #[test]
     fn a_run_that_is_known_to_be_dead_holds_nothing() {
-        let until = ahead(Duration::from_secs(600));
-        assert!(matches!(held(&image(&until), &()), Some(JobError::Held { .. })));
-        assert!(held(&image(&until), &Dead).is_none());
+        let now = Timestamp::now();
+        let until = ahead(now, Duration::from_secs(600));
+        assert!(matches!(held(&image(&until), now, &()), Some(JobError::Held { .. })));
+        assert!(held(&image(&until), now, &Dead).is_none());
     }
 }

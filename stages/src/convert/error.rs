@@ -142,7 +142,7 @@ pub enum JobError {
     #[error("{0}")]
     Quota(String),
     /// Everything is proven, but the rest could not be done.
-    #[error("the new image {new_id} is there and verified, and so is the source: {what}")]
+    #[error("the new image {new_id} is there and verified, and {}: {what}", source_is(error))]
     SourceKept {
         /// The new image.
         new_id: String,
@@ -324,6 +324,11 @@ impl JobError {
             _ => 1,
         }
     }
+}
+
+/// What is known of a source whose deletion came to an error.
+fn source_is(error: &ApiError) -> &'static str {
+    if error.may_have_been_heard() { "its source may be there, too" } else { "so is the source" }
 }
 
 /// What a service answered, anywhere below an error: who reads through an image knows only that reading failed.

@@ -116,8 +116,8 @@ impl<'a> Maker<'a> {
     async fn take_over(&self, claim: &Claim, image: &Image) -> Result<(), JobError> {
         // an earlier try of this very run left it, and this run works on a source once at a time
         let own = image.property(RUN) == Some(self.run());
-        if !own {
-            claim::is_over(image, self.session, self.notices)?;
+        if !own && let Some(held) = claim::held(image, self.session.now(), self.notices) {
+            return Err(held);
         }
         if image.status == "deactivated" {
             return Err(JobError::Refused(format!(
@@ -144,7 +144,9 @@ impl<'a> Maker<'a> {
             // protected since it was looked at: the other run lives
             Err(refused) if refused.status() == Some(StatusCode::FORBIDDEN) => {
                 let now = self.session.image_if_there(&image.id).await?;
-                return Err(now.and_then(|now| claim::held(&now, self.notices)).unwrap_or_else(|| refused.into()));
+                return Err(now
+                    .and_then(|now| claim::held(&now, self.session.now(), self.notices))
+                    .unwrap_or_else(|| refused.into()));
             }
             deleted => deleted?,
         }
@@ -168,7 +170,7 @@ impl<'a> Maker<'a> {
         let mut record = self.record.clone();
         record.insert("id".to_owned(), json!(id));
         if let Some(claim) = &self.claim {
-            record.insert(CLAIM_UNTIL.to_owned(), json!(claim.first_end()));
+            record.insert(CLAIM_UNTIL.to_owned(), json!(claim.first_end(self.session.now())));
         }
         let mut lost = false;
         loop {

@@ -118,7 +118,7 @@ pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>, name
     ours.retain(|image| image.id != source.id && image.property(SOURCE_ID) == Some(&source.id));
     ours.retain(|image| may_be_made_of(session, image, source));
     let own_run = |image: &Image| job.options.run.as_deref().is_some_and(|run| image.property(RUN) == Some(run));
-    if let Some(held) = ours.iter().filter(|image| !own_run(image)).find_map(|image| held(image, &*job.notices)) {
+    if let Some(held) = ours.iter().filter(|image| !own_run(image)).find_map(|image| held(image, session.now(), &*job.notices)) {
         return Err(held);
     }
     let active = |image: &&Image| image.status == "active";
@@ -202,7 +202,7 @@ async fn adopted(
         && image.property(RUN) != Some(other)
         && job.options.run.as_deref() != Some(other)
     {
-        return Err(held(&found, &*job.notices).unwrap_or_else(|| JobError::Held {
+        return Err(held(&found, session.now(), &*job.notices).unwrap_or_else(|| JobError::Held {
             image: image.id.clone(),
             run: other.to_owned(),
             until: now_utc(),
@@ -222,7 +222,10 @@ async fn adopted(
         let reads = goes || !carries_its_own_proof(image);
         let both = bytes + image.size.unwrap_or_default();
         let reading = if reads { claim::long_enough(session.rate_bytes_per_s(), both, 1) } else { Duration::ZERO };
-        changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::ahead(reading.max(job.options.patience.claim)))));
+        changes.push(Change::Set(
+            CLAIM_UNTIL.to_owned(),
+            json!(claim::ahead(session.now(), reading.max(job.options.patience.claim))),
+        ));
         if goes {
             changes.push(Change::Set("protected".to_owned(), json!(true)));
         }

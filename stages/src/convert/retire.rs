@@ -4,16 +4,20 @@
 //! 1. The new image is proven; a source without a hash is read a second time and compared with what was read of it at first. Then the new
 //!    image gets `virta_verified`: both are there.
 //! 2. To replace: `virta_replaces` and `virta_replaces_name` on the new image; visibility and members: both are there.
-//! 3. The new image is looked at once more: still active, still marked.
-//! 4. DELETE of the source. Refused (403, 409): both are there, each under its own name.
+//! 3. Both images are looked at once more: the new one still active, still marked, still this run's, the source as it was read, and shared with nobody who
+//!    is not with the new one.
+//! 4. DELETE of the source, at once. Not answered: 3 again, before it is sent again. Refused (403, 409): both are there, each under its own name.
 //! 5. To replace: the name. A kill before it leaves the new image, whose properties tell a later run what is left to do
 //!    ([`finish_replacing`]).
 //!
 //! At no point is neither there.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
 use serde_json::json;
 
 use super::{
@@ -124,25 +128,13 @@ pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, compar
         compare_again(job, session, new_id).await?;
     }
     let preparing = prepare(job, session, source_session, source, new_id);
-    let source = job.cancel.guard(preparing).await.map_err(|_| kept(new_id))??;
+    let prepared = job.cancel.guard(preparing).await.map_err(|_| kept(new_id))??;
     if after == After::Keep {
         return Ok(());
     }
-    // From here on nothing is broken off: what is asked of Glance is asked to its end.
-    if job.cancel.is_cancelled() {
-        return Err(kept(new_id));
-    }
-    match source_session.delete_image(&source.id).await {
-        Ok(()) => job.notices.note(&format!("the source image {} ({}) is deleted", source.shown(), source.shown_id())),
-        Err(error) => {
-            let why = match error.status() {
-                Some(StatusCode::CONFLICT) => "others still use the source",
-                Some(StatusCode::FORBIDDEN) => "the source may not be deleted",
-                _ => "deleting the source failed",
-            };
-            return Err(failed(new_id, why, error));
-        }
-    }
+    delete_source(job, session, source_session, &prepared, new_id).await?;
+    let source = &prepared.source;
+    job.notices.note(&format!("the source image {} ({}) is deleted", source.shown(), source.shown_id()));
     if after == After::Replace {
         rename(session, new_id, source.name.as_deref().unwrap_or_default(), &[REPLACES, REPLACES_NAME]).await?;
         job.notices.note(&format!(
@@ -163,19 +155,30 @@ fn kept(new_id: &str) -> JobError {
     ))
 }
 
+/// How long what the last look has seen is believed.
+const LOOK_LASTS: Duration = Duration::from_secs(30);
+/// Looks, and a DELETE after each.
+const DELETE_TRIES: u32 = 4;
+
 /// What a source that is not there, or cannot be asked for, leads to.
 const SOURCE_NOT_SEEN: &str = "the source could not be looked at again (another run may have deleted it)";
 
-/// Everything before the DELETE. Broken off anywhere, both images are there.
-///
-/// Returns the source, as it is now where it goes: it may have been shared or renamed since it was looked at.
+/// A source that may go.
+struct Prepared {
+    /// As it is now: it may have been shared or renamed since it was looked at.
+    source: Image,
+    /// The projects that the new image was shared with in its place.
+    carried: Vec<String>,
+}
+
+/// Everything before the last look. Broken off anywhere, both images are there.
 async fn prepare(
     job: &Job,
     session: &Session,
     source_session: &Session,
     source: &Image,
     new_id: &str,
-) -> Result<Image, JobError> {
+) -> Result<Prepared, JobError> {
     let after = job.options.after;
     let (mut source, mut gone) = (source.clone(), false);
     if after != After::Keep {
@@ -196,43 +199,57 @@ async fn prepare(
         let set = session.set_property(new_id, "visibility", &json!(visibility)).await;
         set.map_err(|error| failed(new_id, &format!("making the new image {visibility}"), error))?;
     }
-    // asked for again: somebody may have been added meanwhile
-    let asked_for = !gone && (after != After::Keep || job.options.copy_members);
-    let members = if asked_for { members(source_session, &source).await? } else { Vec::new() };
-    if job.options.copy_members {
-        for member in &members {
+    let mut carried = Vec::new();
+    if job.options.copy_members && !gone {
+        // asked for again: somebody may have been added meanwhile
+        carried = members(source_session, &source).await?;
+        for member in &carried {
             let added = session.add_member(new_id, member).await;
             added.map_err(|error| failed(new_id, &format!("sharing the new image with {}", printable(member)), error))?;
         }
         job.notices
-            .note(&format!("the new image is shared with {}, which has to be accepted there", counted(members.len(), "project")));
+            .note(&format!("the new image is shared with {}, which has to be accepted there", counted(carried.len(), "project")));
     }
-    if after == After::Keep {
-        return Ok(source);
-    }
-    if !members.is_empty() && !job.options.copy_members {
-        return Err(JobError::Refused(format!(
-            "the source was shared with {} meanwhile: it is not deleted; the new image is {new_id}. Carry them over with \
-             --copy-members",
-            counted(members.len(), "project")
-        )));
-    }
+    Ok(Prepared { source, carried })
+}
+
+/// Right before a DELETE of the source: is all as it has to be? What is sent later than [`LOOK_LASTS`] after this began is not sent.
+async fn last_look(
+    job: &Job,
+    session: &Session,
+    source_session: &Session,
+    prepared: &Prepared,
+    new_id: &str,
+) -> Result<(), JobError> {
     let last = job.source_unchanged().await.map_err(|error| match error {
         JobError::Api(error) => failed(new_id, SOURCE_NOT_SEEN, error),
         error => error,
     })?;
-    if last.is_some_and(|last| last.visibility != source.visibility) {
+    if last.is_some_and(|last| last.visibility != prepared.source.visibility) {
         return Err(JobError::Refused(format!(
             "the source's visibility was changed just now: it is not deleted; the new image is {new_id}. The same command goes on"
         )));
     }
-    let new = session.image(new_id).await?;
+    let members = members(source_session, &prepared.source).await;
+    let members = members.map_err(|error| match error {
+        JobError::Api(error) => failed(new_id, SOURCE_NOT_SEEN, error),
+        error => error,
+    })?;
+    let forgotten = members.iter().filter(|member| !prepared.carried.contains(member)).count();
+    if forgotten > 0 {
+        return Err(JobError::Refused(format!(
+            "the source was shared with {} meanwhile: it is not deleted; the new image is {new_id}. Carry them over with \
+             --copy-members",
+            counted(forgotten, "project")
+        )));
+    }
+    let new = session.image_if_there(new_id).await?.ok_or_else(|| JobError::Lost { image: new_id.to_owned() })?;
     refuse_overtaken(job, &new)?;
     if new.status == "active" && new.expected_hash().is_none() {
         return Err(JobError::Refused(format!(
             "the source is not deleted: Glance computed no hash of the new image {new_id}, so nobody could tell later that it is what was made \
              and compared just now. If that is enough: virta image delete {}",
-            source.shown_id()
+            prepared.source.shown_id()
         )));
     }
     if new.status != "active" || !carries_its_own_proof(&new) {
@@ -241,7 +258,65 @@ async fn prepare(
             new.status
         )));
     }
-    Ok(source)
+    Ok(())
+}
+
+/// Deletes the source. Each request follows upon a look of its own, and is not repeated by itself: while it was not answered, or this machine slept,
+/// the new image may have come to somebody else, or have gone.
+async fn delete_source(
+    job: &Job,
+    session: &Session,
+    source_session: &Session,
+    prepared: &Prepared,
+    new_id: &str,
+) -> Result<(), JobError> {
+    let id = &prepared.source.id;
+    let mut tries = 0;
+    loop {
+        let begun = SystemTime::now();
+        let looking = async {
+            // a token that ends is renewed now, not between the look and the request
+            source_session.token().await?;
+            last_look(job, session, source_session, prepared, new_id).await
+        };
+        match job.cancel.guard(looking).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) if tries > 0 && matches!(source_session.image_if_there(id).await, Ok(None)) => return Ok(()),
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Err(kept(new_id)),
+        }
+        tries += 1;
+        let (what, error) = if begun.elapsed().is_ok_and(|since| since < LOOK_LASTS) {
+            // From here on nothing is broken off
+            match source_session.delete_image_once(id).await {
+                Ok(()) => return Ok(()),
+                Err(error) => (refused(&error), error),
+            }
+        } else {
+            let path = source_session.image_url(&["images", id]).path().to_owned();
+            let slow = ApiError::Silence { method: Method::GET, path, seconds: LOOK_LASTS.as_secs() };
+            ("both images could not be looked at in time", slow)
+        };
+        let again = error.is_retryable() || error.status() == Some(StatusCode::UNAUTHORIZED);
+        let pause = job.options.patience.pause_after(tries, error.retry_after_s());
+        if again && tries < DELETE_TRIES && job.cancel.guard(tokio::time::sleep(pause)).await.is_ok() {
+            continue;
+        }
+        // it may have been heard
+        return match source_session.image_if_there(id).await {
+            Ok(None) => Ok(()),
+            _ => Err(failed(new_id, what, error)),
+        };
+    }
+}
+
+/// What a source's DELETE that was not done came to.
+fn refused(error: &ApiError) -> &'static str {
+    match error.status() {
+        Some(StatusCode::CONFLICT) => "others still use the source",
+        Some(StatusCode::FORBIDDEN) => "the source may not be deleted",
+        _ => "deleting the source failed",
+    }
 }
 
 /// Whose source another run cares for, this one leaves alone.
@@ -328,7 +403,7 @@ pub(super) async fn release_or_warn(job: &Job, session: &Session, image_id: &str
 /// that. `false`: that was interrupted, and the image stays protected.
 pub(super) async fn outlast_deletions(job: &Job, image_id: &str, retired: &Result<(), JobError>) -> bool {
     // a DELETE of the source that was not answered may still be heard
-    let going = matches!(retired, Err(JobError::SourceKept { error, .. }) if error.is_retryable());
+    let going = matches!(retired, Err(error) if error.api().is_some_and(ApiError::may_have_been_heard));
     if !going && !is_source_gone(job).await {
         return true;
     }
@@ -436,9 +511,9 @@ async fn finish_marks(session: &Session, image: &Image, notices: &dyn Notices) -
         None => {}
     }
     if image.property(CLAIM_UNTIL).is_some() {
-        match claim::is_over(image, session, notices) {
-            Ok(()) => drop(release(session, &image.id, image.property(RUN)).await?),
-            Err(why) => notices.warn(&format!("image {} stays protected: {why}", image.shown_id())),
+        match claim::protects(image, session.now(), notices) {
+            None => drop(release(session, &image.id, image.property(RUN)).await?),
+            Some(held) => notices.warn(&format!("image {} stays protected: {held}", image.shown_id())),
         }
     }
     Ok(())

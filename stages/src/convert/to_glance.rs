@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::{
     After, Job, JobError, Report, Source, Verify,
-    claim::{Claim, clock_is_wrong},
+    claim::Claim,
     job::{ReportOf, Surveyed, cause_of},
     making::Maker,
     names::{carries_its_own_proof, verified_mark},
@@ -75,11 +75,7 @@ fn claim_of(job: &Job, session: &Session) -> Result<Option<(u64, Claim)>, JobErr
     let Some(project) = &session.whoami().project_id else {
         return Err(JobError::Refused("a source can only be claimed for a project, and this sign-in has none".to_owned()));
     };
-    let claim = Claim::new(&image.id, project, *bytes, session.rate_bytes_per_s(), job.options.patience.claim);
-    if clock_is_wrong(session).is_some() {
-        claim.doubt();
-    }
-    Ok(Some((*bytes, claim)))
+    Ok(Some((*bytes, Claim::new(&image.id, project, *bytes, session.rate_bytes_per_s(), job.options.patience.claim))))
 }
 
 fn maker<'a>(job: &'a Job, session: &'a Session, name: &str, virtual_bytes: u64) -> Maker<'a> {
@@ -257,6 +253,9 @@ impl Emission<'_> {
             _ => format!("size:{}", emitted.bytes),
         };
         self.mark(&image.id, &verified).await?;
+        if !goes && self.maker.claim.as_ref().is_some_and(Claim::is_doubted) {
+            self.outlast(&image.id).await?;
+        }
         if let Source::Glance { image: source, .. } = &self.job.source
             && source.protected == Some(true)
             && let Err(error) = self.guard(self.maker.session.set_property(&image.id, "protected", &json!(true))).await?
@@ -276,7 +275,12 @@ impl Emission<'_> {
             claim.leave().await;
             self.guard(claim.assure(self.maker.session, image_id, self.maker.run())).await??;
             if goes {
+                if claim.is_doubted() {
+                    // whoever goes on with it when this run was killed has to know
+                    self.job.notices.deleting(image_id);
+                }
                 changes.push(Change::Set("protected".to_owned(), json!(true)));
+                changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim.last_end(self.maker.session.now()))));
             } else if self.mark_and_unclaim(image_id, verified).await? {
                 return Ok(());
             }
@@ -313,14 +317,10 @@ impl Emission<'_> {
             return Err(error.map_or_else(JobError::interrupted, JobError::from));
         }
         // by a request of its own: while the mark's answer was lost and it was sent again, others still kept away
-        if let Some(claim) = &self.maker.claim {
-            if goes {
-                claim.keep_active(self.maker.session, image_id, &self.job.cancel);
-            } else {
-                let removing = self.maker.session.remove_property(image_id, CLAIM_UNTIL);
-                if let Some(cause) = self.job.options.patience.failure_of(&self.job.cancel, removing).await {
-                    self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {cause}"));
-                }
+        if self.maker.claim.is_some() && !goes {
+            let removing = self.maker.session.remove_property(image_id, CLAIM_UNTIL);
+            if let Some(cause) = self.job.options.patience.failure_of(&self.job.cancel, removing).await {
+                self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {cause}"));
             }
         }
         Ok(())
@@ -348,12 +348,17 @@ impl Emission<'_> {
         }
     }
 
+    /// The claim was over for a while: an image that is not protected is told as made only when nobody's DELETE can be on its way any more.
+    async fn outlast(&self, image_id: &str) -> Result<(), JobError> {
+        self.job.notices.warn(&format!("image {image_id} is looked at again in a minute: a run elsewhere may still delete it"));
+        self.guard(tokio::time::sleep(self.job.options.patience.silence)).await?;
+        let found = self.guard(self.maker.session.image_if_there(image_id)).await??;
+        found.map(drop).ok_or_else(|| JobError::Lost { image: image_id.to_owned() })
+    }
+
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.
     async fn release(&self, claim: &Claim, image_id: &str, retired: &Result<(), JobError>) {
-        // renewed until then: whoever finds it over takes the protection off
-        let in_time = !claim.is_doubted() || retire::outlast_deletions(self.job, image_id, retired).await;
-        claim.leave().await;
-        if in_time {
+        if !claim.is_doubted() || retire::outlast_deletions(self.job, image_id, retired).await {
             retire::release_or_warn(self.job, self.maker.session, image_id, Some(self.maker.run())).await;
         }
     }

@@ -108,7 +108,7 @@ struct Token {
     secret: Secret,
     expires_at: Option<Timestamp>,
     /// How far this machine's clock was ahead of the service's when the token was issued.
-    clock_ahead: Option<SignedDuration>,
+    clock_ahead: SignedDuration,
 }
 
 struct Inner {
@@ -164,11 +164,11 @@ impl Session {
         Self(Arc::clone(&self.0), Some(RateLimit::new(bytes_per_s)))
     }
 
-    /// How far this machine's clock was ahead of the identity service's when it last signed in, beyond what the request may have taken; `None`
-    /// where the service does not say.
+    /// The time of the cloud: that of this machine, but for what its clock was found to be wrong by when it last signed in. What the request took is
+    /// not known better than that; a service that does not say is taken to have this machine's.
     #[must_use]
-    pub fn clock_ahead(&self) -> Option<SignedDuration> {
-        self.token_now().clock_ahead
+    pub fn now(&self) -> Timestamp {
+        self.token_now().now()
     }
 
     /// The limit for image data, if there is one.
@@ -413,8 +413,12 @@ async fn bounded_body(method: &Method, url: &Url, response: &mut Response) -> Re
 }
 
 impl Token {
+    fn now(&self) -> Timestamp {
+        Timestamp::now().checked_sub(self.clock_ahead).unwrap_or_else(|_| Timestamp::now())
+    }
+
     fn is_ending(&self) -> bool {
-        self.expires_at.is_some_and(|end| end.as_second() - Timestamp::now().as_second() < MIN_TOKEN_LIFE_S)
+        self.expires_at.is_some_and(|end| end.as_second() - self.now().as_second() < MIN_TOKEN_LIFE_S)
     }
 }
 
@@ -480,7 +484,7 @@ async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response, aske
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let expires_at = token["expires_at"].as_str().and_then(|end| end.parse().ok());
     let issued = token["issued_at"].as_str().and_then(|issued| issued.parse().ok());
-    let clock_ahead = issued.map(|issued| clock_ahead(issued, asked, answered));
+    let clock_ahead = issued.map_or(SignedDuration::ZERO, |issued| clock_ahead(issued, asked, answered));
     let catalog = match &token["catalog"] {
         Value::Null => Vec::new(), // an unscoped token
         catalog => serde_json::from_value(catalog.clone()).map_err(|error| bad(format!("its catalog: {error}")))?,

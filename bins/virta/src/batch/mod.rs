@@ -378,7 +378,8 @@ async fn prepare(
         status::clean_up_before(&session, display, cancel).await?;
     }
     let mut listing = Listing::of_project(&session).await?;
-    if changes && options.after == After::Replace && finish_replacements(&session, &listing.images, display).await? {
+    let replaces = options.after == After::Replace || wishes.iter().any(|wish| wish.replace == Some(true));
+    if changes && replaces && finish_replacements(&session, &listing.images, display).await? {
         listing = Listing::of_project(&session).await?;
     }
     let mut left_out = Vec::new();
