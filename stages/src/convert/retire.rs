@@ -271,23 +271,20 @@ async fn delete_source(
     new_id: &str,
 ) -> Result<(), JobError> {
     let id = &prepared.source.id;
-    let mut tries = 0;
+    let (mut tries, mut unanswered) = (0, None);
     loop {
-        let begun = SystemTime::now();
-        let looking = async {
-            // a token that ends is renewed now, not between the look and the request
-            source_session.token().await?;
-            last_look(job, session, source_session, prepared, new_id).await
-        };
-        match job.cancel.guard(looking).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) if tries > 0 && matches!(source_session.image_if_there(id).await, Ok(None)) => return Ok(()),
-            Ok(Err(error)) => return Err(error),
-            Err(_) => return Err(kept(new_id)),
-        }
         tries += 1;
+        let begun = SystemTime::now();
+        let looked = job.cancel.guard(last_look(job, session, source_session, prepared, new_id)).await;
+        match (looked, unanswered.take()) {
+            (Ok(Ok(())), _) => {}
+            // was it heard?
+            (Ok(Err(_)), Some(_)) if matches!(source_session.image_if_there(id).await, Ok(None)) => return Ok(()),
+            (Ok(Err(error)), _) => return Err(error),
+            (Err(_), Some((what, error))) => return Err(failed(new_id, what, error)),
+            (Err(_), None) => return Err(kept(new_id)),
+        }
         let (what, error) = if begun.elapsed().is_ok_and(|since| since < LOOK_LASTS) {
-            // From here on nothing is broken off
             match source_session.delete_image_once(id).await {
                 Ok(()) => return Ok(()),
                 Err(error) => (refused(&error), error),
@@ -299,14 +296,14 @@ async fn delete_source(
         };
         let again = error.is_retryable() || error.status() == Some(StatusCode::UNAUTHORIZED);
         let pause = job.options.patience.pause_after(tries, error.retry_after_s());
-        if again && tries < DELETE_TRIES && job.cancel.guard(tokio::time::sleep(pause)).await.is_ok() {
-            continue;
+        if !again || tries == DELETE_TRIES || job.cancel.guard(tokio::time::sleep(pause)).await.is_err() {
+            // was it heard?
+            return match source_session.image_if_there(id).await {
+                Ok(None) => Ok(()),
+                _ => Err(failed(new_id, what, error)),
+            };
         }
-        // it may have been heard
-        return match source_session.image_if_there(id).await {
-            Ok(None) => Ok(()),
-            _ => Err(failed(new_id, what, error)),
-        };
+        unanswered = Some((what, error));
     }
 }
 

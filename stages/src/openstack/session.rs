@@ -17,6 +17,8 @@ use super::{
 
 /// A token with less than this left is renewed first (keystoneauth, `MIN_TOKEN_LIFE_SECONDS`).
 const MIN_TOKEN_LIFE_S: i64 = 120;
+/// The same for what is asked once, right after a look that had such a token: signing in takes time.
+const MIN_TOKEN_LIFE_ONCE_S: i64 = 60;
 /// Largest answer to a small call: a page of a thousand images is about 2 MiB.
 const ANSWER_BYTES_MAX: usize = 32 << 20;
 /// Tries of a small call that failed on the way.
@@ -221,8 +223,12 @@ impl Session {
     /// # Errors
     /// [`SignInError`] if it had to be renewed and that failed.
     pub async fn token(&self) -> Result<Secret, SignInError> {
+        self.token_for(MIN_TOKEN_LIFE_S).await
+    }
+
+    async fn token_for(&self, seconds: i64) -> Result<Secret, SignInError> {
         let token = self.token_now();
-        if !token.is_ending() {
+        if !token.ends_within(seconds) {
             return Ok(token.secret);
         }
         self.renew(&token.secret).await
@@ -307,7 +313,7 @@ impl Session {
     /// # Errors
     /// [`ApiError`].
     pub async fn call_once(&self, method: Method, url: &Url, content: Option<(&'static str, &Value)>) -> Result<Value, ApiError> {
-        let token = self.token().await.map_err(|error| sign_in_failed(&method, url, &error))?;
+        let token = self.token_for(MIN_TOKEN_LIFE_ONCE_S).await.map_err(|error| sign_in_failed(&method, url, &error))?;
         let mut request = self.request(method.clone(), url, &token);
         if let Some((kind, body)) = content {
             request = request.header("content-type", kind).body(body.to_string());
@@ -417,8 +423,8 @@ impl Token {
         Timestamp::now().checked_sub(self.clock_ahead).unwrap_or_else(|_| Timestamp::now())
     }
 
-    fn is_ending(&self) -> bool {
-        self.expires_at.is_some_and(|end| end.as_second() - self.now().as_second() < MIN_TOKEN_LIFE_S)
+    fn ends_within(&self, seconds: i64) -> bool {
+        self.expires_at.is_some_and(|end| end.as_second() - self.now().as_second() < seconds)
     }
 }
 
