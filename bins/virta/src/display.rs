@@ -151,6 +151,14 @@ impl Notices for Display {
         runs::was_deleting(run, image_id)
     }
 
+    fn doubted(&self, image_id: &str) {
+        self.run.doubted(image_id);
+    }
+
+    fn was_doubted(&self, run: &str, image_id: &str) -> bool {
+        runs::was_doubted(run, image_id)
+    }
+
     fn is_dead(&self, run: &str) -> bool {
         runs::is_dead(run)
     }

@@ -61,6 +61,9 @@ pub struct Record {
     /// Those of them that it, or whoever cleaned up after it, was about to delete.
     #[serde(default)]
     pub deleting: Vec<String>,
+    /// Those of them whose claim was over for a while: another run's DELETE may be on its way.
+    #[serde(default)]
+    pub doubted: Vec<String>,
     /// Those of them that are of no use, and could not be deleted.
     #[serde(default)]
     pub left: Vec<String>,
@@ -169,6 +172,7 @@ impl Run {
             project: None,
             images: Vec::new(),
             deleting: Vec::new(),
+            doubted: Vec::new(),
             left: Vec::new(),
             cleaned: false,
             server: None,
@@ -227,6 +231,11 @@ impl Run {
     pub fn deleting(&self, image_id: &str) {
         deletions().insert((self.name(), image_id.to_owned()));
         self.change(|record| push_once(&mut record.deleting, image_id));
+    }
+
+    /// Another run's DELETE of this image may be on its way.
+    pub fn doubted(&self, image_id: &str) {
+        self.change(|record| push_once(&mut record.doubted, image_id));
     }
 
     /// This image of its own is of no use, and could not be deleted.
@@ -387,6 +396,11 @@ fn deletions() -> std::sync::MutexGuard<'static, BTreeSet<(String, String)>> {
 pub fn was_deleting(run: &str, image_id: &str) -> bool {
     deletions().contains(&(run.to_owned(), image_id.to_owned()))
         || found(run).is_some_and(|found| found.record.deleting.iter().any(|id| id == image_id))
+}
+
+/// May another run's DELETE of an image have been on its way when this run of this machine had it? [`Run::doubted`].
+pub fn was_doubted(run: &str, image_id: &str) -> bool {
+    found(run).is_some_and(|found| found.record.doubted.iter().any(|id| id == image_id))
 }
 
 fn push_once(ids: &mut Vec<String>, id: &str) {

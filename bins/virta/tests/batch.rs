@@ -459,6 +459,14 @@ async fn a_run_whose_claim_was_over_while_it_sent_keeps_its_image_protected_for_
     let image = place.image(&made).unwrap();
     assert_eq!(image["protected"], true);
     assert!(image["virta_verified"].as_str().unwrap().starts_with("hash:"), "{image}");
+    // whoever goes on knows of it, too
+    place.add("other", 2, MIB);
+    place.run(&["--all-snapshots", "--delete-source", "--yes"]).await.ends(0, &["1 converted"]);
+    assert_eq!(protected(&place), true, "before its claim is over");
+    place.service.set(&made, "virta_claim_until", json!("2020-01-01T00:00:00Z"));
+    place.add("another", 3, MIB);
+    place.run(&["--all-snapshots", "--delete-source", "--yes"]).await.ends(0, &["1 converted"]);
+    assert_eq!(protected(&place), false);
 }
 
 #[tokio::test(flavor = "multi_thread")]

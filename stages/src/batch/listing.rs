@@ -4,10 +4,11 @@
 //! dozen a second. What another batch did in between, the claim finds (its id is taken then); what changed in the source's bytes, the look at
 //! it when it was read; and who may have the new name by now is asked in any case.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::Entry;
 use crate::{
+    clock::Moment,
     convert::JobError,
     openstack::{Image, Session, image::SOURCE_ID},
 };
@@ -22,8 +23,7 @@ const RECENT: Duration = Duration::from_secs(30);
 pub struct Listing {
     /// As Glance listed them; hidden ones are not among them.
     pub images: Vec<Image>,
-    /// By the clock that goes on while a machine sleeps.
-    taken: SystemTime,
+    taken: Moment,
 }
 
 impl Listing {
@@ -32,14 +32,14 @@ impl Listing {
     /// # Errors
     /// [`JobError::Api`].
     pub async fn of_project(session: &Session) -> Result<Self, JobError> {
-        let taken = SystemTime::now();
+        let taken = Moment::now();
         Ok(Self { images: session.images_matching(&[("limit", PAGE)]).await?, taken })
     }
 
     /// Is it from just now?
     #[must_use]
     pub fn is_recent(&self) -> bool {
-        self.taken.elapsed().is_ok_and(|since| since < RECENT)
+        self.taken.elapsed() < RECENT
     }
 
     /// The entry's source, if that is all there is to know before it is converted: nothing is made of it, and no other image has the new name.

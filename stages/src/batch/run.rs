@@ -31,7 +31,7 @@ use crate::{
     },
     openstack::{
         Image, Session,
-        image::{CLAIM_UNTIL, REPLACES, RUN, SOURCE_ID},
+        image::{CLAIM_UNTIL, RUN, SOURCE_ID},
     },
     progress::Progress,
     text::{causes, printable},
@@ -183,6 +183,14 @@ impl Notices for ItemNotices {
         self.notices.was_deleting(run, image_id)
     }
 
+    fn doubted(&self, image_id: &str) {
+        self.notices.doubted(image_id);
+    }
+
+    fn was_doubted(&self, run: &str, image_id: &str) -> bool {
+        self.notices.was_doubted(run, image_id)
+    }
+
     fn is_dead(&self, run: &str) -> bool {
         self.notices.is_dead(run)
     }
@@ -320,7 +328,7 @@ impl Runner {
             let source_there = images.iter().any(|source| image.property(SOURCE_ID) == Some(&source.id) && source.id != image.id);
             if (source_there && !own_claim_only)
                 || !carries_its_own_proof(image)
-                || crate::convert::claim::protects(image, session.now(), &*self.batch.notices).is_some()
+                || crate::convert::claim::protects(image, session.now(), None, &*self.batch.notices).is_some()
             {
                 continue;
             }
@@ -651,12 +659,13 @@ async fn convert_one(
                         && session.owns(made)
                         && carries_its_own_proof(made)
                 });
-                // this run's DELETE was heard, and not answered: the new name is still to be given
+                // this run's DELETE may have been heard, and not answered: what is left is done now
+                let own = options.run.as_deref();
+                let is_own = |done: &Image| own.is_some() && done.property(RUN) == own;
                 if let Some(done) = &done
-                    && done.property(REPLACES) == Some(&image.id)
-                    && crate::convert::claim::held(done, session.now(), &**notices).is_none()
+                    && (is_own(done) || crate::convert::claim::held(done, session.now(), &**notices).is_none())
                 {
-                    retire::finish_replacing(session, &image.id, &**notices).await?;
+                    retire::finish_marks(session, done, own, &**notices).await?;
                 }
                 done.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
                     JobError::Refused(format!(

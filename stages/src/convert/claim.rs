@@ -38,14 +38,15 @@
 //! that somebody interrupts and takes the protection off.
 //!
 //! Claims are in the time of the cloud, which Keystone tells with each token ([`Session::now`]): a machine's own clock may be wrong. What machines
-//! may still differ by, the time that signing in takes, is far less than [`GRACE_S`]. A clock that is set while a run goes on is known at its next token.
+//! may still differ by, the time that signing in takes, is far less than [`GRACE_S`]. From a token on, a clock counts that goes on while a machine sleeps and
+//! that nobody sets. What it does not show is a guest that its hypervisor paused: such a run believes its claim for as long again.
 
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use engine::{CancelToken, Cause};
@@ -56,10 +57,12 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::{JobError, Notices};
-use crate::openstack::{
-    Change, Image, Session,
-    error::now_utc,
-    image::{CLAIM_UNTIL, RUN},
+use crate::{
+    clock::Moment,
+    openstack::{
+        Change, Image, Session,
+        image::{CLAIM_UNTIL, RUN},
+    },
 };
 
 /// How far what machines take for the time may be apart, seconds.
@@ -85,10 +88,10 @@ pub(super) struct Claim {
     /// The same while its image is `queued`.
     queued_life: Duration,
     /// Its end, as it was last set.
-    end: Arc<Mutex<SystemTime>>,
+    end: Arc<Mutex<Moment>>,
     renewing: Mutex<Option<Renewing>>,
     /// When the image was last seen to be this run's.
-    seen: Mutex<Option<SystemTime>>,
+    seen: Mutex<Option<Moment>>,
     /// Its image was deleted by somebody else.
     lost: Arc<AtomicBool>,
     /// It may have been over once.
@@ -108,7 +111,7 @@ pub fn claimed_id(source: &str, project: &str, generation: u32) -> String {
     Uuid::new_v5(&space, format!("{source}/{project}/{generation}").as_bytes()).hyphenated().to_string()
 }
 
-fn text(at: Timestamp) -> String {
+pub(super) fn text(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
@@ -140,11 +143,11 @@ fn renewed_every(life: Duration) -> Duration {
     life / 4
 }
 
-fn set(end: &Mutex<SystemTime>, at: SystemTime) {
+fn set(end: &Mutex<Moment>, at: Moment) {
     *end.lock().unwrap_or_else(PoisonError::into_inner) = at;
 }
 
-fn end_of(end: &Mutex<SystemTime>) -> SystemTime {
+fn end_of(end: &Mutex<Moment>) -> Moment {
     *end.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -165,11 +168,12 @@ pub fn held(image: &Image, now: Timestamp, notices: &dyn Notices) -> Option<JobE
 }
 
 /// [`held`], for what is to have its protection taken off: a run that is dead, too, has it where somebody's DELETE may be on its way.
-pub(crate) fn protects(image: &Image, now: Timestamp, notices: &dyn Notices) -> Option<JobError> {
+/// `own`: the run that asks, which has it no longer.
+pub(crate) fn protects(image: &Image, now: Timestamp, own: Option<&str>, notices: &dyn Notices) -> Option<JobError> {
     let until = good_until(image, now)?;
     let run = image.property(RUN).unwrap_or("unknown");
-    let doubted = notices.was_deleting(run, &image.id);
-    (doubted || !notices.is_dead(run)).then(|| JobError::Held {
+    let over = own == Some(run) || notices.is_dead(run);
+    (!over || notices.was_doubted(run, &image.id)).then(|| JobError::Held {
         image: image.id.clone(),
         run: run.to_owned(),
         until: text(until),
@@ -184,9 +188,9 @@ fn lasts(image: &Image, now: Timestamp, life: Duration) -> bool {
 }
 
 /// An image that carries another run's name is that run's.
-fn refuse_other(image: &Image, run: &str) -> Result<(), JobError> {
+fn refuse_other(image: &Image, now: Timestamp, run: &str) -> Result<(), JobError> {
     match image.property(RUN) {
-        Some(other) if other != run => Err(JobError::Held { image: image.id.clone(), run: other.to_owned(), until: now_utc() }),
+        Some(other) if other != run => Err(JobError::Held { image: image.id.clone(), run: other.to_owned(), until: text(now) }),
         _ => Ok(()),
     }
 }
@@ -199,7 +203,7 @@ impl Claim {
             project: project.to_owned(),
             life,
             queued_life: while_queued(rate_limit, bytes, life),
-            end: Arc::new(Mutex::new(SystemTime::UNIX_EPOCH)),
+            end: Arc::new(Mutex::new(Moment::default())),
             renewing: Mutex::default(),
             seen: Mutex::default(),
             lost: Arc::default(),
@@ -223,20 +227,20 @@ impl Claim {
 
     /// The end of a claim that is made now.
     pub(super) fn first_end(&self, now: Timestamp) -> String {
-        set(&self.end, SystemTime::now() + self.queued_life);
+        set(&self.end, Moment::now().after(self.queued_life));
         ahead(now, self.queued_life)
     }
 
     /// The end of a claim whose image is proven and protected, and whose source goes now. It is not renewed: a renewal that lands late would undo
     /// other changes of the image.
     pub(super) fn last_end(&self, now: Timestamp) -> String {
-        set(&self.end, SystemTime::now() + TRANSFER_MIN);
+        set(&self.end, Moment::now().after(TRANSFER_MIN));
         ahead(now, TRANSFER_MIN)
     }
 
     /// Is there nothing to renew for so long?
     fn is_good_for(&self, life: Duration) -> bool {
-        end_of(&self.end) >= SystemTime::now() + life
+        end_of(&self.end) >= Moment::now().after(life)
     }
 
     /// The source's id.
@@ -268,12 +272,12 @@ impl Claim {
         let task = tokio::spawn(async move {
             while stopped.guard(tokio::time::sleep(every)).await.is_ok() {
                 // the machine may have slept: then others may be at it by now, and this run has to let go
-                if SystemTime::now() > end_of(&end) {
+                if Moment::now() > end_of(&end) {
                     lost.store(true, SeqCst);
                     cancel.cancel(Cause::Requested(format!("the claim by image {id} could not be renewed in time")));
                     return;
                 }
-                let asked = SystemTime::now();
+                let asked = Moment::now();
                 match session.set_property(&id, CLAIM_UNTIL, &json!(ahead(session.now(), life))).await {
                     Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                         lost.store(true, SeqCst);
@@ -282,8 +286,8 @@ impl Claim {
                     }
                     Ok(()) => {
                         // it was heard, but may have been heard late
-                        doubted.fetch_or(SystemTime::now() > end_of(&end), SeqCst);
-                        set(&end, asked + life);
+                        doubted.fetch_or(Moment::now() > end_of(&end), SeqCst);
+                        set(&end, asked.after(life));
                     }
                     // a service that stumbles is asked again; until it gets up, the claim is still good for a while
                     Err(_) => {}
@@ -301,18 +305,18 @@ impl Claim {
     /// A run whose claim was over meanwhile may find another one's name in its image: that one has proven it, and its proof, which may be all that is
     /// left to show for a source that went, is not to be written over, nor its claim.
     pub(super) async fn go_on(&self, session: &Session, image: &Image, run: &str) -> Result<(), JobError> {
-        refuse_other(image, run)?;
-        let seen = SystemTime::now();
+        refuse_other(image, session.now(), run)?;
+        let seen = Moment::now();
         if !lasts(image, session.now(), self.life) {
             // looked at once more, and last: nobody else's claim is to be cut short
             let found = session.image_if_there(&image.id).await?;
-            refuse_other(&found.ok_or_else(|| JobError::Lost { image: image.id.clone() })?, run)?;
+            refuse_other(&found.ok_or_else(|| JobError::Lost { image: image.id.clone() })?, session.now(), run)?;
             let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(ahead(session.now(), self.life)));
             match session.change_image(&image.id, &[renewal]).await {
                 Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                     return Err(JobError::Lost { image: image.id.clone() });
                 }
-                other => refuse_other(&other?, run)?,
+                other => refuse_other(&other?, session.now(), run)?,
             }
         }
         // the renewal may have taken until after its end
@@ -320,7 +324,7 @@ impl Claim {
             self.doubt();
         }
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
-        set(&self.end, seen + self.life);
+        set(&self.end, seen.after(self.life));
         Ok(())
     }
 
@@ -328,7 +332,7 @@ impl Claim {
     /// has to ask.
     pub(super) async fn assure(&self, session: &Session, image_id: &str, run: &str) -> Result<(), JobError> {
         let seen = *self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.and_then(|seen| seen.elapsed().ok()).is_some_and(|since| since < JUST_NOW) {
+        if seen.is_some_and(|seen| seen.elapsed() < JUST_NOW) {
             return Ok(());
         }
         let found = session.image_if_there(image_id).await?;
@@ -359,13 +363,13 @@ impl Claim {
         if self.is_good_for(life) {
             return Ok(());
         }
-        let asked = SystemTime::now();
+        let asked = Moment::now();
         session.set_property(image_id, CLAIM_UNTIL, &json!(ahead(session.now(), life))).await?;
         // it was heard, but may have been heard late
         if !self.is_good_for(Duration::ZERO) {
             self.doubt();
         }
-        set(&self.end, asked + life);
+        set(&self.end, asked.after(life));
         Ok(())
     }
 }
@@ -413,8 +417,8 @@ mod tests {
         assert!(lasts(&image(&ahead(now, Duration::from_secs(3600))), now, life));
         assert!(!lasts(&image(&ahead(now, Duration::from_secs(590))), now, life));
         assert!(!lasts(&image("soon"), now, life));
-        assert!(refuse_other(&image("soon"), "r").is_ok());
-        assert!(matches!(refuse_other(&image("soon"), "s"), Err(JobError::Held { .. })));
+        assert!(refuse_other(&image("soon"), now, "r").is_ok());
+        assert!(matches!(refuse_other(&image("soon"), now, "s"), Err(JobError::Held { .. })));
     }
 
     #[test]

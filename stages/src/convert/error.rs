@@ -142,7 +142,7 @@ pub enum JobError {
     #[error("{0}")]
     Quota(String),
     /// Everything is proven, but the rest could not be done.
-    #[error("the new image {new_id} is there and verified, and {}: {what}", source_is(error))]
+    #[error("the new image {new_id} is there and verified, and its source stays: {what}")]
     SourceKept {
         /// The new image.
         new_id: String,
@@ -151,6 +151,15 @@ pub enum JobError {
         /// What Glance said.
         #[source]
         error: ApiError,
+    },
+    /// Everything is proven, and nobody knows what became of the source.
+    #[error("the new image {new_id} is there and verified; deleting its source was not answered, so that may be gone, or go yet")]
+    SourceGoing {
+        /// The new image.
+        new_id: String,
+        /// What came in between.
+        #[source]
+        error: Box<JobError>,
     },
     /// Everything was sent, and Glance does not get on with it.
     #[error("the whole image was sent, but Glance has image {id} as {status} after {seconds} s")]
@@ -245,7 +254,7 @@ impl JobError {
             Self::Api(error) | Self::Image(ImageError::Api(error)) | Self::SourceKept { error, .. } => Some(error),
             Self::Fetch(FetchError::Api { source, .. } | FetchError::GaveUp { source, .. }) => Some(source),
             Self::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. }) => Some(source),
-            Self::LeftBehind { error, .. } => error.api(),
+            Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } => error.api(),
             Self::Stage { source, .. } | Self::Compare { source } => api_below(&**source),
             _ => None,
         }
@@ -259,7 +268,7 @@ impl JobError {
             Self::Held { .. } | Self::JustEnded { .. } => return Nature::Held,
             Self::Quota(_) => return Nature::Quota,
             Self::Stuck { .. } | Self::Lost { .. } => return Nature::Transient,
-            Self::LeftBehind { error, .. } => return error.nature(),
+            Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } => return error.nature(),
             _ => {}
         }
         let refused_to_sign_in = |error: &SignInError| matches!(error, SignInError::Refused { .. } | SignInError::Config(_));
@@ -312,7 +321,7 @@ impl JobError {
             ) => 2,
             Self::Interrupted(_) => 130,
             Self::Verification(_) => 3,
-            Self::LeftBehind { error, .. } => error.exit_code(),
+            Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } => error.exit_code(),
             Self::SignIn(SignInError::Config(_)) | Self::Image(ImageError::NotFound { .. } | ImageError::Ambiguous { .. }) => 2,
             Self::Server(ServerError::NotFound { .. } | ServerError::Ambiguous { .. } | ServerError::NoCompute) => 2,
             Self::Stage { kind: ErrorKind::InvalidData, source, .. }
@@ -324,11 +333,6 @@ impl JobError {
             _ => 1,
         }
     }
-}
-
-/// What is known of a source whose deletion came to an error.
-fn source_is(error: &ApiError) -> &'static str {
-    if error.may_have_been_heard() { "its source may be there, too" } else { "so is the source" }
 }
 
 /// What a service answered, anywhere below an error: who reads through an image knows only that reading failed.

@@ -142,11 +142,10 @@ impl<'a> Maker<'a> {
         }
         match self.delete_once(&image.id).await {
             // protected since it was looked at: the other run lives
-            Err(refused) if refused.status() == Some(StatusCode::FORBIDDEN) => {
-                let now = self.session.image_if_there(&image.id).await?;
-                return Err(now
-                    .and_then(|now| claim::held(&now, self.session.now(), self.notices))
-                    .unwrap_or_else(|| refused.into()));
+            Err(refused) if !own && refused.status() == Some(StatusCode::FORBIDDEN) => {
+                if let Some(now) = self.session.image_if_there(&image.id).await? {
+                    return Err(claim::held(&now, self.session.now(), self.notices).unwrap_or_else(|| refused.into()));
+                }
             }
             deleted => deleted?,
         }

@@ -14,7 +14,6 @@ use super::{
 use crate::{
     openstack::{
         Change, Image, Session,
-        error::now_utc,
         image::{CLAIM_UNTIL, RUN, SOURCE_HASH, SOURCE_ID, VERIFIED},
     },
     text::printable,
@@ -205,7 +204,7 @@ async fn adopted(
         return Err(held(&found, session.now(), &*job.notices).unwrap_or_else(|| JobError::Held {
             image: image.id.clone(),
             run: other.to_owned(),
-            until: now_utc(),
+            until: claim::text(session.now()),
         }));
     }
     let image = &found;
@@ -256,10 +255,6 @@ async fn adopted(
             }
         }
     }
-    let done = work().await;
-    if !ours {
-        return done;
-    }
     // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
     // of this machine which died when it deleted. An unproven one that carries this very run's name may have been taken on by an earlier try.
     // Only then is the protection taken off; while the source is there, at once
@@ -268,8 +263,15 @@ async fn adopted(
             true => !carries_its_own_proof(image),
             false => !job.notices.is_dead(of),
         };
-        may_live || job.notices.was_deleting(of, &image.id)
+        may_live || job.notices.was_deleting(of, &image.id) || job.notices.was_doubted(of, &image.id)
     });
+    if goes && may_be_deleted {
+        job.notices.doubted(&image.id);
+    }
+    let done = work().await;
+    if !ours {
+        return done;
+    }
     if !(goes && may_be_deleted) || outlast_deletions(job, &image.id, &done).await {
         release_or_warn(job, session, &image.id, run).await;
     }

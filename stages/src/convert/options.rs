@@ -130,6 +130,17 @@ pub trait Notices: Send + Sync {
         false
     }
 
+    /// The claim on an image was over for a while, so another run's DELETE of it may be on its way: written down for whoever goes on with it.
+    fn doubted(&self, image_id: &str) {
+        let _ = image_id;
+    }
+
+    /// Did this run write that down ([`Self::doubted`])?
+    fn was_doubted(&self, run: &str, image_id: &str) -> bool {
+        let _ = (run, image_id);
+        false
+    }
+
     /// Is this the name of a run that is known to be dead? Whoever keeps a record of this machine's runs knows; nobody knows of others.
     fn is_dead(&self, run: &str) -> bool {
         let _ = run;

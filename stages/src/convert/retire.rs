@@ -12,10 +12,7 @@
 //!
 //! At no point is neither there.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use reqwest::{Method, StatusCode};
 use serde_json::json;
@@ -26,6 +23,7 @@ use super::{
     readback::{Target, against_survey, prove},
 };
 use crate::{
+    clock::Moment,
     glance::Remote,
     openstack::{
         ApiError, Change, Image, Session,
@@ -157,7 +155,9 @@ fn kept(new_id: &str) -> JobError {
 
 /// How long what the last look has seen is believed.
 const LOOK_LASTS: Duration = Duration::from_secs(30);
-/// Looks, and a DELETE after each.
+/// Looks for one that is so quick.
+const LOOKS: u32 = 4;
+/// DELETEs, each after a look.
 const DELETE_TRIES: u32 = 4;
 
 /// What a source that is not there, or cannot be asked for, leads to.
@@ -182,7 +182,8 @@ async fn prepare(
     let after = job.options.after;
     let (mut source, mut gone) = (source.clone(), false);
     if after != After::Keep {
-        refuse_overtaken(job, &session.image(new_id).await?)?;
+        let new = session.image_if_there(new_id).await?;
+        refuse_overtaken(job, &new.ok_or_else(|| JobError::Lost { image: new_id.to_owned() })?)?;
         let found = source_session.image_if_there(&source.id).await.map_err(|error| failed(new_id, SOURCE_NOT_SEEN, error))?;
         // the last look says so, when all else is done
         gone = found.is_none();
@@ -213,7 +214,7 @@ async fn prepare(
     Ok(Prepared { source, carried })
 }
 
-/// Right before a DELETE of the source: is all as it has to be? What is sent later than [`LOOK_LASTS`] after this began is not sent.
+/// Right before a DELETE of the source: is all as it has to be?
 async fn last_look(
     job: &Job,
     session: &Session,
@@ -221,29 +222,32 @@ async fn last_look(
     prepared: &Prepared,
     new_id: &str,
 ) -> Result<(), JobError> {
-    let last = job.source_unchanged().await.map_err(|error| match error {
+    // three questions at once: each may wait behind somebody's transfer
+    let (last, members, new) =
+        tokio::join!(job.source_unchanged(), members(source_session, &prepared.source), session.image_if_there(new_id));
+    let not_seen = |error| match error {
         JobError::Api(error) => failed(new_id, SOURCE_NOT_SEEN, error),
         error => error,
-    })?;
+    };
+    let (last, members) = (last.map_err(not_seen)?, members.map_err(not_seen)?);
     if last.is_some_and(|last| last.visibility != prepared.source.visibility) {
         return Err(JobError::Refused(format!(
             "the source's visibility was changed just now: it is not deleted; the new image is {new_id}. The same command goes on"
         )));
     }
-    let members = members(source_session, &prepared.source).await;
-    let members = members.map_err(|error| match error {
-        JobError::Api(error) => failed(new_id, SOURCE_NOT_SEEN, error),
-        error => error,
-    })?;
     let forgotten = members.iter().filter(|member| !prepared.carried.contains(member)).count();
     if forgotten > 0 {
+        let way = match (job.options.copy_members, job.options.elsewhere) {
+            (true, _) => "The same command goes on",
+            (false, true) => "Stop sharing it first",
+            (false, false) => "Carry them over with --copy-members",
+        };
         return Err(JobError::Refused(format!(
-            "the source was shared with {} meanwhile: it is not deleted; the new image is {new_id}. Carry them over with \
-             --copy-members",
+            "the source was shared with {} meanwhile: it is not deleted; the new image is {new_id}. {way}",
             counted(forgotten, "project")
         )));
     }
-    let new = session.image_if_there(new_id).await?.ok_or_else(|| JobError::Lost { image: new_id.to_owned() })?;
+    let new = new?.ok_or_else(|| JobError::Lost { image: new_id.to_owned() })?;
     refuse_overtaken(job, &new)?;
     if new.status == "active" && new.expected_hash().is_none() {
         return Err(JobError::Refused(format!(
@@ -271,40 +275,52 @@ async fn delete_source(
     new_id: &str,
 ) -> Result<(), JobError> {
     let id = &prepared.source.id;
-    let (mut tries, mut unanswered) = (0, None);
-    loop {
+    let (mut tries, mut unanswered) = (0, false);
+    let why = loop {
         tries += 1;
-        let begun = SystemTime::now();
-        let looked = job.cancel.guard(last_look(job, session, source_session, prepared, new_id)).await;
-        match (looked, unanswered.take()) {
-            (Ok(Ok(())), _) => {}
-            // was it heard?
-            (Ok(Err(_)), Some(_)) if matches!(source_session.image_if_there(id).await, Ok(None)) => return Ok(()),
-            (Ok(Err(error)), _) => return Err(error),
-            (Err(_), Some((what, error))) => return Err(failed(new_id, what, error)),
-            (Err(_), None) => return Err(kept(new_id)),
+        let looking = job.cancel.guard(look_in_time(job, session, source_session, prepared, new_id)).await;
+        if let Err(error) = looking.unwrap_or_else(|_| Err(kept(new_id))) {
+            break error;
         }
-        let (what, error) = if begun.elapsed().is_ok_and(|since| since < LOOK_LASTS) {
-            match source_session.delete_image_once(id).await {
-                Ok(()) => return Ok(()),
-                Err(error) => (refused(&error), error),
-            }
-        } else {
-            let path = source_session.image_url(&["images", id]).path().to_owned();
-            let slow = ApiError::Silence { method: Method::GET, path, seconds: LOOK_LASTS.as_secs() };
-            ("both images could not be looked at in time", slow)
+        let error = match source_session.delete_image_once(id).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
         };
+        unanswered |= error.may_have_been_heard();
         let again = error.is_retryable() || error.status() == Some(StatusCode::UNAUTHORIZED);
         let pause = job.options.patience.pause_after(tries, error.retry_after_s());
         if !again || tries == DELETE_TRIES || job.cancel.guard(tokio::time::sleep(pause)).await.is_err() {
-            // was it heard?
-            return match source_session.image_if_there(id).await {
-                Ok(None) => Ok(()),
-                _ => Err(failed(new_id, what, error)),
-            };
+            break if unanswered { error.into() } else { failed(new_id, refused(&error), error) };
         }
-        unanswered = Some((what, error));
+    };
+    if !unanswered {
+        return Err(why);
     }
+    let looking = job.options.patience.to_its_end(&job.cancel, source_session.image_if_there(id));
+    match looking.await {
+        Some(Ok(None)) => Ok(()),
+        _ => Err(JobError::SourceGoing { new_id: new_id.to_owned(), error: Box::new(why) }),
+    }
+}
+
+/// [`last_look`], over and over until one is quick enough: what a slow one, or one that the machine slept through, has seen may be over.
+async fn look_in_time(
+    job: &Job,
+    session: &Session,
+    source_session: &Session,
+    prepared: &Prepared,
+    new_id: &str,
+) -> Result<(), JobError> {
+    for _ in 0..LOOKS {
+        let begun = Moment::now();
+        last_look(job, session, source_session, prepared, new_id).await?;
+        if begun.elapsed() < LOOK_LASTS {
+            return Ok(());
+        }
+    }
+    let path = source_session.image_url(&["images", &prepared.source.id]).path().to_owned();
+    let what = format!("each of {LOOKS} looks took more than {} s", LOOK_LASTS.as_secs());
+    Err(failed(new_id, "Glance is too slow to be sure of both images", ApiError::Answer { method: Method::GET, path, what }))
 }
 
 /// What a source's DELETE that was not done came to.
@@ -399,8 +415,7 @@ pub(super) async fn release_or_warn(job: &Job, session: &Session, image_id: &str
 /// Before [`release`], where somebody's DELETE of the image may be on its way: lets a minute pass, if the source is gone. `retired` is what became of
 /// that. `false`: that was interrupted, and the image stays protected.
 pub(super) async fn outlast_deletions(job: &Job, image_id: &str, retired: &Result<(), JobError>) -> bool {
-    // a DELETE of the source that was not answered may still be heard
-    let going = matches!(retired, Err(error) if error.api().is_some_and(ApiError::may_have_been_heard));
+    let going = matches!(retired, Err(JobError::SourceGoing { .. }));
     if !going && !is_source_gone(job).await {
         return true;
     }
@@ -487,7 +502,7 @@ pub async fn finish_earlier_deletion(
         if source_session.image_if_there(source).await?.is_some() {
             continue;
         }
-        finish_marks(session, &image, notices).await?;
+        finish_marks(session, &image, None, notices).await?;
         notices.note(&format!(
             "the source ({}) is gone, deleted after an earlier run had made and verified image {} ({}) of it",
             printable(source),
@@ -499,8 +514,14 @@ pub async fn finish_earlier_deletion(
     Ok(None)
 }
 
-/// What a run that was killed after the source's deletion could not do any more: the name of a replacement, and the end of a claim.
-async fn finish_marks(session: &Session, image: &Image, notices: &dyn Notices) -> Result<(), JobError> {
+/// What a run that was killed after the source's deletion could not do any more: the name of a replacement, and the end of a claim. `own`: the run that
+/// asks.
+pub(crate) async fn finish_marks(
+    session: &Session,
+    image: &Image,
+    own: Option<&str>,
+    notices: &dyn Notices,
+) -> Result<(), JobError> {
     let marks: Vec<&str> = [REPLACES, REPLACES_NAME].into_iter().filter(|key| image.property(key).is_some()).collect();
     match image.property(REPLACES_NAME) {
         Some(name) => rename(session, &image.id, name, &marks).await?,
@@ -508,7 +529,7 @@ async fn finish_marks(session: &Session, image: &Image, notices: &dyn Notices) -
         None => {}
     }
     if image.property(CLAIM_UNTIL).is_some() {
-        match claim::protects(image, session.now(), notices) {
+        match claim::protects(image, session.now(), own, notices) {
             None => drop(release(session, &image.id, image.property(RUN)).await?),
             Some(held) => notices.warn(&format!("image {} stays protected: {held}", image.shown_id())),
         }
@@ -530,7 +551,7 @@ pub async fn finish_replacing(session: &Session, name_or_id: &str, notices: &dyn
             {
                 return Ok(None);
             }
-            finish_marks(session, &image, notices).await?;
+            finish_marks(session, &image, None, notices).await?;
             Ok(Some(image))
         }
         Ok(_) | Err(ImageError::Ambiguous { .. }) => Ok(None),

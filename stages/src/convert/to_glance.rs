@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::{
     After, Job, JobError, Report, Source, Verify,
-    claim::Claim,
+    claim::{self, Claim},
     job::{ReportOf, Surveyed, cause_of},
     making::Maker,
     names::{carries_its_own_proof, verified_mark},
@@ -27,7 +27,7 @@ use crate::{
     hash::Hasher,
     openstack::{
         Change, Image, Session,
-        error::{ApiError, now_utc},
+        error::ApiError,
         image::{CLAIM_UNTIL, RUN, VERIFIED, check_properties, converted_record},
     },
     qcow2::Geometry,
@@ -274,11 +274,10 @@ impl Emission<'_> {
             // Glance reads an image, changes it and saves it: a renewal meanwhile would undo the mark
             claim.leave().await;
             self.guard(claim.assure(self.maker.session, image_id, self.maker.run())).await??;
+            if claim.is_doubted() {
+                self.job.notices.doubted(image_id);
+            }
             if goes {
-                if claim.is_doubted() {
-                    // whoever goes on with it when this run was killed has to know
-                    self.job.notices.deleting(image_id);
-                }
                 changes.push(Change::Set("protected".to_owned(), json!(true)));
                 changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim.last_end(self.maker.session.now()))));
             } else if self.mark_and_unclaim(image_id, verified).await? {
@@ -294,7 +293,11 @@ impl Emission<'_> {
                     return Ok(());
                 }
                 if goes || !verified.starts_with("hash:") {
-                    return Err(JobError::Held { image: image_id.to_owned(), run: other.to_owned(), until: now_utc() });
+                    return Err(JobError::Held {
+                        image: image_id.to_owned(),
+                        run: other.to_owned(),
+                        until: claim::text(self.maker.session.now()),
+                    });
                 }
             }
         }
@@ -340,9 +343,11 @@ impl Emission<'_> {
         let found = self.guard(session.image_if_there(image_id)).await??;
         let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
         match image.property(RUN) {
-            Some(other) if other != self.maker.run() && !carries_its_own_proof(&image) => {
-                Err(JobError::Held { image: image_id.to_owned(), run: other.to_owned(), until: now_utc() })
-            }
+            Some(other) if other != self.maker.run() && !carries_its_own_proof(&image) => Err(JobError::Held {
+                image: image_id.to_owned(),
+                run: other.to_owned(),
+                until: claim::text(self.maker.session.now()),
+            }),
             Some(other) if other != self.maker.run() => Ok(true),
             _ => Ok(image.property(VERIFIED) == Some(verified) && image.property(CLAIM_UNTIL).is_none()),
         }

@@ -1,8 +1,11 @@
 //! A signed-in session: one token for all connections, renewed before it ends and after a 401, one renewal at a time.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::{
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url, header::HeaderMap};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -14,6 +17,7 @@ use super::{
     http::{CALL_TIMEOUT, Clients},
     rate::RateLimit,
 };
+use crate::clock::Moment;
 
 /// A token with less than this left is renewed first (keystoneauth, `MIN_TOKEN_LIFE_SECONDS`).
 const MIN_TOKEN_LIFE_S: i64 = 120;
@@ -109,8 +113,8 @@ pub struct Whoami {
 struct Token {
     secret: Secret,
     expires_at: Option<Timestamp>,
-    /// How far this machine's clock was ahead of the service's when the token was issued.
-    clock_ahead: SignedDuration,
+    /// The cloud's time when it came, and that moment.
+    came: (Timestamp, Moment),
 }
 
 struct Inner {
@@ -166,8 +170,8 @@ impl Session {
         Self(Arc::clone(&self.0), Some(RateLimit::new(bytes_per_s)))
     }
 
-    /// The time of the cloud: that of this machine, but for what its clock was found to be wrong by when it last signed in. What the request took is
-    /// not known better than that; a service that does not say is taken to have this machine's.
+    /// The time of the cloud, as its identity service told it with the token, and gone on since, whatever becomes of this machine's clock. Within what that
+    /// request took it is this machine's own, and all of it is where the service does not say.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         self.token_now().now()
@@ -420,7 +424,8 @@ async fn bounded_body(method: &Method, url: &Url, response: &mut Response) -> Re
 
 impl Token {
     fn now(&self) -> Timestamp {
-        Timestamp::now().checked_sub(self.clock_ahead).unwrap_or_else(|_| Timestamp::now())
+        let (then, moment) = self.came;
+        then.checked_add(moment.elapsed()).unwrap_or(Timestamp::MAX)
     }
 
     fn ends_within(&self, seconds: i64) -> bool {
@@ -449,7 +454,7 @@ async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, Sig
     let mut tries = 0;
     let (response, asked) = loop {
         tries += 1;
-        let asked = Timestamp::now();
+        let asked = Moment::now();
         let sent = clients.of(&url).post(url.clone()).json(&body).timeout(CALL_TIMEOUT).send().await;
         let error = match sent {
             Ok(response) if response.status().is_success() => break (response, asked),
@@ -469,14 +474,14 @@ async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, Sig
     read_token(cloud, &url, response, asked).await
 }
 
-/// How far this machine's clock is ahead of one that said `issued` between `asked` and `answered`.
-fn clock_ahead(issued: Timestamp, asked: Timestamp, answered: Timestamp) -> SignedDuration {
-    // either zero or nearer to it: what the request took is nobody's fault
-    asked.duration_since(issued).max(SignedDuration::ZERO) + answered.duration_since(issued).min(SignedDuration::ZERO)
+/// The cloud's time when an answer came that took so long, and said that it was `issued` in between: this machine's, if that may be.
+fn time_there(here: Timestamp, issued: Timestamp, took: Duration) -> Timestamp {
+    here.clamp(issued, issued.checked_add(took).unwrap_or(Timestamp::MAX))
 }
 
-async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response, asked: Timestamp) -> Result<SignedIn, SignInError> {
-    let answered = Timestamp::now();
+async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response, asked: Moment) -> Result<SignedIn, SignInError> {
+    let (here, moment) = (Timestamp::now(), Moment::now());
+    let took = asked.elapsed();
     let bad = |what: String| SignInError::Call {
         cloud: cloud.name.clone(),
         auth_url: cloud.auth_url.clone(),
@@ -490,7 +495,7 @@ async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response, aske
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let expires_at = token["expires_at"].as_str().and_then(|end| end.parse().ok());
     let issued = token["issued_at"].as_str().and_then(|issued| issued.parse().ok());
-    let clock_ahead = issued.map_or(SignedDuration::ZERO, |issued| clock_ahead(issued, asked, answered));
+    let came = (issued.map_or(here, |issued| time_there(here, issued, took)), moment);
     let catalog = match &token["catalog"] {
         Value::Null => Vec::new(), // an unscoped token
         catalog => serde_json::from_value(catalog.clone()).map_err(|error| bad(format!("its catalog: {error}")))?,
@@ -505,7 +510,7 @@ async fn read_token(cloud: &CloudConfig, url: &Url, mut response: Response, aske
         user_id: text(&token["user"]["id"]),
         password_expires_at: text(&token["user"]["password_expires_at"]),
     };
-    Ok(SignedIn { token: Token { secret, expires_at, clock_ahead }, catalog, whoami })
+    Ok(SignedIn { token: Token { secret, expires_at, came }, catalog, whoami })
 }
 
 fn user_text(identity: &Identity) -> String {
@@ -628,8 +633,8 @@ mod tests {
     #[test]
     fn what_a_request_takes_makes_no_clock_wrong() {
         let at = |second| Timestamp::from_second(second).unwrap();
-        let ahead = |issued| clock_ahead(at(issued), at(100), at(130)).as_secs();
-        assert_eq!([70, 100, 115, 130, 190].map(ahead), [30, 0, 0, 0, -60]);
+        let there = |issued| time_there(at(130), at(issued), Duration::from_secs(30)).as_second();
+        assert_eq!([70, 100, 115, 130, 190].map(there), [100, 130, 130, 130, 190]);
     }
 
     fn cloud() -> CloudConfig {
