@@ -128,7 +128,7 @@ fn a_system_that_is_not_ready_is_told_in_all_points_and_one_that_is_in_none() {
     assert_eq!(table.partitions[2].name.as_deref(), Some("root"));
     let kinds: Vec<(&str, Option<&str>)> =
         found.contents.iter().map(|content| (content.filesystem.kind, content.filesystem.label.as_deref())).collect();
-    assert_eq!(kinds, [("empty", None), ("empty", None), ("ext4", Some("rootfs")), ("swap", Some("paging"))]);
+    assert_eq!(kinds, [("unknown", None), ("unknown", None), ("ext4", Some("rootfs")), ("swap", Some("paging"))]);
     let system = &found.systems[0];
     assert_eq!((system.place.as_str(), system.system.name.as_deref()), ("partition 3", Some("Testix 1")));
     let mut checks: Vec<&str> = system

@@ -43,11 +43,16 @@ pub fn detect(part: &Part<'_>) -> Filesystem {
     let part_bytes = part.len_bytes().unwrap_or(0);
     let found = [ext, xfs, btrfs, swap, lvm, luks, ntfs, exfat, fat, others].into_iter().find_map(|look| look(part));
     let mut found = found.unwrap_or_else(|| {
-        Filesystem::of(match part.get(0, to_usize(part_bytes.min(64 << 10))) {
-            Some(head) if crate::zero::is_zero(&head) => "empty",
-            Some(_) => "unknown",
-            None => "unreadable",
-        })
+        let head_bytes = part_bytes.min(64 << 10);
+        match part.get(0, to_usize(head_bytes)) {
+            Some(head) if !crate::zero::is_zero(&head) => Filesystem::of("unknown"),
+            Some(_) if head_bytes == part_bytes => Filesystem::of("empty"),
+            Some(_) => {
+                let note = "its first 64 KiB are zeros; what comes behind was not looked at".to_owned();
+                Filesystem { notes: vec![note], ..Filesystem::of("unknown") }
+            }
+            None => Filesystem::of("unreadable"),
+        }
     });
     if let Some(bytes) = found.bytes.filter(|bytes| *bytes > part_bytes) {
         found.notes.push(format!(
@@ -336,7 +341,9 @@ mod tests {
 
     #[test]
     fn nothing_and_noise_are_told_apart() {
-        assert_eq!(detect(&Part::new(&vec![0; 100_000], 0, 100_000).unwrap()).kind, "empty");
+        assert_eq!(detect(&Part::new(&vec![0; 50_000], 0, 50_000).unwrap()).kind, "empty");
+        let zeros_first = detect(&Part::new(&vec![0; 100_000], 0, 100_000).unwrap());
+        assert_eq!((zeros_first.kind, zeros_first.notes.len()), ("unknown", 1), "nobody looked behind its first clusters");
         assert_eq!(detect(&Part::new(&vec![9; 100_000], 0, 100_000).unwrap()).kind, "unknown");
         assert_eq!(detect(&Part::new(&vec![9; 10], 0, 10).unwrap()).kind, "unknown");
     }
