@@ -563,7 +563,7 @@ pub fn conclude(
     };
     report.warnings.extend(display.warnings());
     let proven = proven(&report);
-    let receipt = receipt::write(&report, &proven);
+    let receipt = receipt::write(&report, &proven, source_is_gone);
     let json = serde_json::to_string_pretty(&report).unwrap_or_default();
     match output.format {
         FormatChoice::Table => {

@@ -12,8 +12,8 @@ use stages::{convert::Report, openstack::error::now_utc};
 
 /// Writes the receipt of a finished conversion; returns its path. No secret is ever on the command line, so the command is
 /// kept as it was typed.
-pub fn write(report: &Report, proven: &[String]) -> io::Result<PathBuf> {
-    write_told(&json!({ "proven": proven, "report": report }))
+pub fn write(report: &Report, proven: &[String], source_deleted: bool) -> io::Result<PathBuf> {
+    write_told(&json!({ "proven": proven, "source_deleted": source_deleted, "report": report }))
 }
 
 /// Writes what else a run has to tell.

@@ -14,7 +14,7 @@ use stages::{
         config::Surroundings,
         image::{BENCH, RUN, SOURCE_ID, VERIFIED},
     },
-    text::{causes, printable},
+    text::{causes, counted, printable},
 };
 
 use crate::{
@@ -169,6 +169,7 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let mut code = ExitCode::SUCCESS;
+    let looked_at = counted(dead.len(), "run");
     while let Some(first) = dead.first() {
         let (cloud, project) = (first.record.cloud.clone(), first.record.project.clone());
         let (here, elsewhere): (Vec<Found>, Vec<Found>) =
@@ -196,6 +197,9 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
         if let Err(error) = result.await {
             code = exit::failure(&error, error.exit_code());
         }
+    }
+    if code == ExitCode::SUCCESS {
+        _ = exit::print(&format!("looked after what {looked_at} of this machine may have left"));
     }
     code
 }

@@ -529,6 +529,11 @@ async fn a_deletion_that_was_heard_and_not_answered_is_gone_on_with() {
     let made = place.conversions().remove(&web).unwrap();
     assert_eq!(made["name"], "web", "{made}");
     place.assert_shows(&web, &made);
+    let receipts = std::fs::read_dir(place.folder.path().join("here/virta/receipts")).unwrap();
+    let receipts: Vec<Value> =
+        receipts.map(|entry| serde_json::from_slice(&std::fs::read(entry.unwrap().path()).unwrap()).unwrap()).collect();
+    assert_eq!(receipts.len(), 1);
+    assert_eq!(receipts[0]["source_deleted"], true, "{}", receipts[0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

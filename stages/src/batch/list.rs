@@ -140,8 +140,11 @@ fn csv(text: &str) -> Result<Vec<Wish>, ListError> {
     };
     let mut reader = ::csv::ReaderBuilder::new().trim(::csv::Trim::All).from_reader(text.as_bytes());
     let head = reader.headers().map_err(|error| wrong(&error, error.to_string()))?.clone();
-    for column in &head {
+    for (index, column) in head.iter().enumerate() {
         known(column).map_err(|what| at(1, what))?;
+        if !column.is_empty() && head.iter().take(index).any(|before| before.eq_ignore_ascii_case(column)) {
+            return Err(at(1, format!("column {column:?} is there twice")));
+        }
     }
     let mut wishes = Vec::new();
     for record in reader.records() {
@@ -244,6 +247,8 @@ mod tests {
     fn errors_say_which_line_and_what() {
         for (text, line, what) in [
             ("image,colour\nx,red\n", 1, "colour"),
+            ("image,name,,\nx,y,,\na,b,,c\n", 3, "heading that is empty"),
+            ("image,delete_source,Delete_Source\nx,no,yes\n", 1, "twice"),
             ("image,verify\nx,hash\ny\n", 3, "1 columns"),
             ("image,delete_source\nx,maybe\n", 2, "maybe"),
             ("[\"a\",\n {\"image\": \"b\", \"colour\": 1}]", 2, "colour"),

@@ -80,9 +80,13 @@ impl Wish {
             (Some(true), Some(true)) => {
                 return Err("delete_source and replace exclude each other: replace deletes it, too".to_owned());
             }
+            (Some(false), Some(true)) => {
+                return Err("delete_source is no, and replace deletes the source: say no to both, or to none".to_owned());
+            }
             (_, Some(true)) => options.after = After::Replace,
             (Some(true), _) => options.after = After::Delete,
-            (Some(false), _) if options.after == After::Delete => options.after = After::Keep,
+            // whatever is said for all
+            (Some(false), _) => options.after = After::Keep,
             (_, Some(false)) if options.after == After::Replace => options.after = After::Keep,
             _ => {}
         }
@@ -121,6 +125,11 @@ mod tests {
         assert_eq!(options.properties, [("a".to_owned(), "1".to_owned()), ("b".to_owned(), "3".to_owned())]);
         assert_eq!(options.compression.unwrap().codec(), Codec::Zstd);
         assert_eq!((options.after, options.verify), (After::Delete, Verify::Readback), "what is deleted was read back before");
+        for after in [After::Delete, After::Replace] {
+            let all = Options { after, verify: Verify::Readback, ..Options::default() };
+            let kept = Wish { delete_source: Some(false), ..Wish::of("x") }.options(&all).unwrap();
+            assert_eq!(kept.after, After::Keep, "{after:?}: a source that shall stay stays");
+        }
     }
 
     #[test]
@@ -130,6 +139,7 @@ mod tests {
         assert!(bad(Wish { compress_level: Some(3), ..Wish::of("x") }).contains("compress_level needs"));
         assert!(bad(Wish { delete_source: Some(true), verify: Some("none".into()), ..Wish::of("x") }).contains("verification"));
         assert!(bad(Wish { delete_source: Some(true), replace: Some(true), ..Wish::of("x") }).contains("exclude"));
+        assert!(bad(Wish { delete_source: Some(false), replace: Some(true), ..Wish::of("x") }).contains("say no to both"));
         assert!(
             bad(Wish { properties: [("disk_format".to_owned(), "raw".to_owned())].into(), ..Wish::of("x") })
                 .contains("disk_format")

@@ -84,7 +84,7 @@ fn told(arguments: &BatchArgs, summary: &Summary, journal: Option<PathBuf>) -> S
     }
     let deleted = summary.items.iter().filter(|line| line.source_deleted).count();
     if deleted > 0 {
-        lines.push(format!("{} deleted, each after its new image was verified", counted(deleted, "source")));
+        lines.push(format!("{} gone, each deleted after its new image was verified", counted(deleted, "source")));
     }
     if let Some(why) = &summary.stopped {
         lines.push(format!("stopped before the end: {why}"));

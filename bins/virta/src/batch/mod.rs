@@ -330,6 +330,7 @@ async fn batch(
         None => session.clone(),
     };
     let shown = BatchDisplay::start(display, &planned.plan, run.clone());
+    let goes: Vec<bool> = planned.plan.entries.iter().map(|entry| entry.options.after != After::Keep).collect();
     let batch = Batch {
         session,
         plan: planned.plan,
@@ -340,8 +341,8 @@ async fn batch(
         listener: {
             let (shown, display) = (shown.clone(), display.clone());
             Arc::new(move |event: &Event<'_>| {
-                if let Event::Ended { outcome: Outcome::Done { report }, .. } = event
-                    && let Err(error) = receipt::write(report, &proven(report))
+                if let Event::Ended { index, outcome: Outcome::Done { report }, .. } = event
+                    && let Err(error) = receipt::write(report, &proven(report), goes[*index])
                 {
                     display.warn(&format!("a receipt could not be written: {error}"));
                 }
