@@ -227,6 +227,11 @@ impl MiniGlance {
         }
     }
 
+    /// Takes an image away behind the service's back.
+    pub fn remove(&self, id: &str) {
+        self.shared.state().images.0.remove(id);
+    }
+
     /// Adds a running server that was built from an image.
     pub fn add_server(&self, name: &str, image: &str) -> String {
         self.shared.state().compute.add(name, image)

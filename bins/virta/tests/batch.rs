@@ -461,7 +461,7 @@ async fn a_run_whose_claim_was_over_while_it_sent_keeps_its_image_protected_for_
     assert!(image["virta_verified"].as_str().unwrap().starts_with("hash:"), "{image}");
     // whoever goes on knows of it, too
     place.add("other", 2, MIB);
-    place.run(&["--all-snapshots", "--delete-source", "--yes"]).await.ends(0, &["1 converted"]);
+    place.run(&["--all-snapshots", "--delete-source", "--yes"]).await.ends(0, &["1 converted", "stays protected for now"]);
     assert_eq!(protected(&place), true, "before its claim is over");
     place.service.set(&made, "virta_claim_until", json!("2020-01-01T00:00:00Z"));
     place.add("another", 3, MIB);
@@ -517,6 +517,17 @@ async fn a_deletion_that_was_not_heard_is_repeated_after_another_look_only() {
         let deletions = place.service.requests().iter().filter(|request| request.starts_with("DELETE")).count();
         assert_eq!(deletions, 1, "{why}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_image_that_goes_with_its_source_is_told_as_no_success() {
+    let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(300)).await;
+    let web = place.add("web", 1, 3 * MIB);
+    let run = place.command("here", &["web", "--delete-source", "--yes", "--tries", "1"]).spawn().unwrap();
+    seen(&place.service, &format!("DELETE /v2/images/{web}")).await;
+    let made = stages::convert::claim::claimed_id(&web, PROJECT_ID, 0);
+    place.service.remove(&made);
+    Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(4, &["was deleted by somebody else", &made]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -326,10 +326,17 @@ impl Runner {
             // while the source is there, whoever is at it still needs the protection
             let own_claim_only = image.protected != Some(true);
             let source_there = images.iter().any(|source| image.property(SOURCE_ID) == Some(&source.id) && source.id != image.id);
-            if (source_there && !own_claim_only)
-                || !carries_its_own_proof(image)
-                || crate::convert::claim::protects(image, session.now(), None, &*self.batch.notices).is_some()
-            {
+            if (source_there && !own_claim_only) || !carries_its_own_proof(image) {
+                continue;
+            }
+            if let Some(held) = crate::convert::claim::protects(image, session.now(), None, &*self.batch.notices) {
+                // one of another run is that run's to tell
+                if image.property(RUN).is_some_and(|run| self.batch.notices.is_dead(run)) {
+                    self.tell(&format!(
+                        "image {} stays protected for now: a run elsewhere might still delete it; {held}",
+                        image.shown_id()
+                    ));
+                }
                 continue;
             }
             // as it is now: the claim may be another run's by now, or the protection the user's

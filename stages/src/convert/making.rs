@@ -144,7 +144,15 @@ impl<'a> Maker<'a> {
             // protected since it was looked at: the other run lives
             Err(refused) if !own && refused.status() == Some(StatusCode::FORBIDDEN) => {
                 if let Some(now) = self.session.image_if_there(&image.id).await? {
-                    return Err(claim::held(&now, self.session.now(), self.notices).unwrap_or_else(|| refused.into()));
+                    let in_the_way = || {
+                        JobError::Refused(format!(
+                            "image {} of a run that is over ({}) stands in the way, and Glance does not let it be deleted ({}): virta image show {0}",
+                            now.shown_id(),
+                            printable(now.property(RUN).unwrap_or("unknown")),
+                            causes(&refused)
+                        ))
+                    };
+                    return Err(claim::held(&now, self.session.now(), self.notices).unwrap_or_else(in_the_way));
                 }
             }
             deleted => deleted?,

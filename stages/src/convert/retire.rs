@@ -133,6 +133,7 @@ pub async fn after_conversion(job: &Job, session: &Session, new_id: &str, compar
     delete_source(job, session, source_session, &prepared, new_id).await?;
     let source = &prepared.source;
     job.notices.note(&format!("the source image {} ({}) is deleted", source.shown(), source.shown_id()));
+    look_back(job, session, new_id).await?;
     if after == After::Replace {
         rename(session, new_id, source.name.as_deref().unwrap_or_default(), &[REPLACES, REPLACES_NAME]).await?;
         job.notices.note(&format!(
@@ -230,10 +231,14 @@ async fn last_look(
         error => error,
     };
     let (last, members) = (last.map_err(not_seen)?, members.map_err(not_seen)?);
-    if last.is_some_and(|last| last.visibility != prepared.source.visibility) {
-        return Err(JobError::Refused(format!(
-            "the source's visibility was changed just now: it is not deleted; the new image is {new_id}. The same command goes on"
-        )));
+    if let Some(last) = last {
+        let renamed = job.options.after == After::Replace && last.name != prepared.source.name;
+        if renamed || last.visibility != prepared.source.visibility {
+            return Err(JobError::Refused(format!(
+                "the source's {} was changed just now: it is not deleted; the new image is {new_id}. The same command goes on",
+                if renamed { "name" } else { "visibility" }
+            )));
+        }
     }
     let forgotten = members.iter().filter(|member| !prepared.carried.contains(member)).count();
     if forgotten > 0 {
@@ -300,6 +305,30 @@ async fn delete_source(
     match looking.await {
         Some(Ok(None)) => Ok(()),
         _ => Err(JobError::SourceGoing { new_id: new_id.to_owned(), error: Box::new(why) }),
+    }
+}
+
+/// When the source is gone: is the new image as it was before? Nothing can be undone, but nobody is to be told that all is well.
+async fn look_back(job: &Job, session: &Session, new_id: &str) -> Result<(), JobError> {
+    let looking = job.options.patience.to_its_end(&job.cancel, session.image_if_there(new_id));
+    match looking.await {
+        Some(Ok(None)) => Err(JobError::Refused(format!(
+            "the source is deleted, and its verified new image {new_id} was deleted by somebody else at that very moment: this run knows of no other copy"
+        ))),
+        Some(Ok(Some(new))) => {
+            if let Err(why) = refuse_overtaken(job, &new) {
+                job.notices.warn(&why.to_string());
+            } else if new.status != "active" || !carries_its_own_proof(&new) {
+                job.notices.warn(&format!(
+                    "the new image {} is {} and not as it was verified any more",
+                    new.shown_id(),
+                    new.status
+                ));
+            }
+            Ok(())
+        }
+        // what cannot be told now, the release may
+        Some(Err(_)) | None => Ok(()),
     }
 }
 

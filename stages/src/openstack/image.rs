@@ -226,6 +226,9 @@ fn parse(value: Value, method: Method, path: &str) -> Result<Image, ApiError> {
     })
 }
 
+/// Pages of images that are asked for, each of up to 1000.
+const PAGES_MAX: usize = 1000;
+
 impl Session {
     /// The image with this id.
     ///
@@ -281,8 +284,14 @@ impl Session {
         let mut url = self.image_url(&["images"]);
         url.query_pairs_mut().extend_pairs(filters);
         let mut images = Vec::new();
-        // a page has up to 1000; a loop of `next` links must end
-        for _ in 0..1000 {
+        let mut asked = std::collections::HashSet::new();
+        loop {
+            // pages that lead back to one that was there have no end
+            if !asked.insert(url.clone()) || asked.len() > PAGES_MAX {
+                let what =
+                    format!("its list of images has no end: after {} pages it goes on with one that was there", asked.len());
+                return Err(ApiError::Answer { method: Method::GET, path: url.path().to_owned(), what });
+            }
             let page = self.call(Method::GET, &url, None).await?;
             let list = page["images"].as_array().cloned().unwrap_or_default();
             for value in list {
