@@ -329,13 +329,10 @@ impl Runner {
             if (source_there && !own_claim_only) || !carries_its_own_proof(image) {
                 continue;
             }
-            if let Some(held) = crate::convert::claim::protects(image, session.now(), None, &*self.batch.notices) {
+            if let Some(why) = crate::convert::claim::protects(image, session.now(), None, &*self.batch.notices) {
                 // one of another run is that run's to tell
                 if image.property(RUN).is_some_and(|run| self.batch.notices.is_dead(run)) {
-                    self.tell(&format!(
-                        "image {} stays protected for now: a run elsewhere might still delete it; {held}",
-                        image.shown_id()
-                    ));
+                    self.tell(&format!("image {} stays protected for now: {why}", image.shown_id()));
                 }
                 continue;
             }

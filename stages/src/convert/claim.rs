@@ -167,17 +167,15 @@ pub fn held(image: &Image, now: Timestamp, notices: &dyn Notices) -> Option<JobE
     (!notices.is_dead(run)).then(|| JobError::Held { image: image.id.clone(), run: run.to_owned(), until: text(until) })
 }
 
-/// [`held`], for what is to have its protection taken off: a run that is dead, too, has it where somebody's DELETE may be on its way.
-/// `own`: the run that asks, which has it no longer.
-pub(crate) fn protects(image: &Image, now: Timestamp, own: Option<&str>, notices: &dyn Notices) -> Option<JobError> {
+/// Why an image's protection is not to be taken off yet, nor its claim: it is [`held`], or, of a run that is dead, somebody's DELETE of it may be on
+/// its way. `own`: the run that asks, which has it no longer.
+pub(crate) fn protects(image: &Image, now: Timestamp, own: Option<&str>, notices: &dyn Notices) -> Option<String> {
     let until = good_until(image, now)?;
     let run = image.property(RUN).unwrap_or("unknown");
-    let over = own == Some(run) || notices.is_dead(run);
-    (!over || notices.was_doubted(run, &image.id)).then(|| JobError::Held {
-        image: image.id.clone(),
-        run: run.to_owned(),
-        until: text(until),
-    })
+    if notices.was_doubted(run, &image.id) {
+        return Some(format!("until {} a run elsewhere might still delete it", text(until)));
+    }
+    held(image, now, notices).filter(|_| own != Some(run)).map(|held| held.to_string())
 }
 
 /// Does the claim on an image last as long as a renewal would make it?

@@ -560,7 +560,7 @@ pub(crate) async fn finish_marks(
     if image.property(CLAIM_UNTIL).is_some() {
         match claim::protects(image, session.now(), own, notices) {
             None => drop(release(session, &image.id, image.property(RUN)).await?),
-            Some(held) => notices.warn(&format!("image {} stays protected: {held}", image.shown_id())),
+            Some(why) => notices.warn(&format!("image {} stays protected: {why}", image.shown_id())),
         }
     }
     Ok(())
