@@ -172,9 +172,7 @@ pub async fn run(mut arguments: ConvertArgs) -> ExitCode {
         Ok(Outcome::Made(report)) => run.end(0, &format!("made {}", printable(&report.destination))),
         Ok(Outcome::AlreadyDone(id)) => run.end(0, &format!("already done: image {}", printable(id))),
         Err(error) => {
-            // what is proven is still to be known when its source has gone
-            let left = matches!(error, JobError::LeftBehind { .. } | JobError::SourceGoing { .. } | JobError::SourceKept { .. });
-            run.end_with(error.exit_code(), &printable(&causes(error)), left);
+            run.end_with(error.exit_code(), &printable(&causes(error)), error.leaves_an_image());
         }
     }
     let on_stdout = arguments.destination != "-";

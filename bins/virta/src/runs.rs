@@ -235,6 +235,7 @@ impl Run {
 
     /// Another run's DELETE of this image may be on its way.
     pub fn doubted(&self, image_id: &str) {
+        doubts().insert((self.name(), image_id.to_owned()));
         self.change(|record| push_once(&mut record.doubted, image_id));
     }
 
@@ -325,7 +326,8 @@ impl Found {
 /// Does a living process hold this run's lock?
 fn is_live(folder: &Path, run: &str) -> bool {
     match OpenOptions::new().write(true).open(folder.join(format!("{run}.lock"))) {
-        Ok(lock) => match lock.try_lock() {
+        // shared: two that ask at once are not in each other's way
+        Ok(lock) => match lock.try_lock_shared() {
             Ok(()) => false,
             Err(TryLockError::WouldBlock) => true,
             // a file system without locks: nobody can tell, and nothing of it is touched
@@ -392,6 +394,12 @@ fn deletions() -> std::sync::MutexGuard<'static, BTreeSet<(String, String)>> {
     DELETIONS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The same of [`Run::doubted`].
+fn doubts() -> std::sync::MutexGuard<'static, BTreeSet<(String, String)>> {
+    static DOUBTS: Mutex<BTreeSet<(String, String)>> = Mutex::new(BTreeSet::new());
+    DOUBTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Was this run, one of this process or one of this machine that is over, about to delete that image? [`Run::deleting`].
 pub fn was_deleting(run: &str, image_id: &str) -> bool {
     deletions().contains(&(run.to_owned(), image_id.to_owned()))
@@ -400,7 +408,8 @@ pub fn was_deleting(run: &str, image_id: &str) -> bool {
 
 /// May another run's DELETE of an image have been on its way when this run of this machine had it? [`Run::doubted`].
 pub fn was_doubted(run: &str, image_id: &str) -> bool {
-    found(run).is_some_and(|found| found.record.doubted.iter().any(|id| id == image_id))
+    doubts().contains(&(run.to_owned(), image_id.to_owned()))
+        || found(run).is_some_and(|found| found.record.doubted.iter().any(|id| id == image_id))
 }
 
 fn push_once(ids: &mut Vec<String>, id: &str) {

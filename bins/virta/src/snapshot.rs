@@ -106,18 +106,16 @@ pub async fn run(arguments: SnapshotArgs) -> ExitCode {
         }
     };
     if arguments.convert {
-        let raw = image.shown_id();
+        let (raw, raw_id) = (image.shown_id(), image.id.clone());
         let result = convert(&arguments, &name, &session, image, options, &progress, &display, &run, &cancel).await;
         display.finish().await;
         match &result {
             Ok(_) => run.end(0, &format!("made {}", printable(&name))),
-            Err(error) => {
-                run.end_with(error.exit_code(), &printable(&causes(error)), matches!(error, JobError::LeftBehind { .. }))
-            }
+            Err(error) => run.end_with(error.exit_code(), &printable(&causes(error)), error.leaves_an_image()),
         }
         let failed = result.is_err();
         let code = conclude(result, &display, &arguments.output, true, true);
-        if failed {
+        if failed && !matches!(session.image_if_there(&raw_id).await, Ok(None)) {
             exit::say(&format!(
                 "the snapshot is there as raw image {raw}; to go on: virta convert --delete-source {}glance:{raw} {}",
                 chosen_cloud(&arguments.cloud),

@@ -548,6 +548,19 @@ async fn a_deletion_that_was_heard_and_not_answered_is_gone_on_with() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_a_claim_waits_until_it_may_take_over() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    let web = place.add("web", 1, 3 * MIB);
+    let theirs = place.leave_queued(&web, "web-qcow2", &json!("0a0a0a0a-0000-0000-0000-000000000000"));
+    // over, and still respected for a while, since clocks differ: for more looks than there are tries
+    let ended = Timestamp::now() - SignedDuration::from_secs(45);
+    place.service.set(&theirs, "virta_claim_until", json!(ended.to_string()));
+    place.run(&["web"]).await.ends(0, &["1 converted"]);
+    assert!(place.image(&theirs).is_none());
+    place.assert_all_converted(false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_takeover_lets_go_of_an_image_whose_run_is_seen_to_live() {
     let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(500)).await;
     let web = place.add("web", 1, 3 * MIB);

@@ -142,7 +142,9 @@ fn csv(text: &str) -> Result<Vec<Wish>, ListError> {
     let head = reader.headers().map_err(|error| wrong(&error, error.to_string()))?.clone();
     for (index, column) in head.iter().enumerate() {
         known(column).map_err(|what| at(1, what))?;
-        if !column.is_empty() && head.iter().take(index).any(|before| before.eq_ignore_ascii_case(column)) {
+        // a property's name is what it is, in whatever case
+        let same = |before: &str| before == column || property(column).is_none() && before.eq_ignore_ascii_case(column);
+        if !column.is_empty() && head.iter().take(index).any(same) {
             return Err(at(1, format!("column {column:?} is there twice")));
         }
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use engine::CancelToken;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use reqwest::StatusCode;
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -23,6 +23,7 @@ use super::{
 use crate::{
     convert::{
         After, FoundServer, Job, JobError, Notices, Options, Report, Source,
+        claim::GRACE_S,
         error::Nature,
         names::{NameCheck, carries_its_own_proof, check_name, finish_earlier, go_on_with_finished, images_of_name},
         report::rss_peak_bytes,
@@ -332,7 +333,8 @@ impl Runner {
             if let Some(why) = crate::convert::claim::protects(image, session.now(), None, &*self.batch.notices) {
                 // one of another run is that run's to tell
                 if image.property(RUN).is_some_and(|run| self.batch.notices.is_dead(run)) {
-                    self.tell(&format!("image {} stays protected for now: {why}", image.shown_id()));
+                    let state = if own_claim_only { "claimed" } else { "protected" };
+                    self.tell(&format!("image {} stays {state} for now: {why}", image.shown_id()));
                 }
                 continue;
             }
@@ -480,7 +482,11 @@ impl Runner {
         let last_try = tries >= limits.tries;
         // a claim that is over may be found once, when its image has just been finished
         let is_claimed = match error {
-            JobError::Held { until, .. } => until.parse().is_ok_and(|until: Timestamp| until > self.batch.session.now()),
+            JobError::Held { until, .. } => {
+                let grace = SignedDuration::from_secs(GRACE_S);
+                let end = until.parse().ok().and_then(|until: Timestamp| until.checked_add(grace).ok());
+                end.is_some_and(|end| end > self.batch.session.now())
+            }
             JobError::JustEnded { .. } => false,
             _ => true,
         };

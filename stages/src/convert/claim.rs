@@ -39,7 +39,8 @@
 //!
 //! Claims are in the time of the cloud, which Keystone tells with each token ([`Session::now`]): a machine's own clock may be wrong. What machines
 //! may still differ by, the time that signing in takes, is far less than [`GRACE_S`]. From a token on, a clock counts that goes on while a machine sleeps and
-//! that nobody sets. What it does not show is a guest that its hypervisor paused: such a run believes its claim for as long again.
+//! that nobody sets. What it does not show is that a hypervisor paused its guest: such a machine takes it to be so much earlier until its next token, its
+//! claims are over for others before it knows, and it may lose work.
 
 use std::{
     sync::{
@@ -111,7 +112,7 @@ pub fn claimed_id(source: &str, project: &str, generation: u32) -> String {
     Uuid::new_v5(&space, format!("{source}/{project}/{generation}").as_bytes()).hyphenated().to_string()
 }
 
-pub(super) fn text(at: Timestamp) -> String {
+fn text(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
@@ -185,10 +186,16 @@ fn lasts(image: &Image, now: Timestamp, life: Duration) -> bool {
     until.zip(enough).is_some_and(|(until, enough)| until >= enough)
 }
 
+/// The refusal of an image that another run has gone on with. It is over at once: the next look finds out what came of it.
+pub(super) fn gone_on_with(image_id: &str, run: &str, now: Timestamp) -> JobError {
+    let over = now.checked_sub(SignedDuration::from_secs(GRACE_S + 1)).unwrap_or(now);
+    JobError::Held { image: image_id.to_owned(), run: run.to_owned(), until: text(over) }
+}
+
 /// An image that carries another run's name is that run's.
 fn refuse_other(image: &Image, now: Timestamp, run: &str) -> Result<(), JobError> {
     match image.property(RUN) {
-        Some(other) if other != run => Err(JobError::Held { image: image.id.clone(), run: other.to_owned(), until: text(now) }),
+        Some(other) if other != run => Err(gone_on_with(&image.id, other, now)),
         _ => Ok(()),
     }
 }

@@ -142,7 +142,7 @@ pub enum JobError {
     #[error("{0}")]
     Quota(String),
     /// Everything is proven, but the rest could not be done.
-    #[error("the new image {new_id} is there and verified, and its source stays: {what}")]
+    #[error("the new image {new_id} is there and verified, and this run has not deleted its source: {what}")]
     SourceKept {
         /// The new image.
         new_id: String,
@@ -153,7 +153,7 @@ pub enum JobError {
         error: ApiError,
     },
     /// Everything is proven, and nobody knows what became of the source.
-    #[error("the new image {new_id} is there and verified; deleting its source was not answered, so that may be gone, or go yet")]
+    #[error("deleting the source was not confirmed, so it may be gone, or go yet; the new image {new_id} was verified before")]
     SourceGoing {
         /// The new image.
         new_id: String,
@@ -258,6 +258,12 @@ impl JobError {
             Self::Stage { source, .. } | Self::Compare { source } => api_below(&**source),
             _ => None,
         }
+    }
+
+    /// May an image of this run be there, half made or proven?
+    #[must_use]
+    pub fn leaves_an_image(&self) -> bool {
+        matches!(self, Self::LeftBehind { .. } | Self::SourceGoing { .. } | Self::SourceKept { .. })
     }
 
     /// What to do about it.

@@ -144,6 +144,10 @@ impl<'a> Maker<'a> {
             // protected since it was looked at: the other run lives
             Err(refused) if !own && refused.status() == Some(StatusCode::FORBIDDEN) => {
                 if let Some(now) = self.session.image_if_there(&image.id).await? {
+                    if carries_its_own_proof(&now) && claim::held(&now, self.session.now(), self.notices).is_none() {
+                        let run = now.property(RUN).unwrap_or("unknown").to_owned();
+                        return Err(JobError::JustEnded { image: now.id, run });
+                    }
                     let in_the_way = || {
                         JobError::Refused(format!(
                             "image {} of a run that is over ({}) stands in the way, and Glance does not let it be deleted ({}): virta image show {0}",

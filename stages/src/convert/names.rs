@@ -201,11 +201,9 @@ async fn adopted(
         && image.property(RUN) != Some(other)
         && job.options.run.as_deref() != Some(other)
     {
-        return Err(held(&found, session.now(), &*job.notices).unwrap_or_else(|| JobError::Held {
-            image: image.id.clone(),
-            run: other.to_owned(),
-            until: claim::text(session.now()),
-        }));
+        return Err(
+            held(&found, session.now(), &*job.notices).unwrap_or_else(|| claim::gone_on_with(&image.id, other, session.now()))
+        );
     }
     let image = &found;
     let claimed = image.property(CLAIM_UNTIL).is_some();
@@ -228,6 +226,19 @@ async fn adopted(
         if goes {
             changes.push(Change::Set("protected".to_owned(), json!(true)));
         }
+    }
+    // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
+    // of this machine which died when it deleted. An unproven one that carries this very run's name may have been taken on by an earlier try.
+    // Only then is the protection taken off; while the source is there, at once
+    let may_be_deleted = image.property(RUN).is_some_and(|of| {
+        let may_live = match job.options.run.as_deref() == Some(of) {
+            true => !carries_its_own_proof(image),
+            false => !job.notices.is_dead(of),
+        };
+        may_live || job.notices.was_deleting(of, &image.id) || job.notices.was_doubted(of, &image.id)
+    });
+    if goes && may_be_deleted {
+        job.notices.doubted(&image.id);
     }
     if !changes.is_empty() {
         job.notices.making(&image.id);
@@ -254,19 +265,6 @@ async fn adopted(
                 return Err(unheard.and_then(Result::err).map_or_else(JobError::interrupted, JobError::from));
             }
         }
-    }
-    // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
-    // of this machine which died when it deleted. An unproven one that carries this very run's name may have been taken on by an earlier try.
-    // Only then is the protection taken off; while the source is there, at once
-    let may_be_deleted = image.property(RUN).is_some_and(|of| {
-        let may_live = match job.options.run.as_deref() == Some(of) {
-            true => !carries_its_own_proof(image),
-            false => !job.notices.is_dead(of),
-        };
-        may_live || job.notices.was_deleting(of, &image.id) || job.notices.was_doubted(of, &image.id)
-    });
-    if goes && may_be_deleted {
-        job.notices.doubted(&image.id);
     }
     let done = work().await;
     if !ours {

@@ -223,9 +223,8 @@ async fn last_look(
     prepared: &Prepared,
     new_id: &str,
 ) -> Result<(), JobError> {
-    // three questions at once: each may wait behind somebody's transfer
-    let (last, members, new) =
-        tokio::join!(job.source_unchanged(), members(source_session, &prepared.source), session.image_if_there(new_id));
+    // two questions at once: each may wait behind somebody's transfer. The new image comes last, for it is what remains
+    let (last, members) = tokio::join!(job.source_unchanged(), members(source_session, &prepared.source));
     let not_seen = |error| match error {
         JobError::Api(error) => failed(new_id, SOURCE_NOT_SEEN, error),
         error => error,
@@ -252,7 +251,7 @@ async fn last_look(
             counted(forgotten, "project")
         )));
     }
-    let new = new?.ok_or_else(|| JobError::Lost { image: new_id.to_owned() })?;
+    let new = session.image_if_there(new_id).await?.ok_or_else(|| JobError::Lost { image: new_id.to_owned() })?;
     refuse_overtaken(job, &new)?;
     if new.status == "active" && new.expected_hash().is_none() {
         return Err(JobError::Refused(format!(
@@ -304,7 +303,14 @@ async fn delete_source(
     let looking = job.options.patience.to_its_end(&job.cancel, source_session.image_if_there(id));
     match looking.await {
         Some(Ok(None)) => Ok(()),
-        _ => Err(JobError::SourceGoing { new_id: new_id.to_owned(), error: Box::new(why) }),
+        _ => {
+            let error = match why {
+                JobError::SourceKept { error, .. } => error.into(),
+                JobError::Interrupted(_) => JobError::interrupted(),
+                other => other,
+            };
+            Err(JobError::SourceGoing { new_id: new_id.to_owned(), error: Box::new(error) })
+        }
     }
 }
 
@@ -316,8 +322,13 @@ async fn look_back(job: &Job, session: &Session, new_id: &str) -> Result<(), Job
             "the source is deleted, and its verified new image {new_id} was deleted by somebody else at that very moment: this run knows of no other copy"
         ))),
         Some(Ok(Some(new))) => {
-            if let Err(why) = refuse_overtaken(job, &new) {
-                job.notices.warn(&why.to_string());
+            if refuse_overtaken(job, &new).is_err() {
+                job.notices.warn(&format!(
+                    "another run ({}) has taken the new image {id} over, just when the source was deleted. Should the image still be protected when \
+                     that run is over: virta image set --unprotected {id}",
+                    printable(new.property(RUN).unwrap_or("unknown")),
+                    id = new.shown_id()
+                ));
             } else if new.status != "active" || !carries_its_own_proof(&new) {
                 job.notices.warn(&format!(
                     "the new image {} is {} and not as it was verified any more",

@@ -293,11 +293,7 @@ impl Emission<'_> {
                     return Ok(());
                 }
                 if goes || !verified.starts_with("hash:") {
-                    return Err(JobError::Held {
-                        image: image_id.to_owned(),
-                        run: other.to_owned(),
-                        until: claim::text(self.maker.session.now()),
-                    });
+                    return Err(claim::gone_on_with(image_id, other, self.maker.session.now()));
                 }
             }
         }
@@ -343,11 +339,9 @@ impl Emission<'_> {
         let found = self.guard(session.image_if_there(image_id)).await??;
         let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
         match image.property(RUN) {
-            Some(other) if other != self.maker.run() && !carries_its_own_proof(&image) => Err(JobError::Held {
-                image: image_id.to_owned(),
-                run: other.to_owned(),
-                until: claim::text(self.maker.session.now()),
-            }),
+            Some(other) if other != self.maker.run() && !carries_its_own_proof(&image) => {
+                Err(claim::gone_on_with(image_id, other, self.maker.session.now()))
+            }
             Some(other) if other != self.maker.run() => Ok(true),
             _ => Ok(image.property(VERIFIED) == Some(verified) && image.property(CLAIM_UNTIL).is_none()),
         }

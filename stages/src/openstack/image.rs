@@ -288,8 +288,7 @@ impl Session {
         loop {
             // pages that lead back to one that was there have no end
             if !asked.insert(url.clone()) || asked.len() > PAGES_MAX {
-                let what =
-                    format!("its list of images has no end: after {} pages it goes on with one that was there", asked.len());
+                let what = format!("its list of images has no end: {} pages, and it goes on", asked.len());
                 return Err(ApiError::Answer { method: Method::GET, path: url.path().to_owned(), what });
             }
             let page = self.call(Method::GET, &url, None).await?;
