@@ -325,7 +325,8 @@ impl Found {
 
 /// Does a living process hold this run's lock?
 fn is_live(folder: &Path, run: &str) -> bool {
-    match OpenOptions::new().write(true).open(folder.join(format!("{run}.lock"))) {
+    // some network file systems lock what is shared only where it may be read
+    match OpenOptions::new().read(true).write(true).open(folder.join(format!("{run}.lock"))) {
         // shared: two that ask at once are not in each other's way
         Ok(lock) => match lock.try_lock_shared() {
             Ok(()) => false,

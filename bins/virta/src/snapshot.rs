@@ -71,6 +71,9 @@ Examples:
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 interrupted.";
 
+/// How long is waited to hear whether the raw image is still there when its conversion failed.
+const RAW_LOOKED_FOR: Duration = Duration::from_secs(10);
+
 /// Runs the command.
 pub async fn run(arguments: SnapshotArgs) -> ExitCode {
     let name = arguments.name.clone().or_else(|| arguments.name_flag.clone()).unwrap_or_default();
@@ -114,14 +117,21 @@ pub async fn run(arguments: SnapshotArgs) -> ExitCode {
             Err(error) => run.end_with(error.exit_code(), &printable(&causes(error)), error.leaves_an_image()),
         }
         let failed = result.is_err();
+        let going = matches!(&result, Err(JobError::SourceGoing { .. }));
         let code = conclude(result, &display, &arguments.output, true, true);
-        if failed && !matches!(session.image_if_there(&raw_id).await, Ok(None)) {
-            exit::say(&format!(
-                "the snapshot is there as raw image {raw}; to go on: virta convert --delete-source {}glance:{raw} {}",
-                chosen_cloud(&arguments.cloud),
-                shell_word(&format!("glance:{name}"))
-            ));
+        if !failed {
+            return code;
         }
+        let is = match tokio::time::timeout(RAW_LOOKED_FOR, session.image_if_there(&raw_id)).await {
+            Ok(Ok(None)) => return code,
+            Ok(Ok(Some(_))) if !going => "is",
+            _ => "may be",
+        };
+        exit::say(&format!(
+            "the snapshot {is} there as raw image {raw}; to go on: virta convert --delete-source {}glance:{raw} {}",
+            chosen_cloud(&arguments.cloud),
+            shell_word(&format!("glance:{name}"))
+        ));
         return code;
     }
     display.finish().await;

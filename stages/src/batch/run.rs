@@ -487,7 +487,7 @@ impl Runner {
                 let end = until.parse().ok().and_then(|until: Timestamp| until.checked_add(grace).ok());
                 end.is_some_and(|end| end > self.batch.session.now())
             }
-            JobError::JustEnded { .. } => false,
+            JobError::GoneOnWith { .. } | JobError::JustEnded { .. } => false,
             _ => true,
         };
         let again = match nature {

@@ -186,16 +186,10 @@ fn lasts(image: &Image, now: Timestamp, life: Duration) -> bool {
     until.zip(enough).is_some_and(|(until, enough)| until >= enough)
 }
 
-/// The refusal of an image that another run has gone on with. It is over at once: the next look finds out what came of it.
-pub(super) fn gone_on_with(image_id: &str, run: &str, now: Timestamp) -> JobError {
-    let over = now.checked_sub(SignedDuration::from_secs(GRACE_S + 1)).unwrap_or(now);
-    JobError::Held { image: image_id.to_owned(), run: run.to_owned(), until: text(over) }
-}
-
 /// An image that carries another run's name is that run's.
-fn refuse_other(image: &Image, now: Timestamp, run: &str) -> Result<(), JobError> {
+fn refuse_other(image: &Image, run: &str) -> Result<(), JobError> {
     match image.property(RUN) {
-        Some(other) if other != run => Err(gone_on_with(&image.id, other, now)),
+        Some(other) if other != run => Err(JobError::GoneOnWith { image: image.id.clone(), run: other.to_owned() }),
         _ => Ok(()),
     }
 }
@@ -310,18 +304,18 @@ impl Claim {
     /// A run whose claim was over meanwhile may find another one's name in its image: that one has proven it, and its proof, which may be all that is
     /// left to show for a source that went, is not to be written over, nor its claim.
     pub(super) async fn go_on(&self, session: &Session, image: &Image, run: &str) -> Result<(), JobError> {
-        refuse_other(image, session.now(), run)?;
+        refuse_other(image, run)?;
         let seen = Moment::now();
         if !lasts(image, session.now(), self.life) {
             // looked at once more, and last: nobody else's claim is to be cut short
             let found = session.image_if_there(&image.id).await?;
-            refuse_other(&found.ok_or_else(|| JobError::Lost { image: image.id.clone() })?, session.now(), run)?;
+            refuse_other(&found.ok_or_else(|| JobError::Lost { image: image.id.clone() })?, run)?;
             let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(ahead(session.now(), self.life)));
             match session.change_image(&image.id, &[renewal]).await {
                 Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                     return Err(JobError::Lost { image: image.id.clone() });
                 }
-                other => refuse_other(&other?, session.now(), run)?,
+                other => refuse_other(&other?, run)?,
             }
         }
         // the renewal may have taken until after its end
@@ -422,8 +416,8 @@ mod tests {
         assert!(lasts(&image(&ahead(now, Duration::from_secs(3600))), now, life));
         assert!(!lasts(&image(&ahead(now, Duration::from_secs(590))), now, life));
         assert!(!lasts(&image("soon"), now, life));
-        assert!(refuse_other(&image("soon"), now, "r").is_ok());
-        assert!(matches!(refuse_other(&image("soon"), now, "s"), Err(JobError::Held { .. })));
+        assert!(refuse_other(&image("soon"), "r").is_ok());
+        assert!(matches!(refuse_other(&image("soon"), "s"), Err(JobError::GoneOnWith { .. })));
     }
 
     #[test]

@@ -122,6 +122,14 @@ pub enum JobError {
         /// How long its claim is good, UTC.
         until: String,
     },
+    /// Another run has put its name into the image: it is that run's now.
+    #[error("another run ({run}) has gone on with image {image}: the next look finds out what comes of it")]
+    GoneOnWith {
+        /// The image.
+        image: String,
+        /// The run that has it now.
+        run: String,
+    },
     /// Another run came to its end with this source after it was looked at: the next look finds out what it came to.
     #[error(
         "image {image} of run {run} is there already: it came to its end since this source was looked at, or does not say that it was made from it"
@@ -271,7 +279,7 @@ impl JobError {
     pub fn nature(&self) -> Nature {
         match self {
             Self::Interrupted(_) => return Nature::Interrupted,
-            Self::Held { .. } | Self::JustEnded { .. } => return Nature::Held,
+            Self::Held { .. } | Self::GoneOnWith { .. } | Self::JustEnded { .. } => return Nature::Held,
             Self::Quota(_) => return Nature::Quota,
             Self::Stuck { .. } | Self::Lost { .. } => return Nature::Transient,
             Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } => return error.nature(),

@@ -201,9 +201,8 @@ async fn adopted(
         && image.property(RUN) != Some(other)
         && job.options.run.as_deref() != Some(other)
     {
-        return Err(
-            held(&found, session.now(), &*job.notices).unwrap_or_else(|| claim::gone_on_with(&image.id, other, session.now()))
-        );
+        return Err(held(&found, session.now(), &*job.notices)
+            .unwrap_or_else(|| JobError::GoneOnWith { image: image.id.clone(), run: other.to_owned() }));
     }
     let image = &found;
     let claimed = image.property(CLAIM_UNTIL).is_some();
@@ -230,14 +229,17 @@ async fn adopted(
     // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
     // of this machine which died when it deleted. An unproven one that carries this very run's name may have been taken on by an earlier try.
     // Only then is the protection taken off; while the source is there, at once
-    let may_be_deleted = image.property(RUN).is_some_and(|of| {
-        let may_live = match job.options.run.as_deref() == Some(of) {
-            true => !carries_its_own_proof(image),
-            false => !job.notices.is_dead(of),
-        };
-        may_live || job.notices.was_deleting(of, &image.id) || job.notices.was_doubted(of, &image.id)
-    });
-    if goes && may_be_deleted {
+    let may_be_deleted = || {
+        image.property(RUN).is_some_and(|of| {
+            let may_live = match job.options.run.as_deref() == Some(of) {
+                true => !carries_its_own_proof(image),
+                false => !job.notices.is_dead(of),
+            };
+            may_live || job.notices.was_deleting(of, &image.id) || job.notices.was_doubted(of, &image.id)
+        })
+    };
+    let mut doubted = goes && may_be_deleted();
+    if doubted {
         job.notices.doubted(&image.id);
     }
     if !changes.is_empty() {
@@ -266,11 +268,16 @@ async fn adopted(
             }
         }
     }
+    // whoever cleans up writes down what it deletes, looks at the name, and deletes: now that the name is there, one of the two has seen the other
+    if goes && !doubted && may_be_deleted() {
+        doubted = true;
+        job.notices.doubted(&image.id);
+    }
     let done = work().await;
     if !ours {
         return done;
     }
-    if !(goes && may_be_deleted) || outlast_deletions(job, &image.id, &done).await {
+    if !doubted || outlast_deletions(job, &image.id, &done).await {
         release_or_warn(job, session, &image.id, run).await;
     }
     done

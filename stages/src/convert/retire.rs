@@ -234,7 +234,7 @@ async fn last_look(
         let renamed = job.options.after == After::Replace && last.name != prepared.source.name;
         if renamed || last.visibility != prepared.source.visibility {
             return Err(JobError::Refused(format!(
-                "the source's {} was changed just now: it is not deleted; the new image is {new_id}. The same command goes on",
+                "the source's {} was changed just now, so its deletion is asked for no further; the new image is {new_id}. The same command goes on",
                 if renamed { "name" } else { "visibility" }
             )));
         }
@@ -247,7 +247,7 @@ async fn last_look(
             (false, false) => "Carry them over with --copy-members",
         };
         return Err(JobError::Refused(format!(
-            "the source was shared with {} meanwhile: it is not deleted; the new image is {new_id}. {way}",
+            "the source was shared with {} meanwhile, so its deletion is asked for no further; the new image is {new_id}. {way}",
             counted(forgotten, "project")
         )));
     }

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::{
     After, Job, JobError, Report, Source, Verify,
-    claim::{self, Claim},
+    claim::Claim,
     job::{ReportOf, Surveyed, cause_of},
     making::Maker,
     names::{carries_its_own_proof, verified_mark},
@@ -293,7 +293,7 @@ impl Emission<'_> {
                     return Ok(());
                 }
                 if goes || !verified.starts_with("hash:") {
-                    return Err(claim::gone_on_with(image_id, other, self.maker.session.now()));
+                    return Err(JobError::GoneOnWith { image: image_id.to_owned(), run: other.to_owned() });
                 }
             }
         }
@@ -340,7 +340,7 @@ impl Emission<'_> {
         let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
         match image.property(RUN) {
             Some(other) if other != self.maker.run() && !carries_its_own_proof(&image) => {
-                Err(claim::gone_on_with(image_id, other, self.maker.session.now()))
+                Err(JobError::GoneOnWith { image: image_id.to_owned(), run: other.to_owned() })
             }
             Some(other) if other != self.maker.run() => Ok(true),
             _ => Ok(image.property(VERIFIED) == Some(verified) && image.property(CLAIM_UNTIL).is_none()),
