@@ -334,7 +334,8 @@ fn is_live(folder: &Path, run: &str) -> bool {
             // a file system without locks: nobody can tell, and nothing of it is touched
             Err(TryLockError::Error(_)) => true,
         },
-        Err(_) => false,
+        // nor can anybody where it is there and cannot be opened
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
 

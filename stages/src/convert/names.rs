@@ -238,7 +238,7 @@ async fn adopted(
             may_live || job.notices.was_deleting(of, &image.id) || job.notices.was_doubted(of, &image.id)
         })
     };
-    let mut doubted = goes && may_be_deleted();
+    let mut doubted = may_be_deleted();
     if doubted {
         job.notices.doubted(&image.id);
     }
@@ -269,7 +269,7 @@ async fn adopted(
         }
     }
     // whoever cleans up writes down what it deletes, looks at the name, and deletes: now that the name is there, one of the two has seen the other
-    if goes && !doubted && may_be_deleted() {
+    if !doubted && may_be_deleted() {
         doubted = true;
         job.notices.doubted(&image.id);
     }
@@ -277,7 +277,7 @@ async fn adopted(
     if !ours {
         return done;
     }
-    if !doubted || outlast_deletions(job, &image.id, &done).await {
+    if !(goes && doubted) || outlast_deletions(job, &image.id, &done).await {
         release_or_warn(job, session, &image.id, run).await;
     }
     done

@@ -262,7 +262,7 @@ async fn last_look(
     }
     if new.status != "active" || !carries_its_own_proof(&new) {
         return Err(JobError::Refused(format!(
-            "the new image {new_id} is {} and not as it was verified any more: the source is not deleted",
+            "the new image {new_id} is {} and not as it was verified any more: the source's deletion is asked for no further",
             new.status
         )));
     }
