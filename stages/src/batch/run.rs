@@ -420,7 +420,7 @@ impl Runner {
             notices: Arc::clone(&batch.notices),
             warnings: std::sync::Mutex::default(),
         });
-        let options = Options { claim: true, run: batch.options.run.clone(), ..grant.applied(&entry.options) };
+        let options = Options { claim: true, run: batch.options.run.clone(), ..self.shares.applied(&grant, &entry.options) };
         let goes = options.after != After::Keep;
         let (session, entry, cancel) = (batch.session.clone(), entry.clone(), batch.cancel.child());
         // what failed once, or was held, is looked at again

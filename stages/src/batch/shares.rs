@@ -6,7 +6,11 @@
 use std::num::NonZeroUsize;
 
 use crate::{
-    convert::{Options, budget::MEMORY_MIN_BYTES},
+    convert::{
+        Options,
+        budget::{MEMORY_MIN_BYTES, free_list_bytes},
+    },
+    store::FreeList,
     text::size,
 };
 
@@ -40,6 +44,8 @@ pub struct Shares {
     free: Grant,
     slots: usize,
     running: usize,
+    /// What one conversion kept its clusters in, the next one uses.
+    free_list: FreeList,
 }
 
 impl Shares {
@@ -60,7 +66,7 @@ impl Shares {
             workers: options.workers.get().max(slots),
             scratch_bytes: options.scratch_limit_bytes,
         };
-        Ok(Self { total, free: total, slots, running: 0 })
+        Ok(Self { total, free: total, slots, running: 0, free_list: FreeList::new(free_list_bytes(total.memory_bytes)) })
     }
 
     /// Conversions at once.
@@ -73,6 +79,12 @@ impl Shares {
     #[must_use]
     pub const fn has_slot(&self) -> bool {
         self.running < self.slots
+    }
+
+    /// The options of one conversion within its part.
+    #[must_use]
+    pub fn applied(&self, grant: &Grant, options: &Options) -> Options {
+        Options { free_list: self.free_list.clone(), ..grant.applied(options) }
     }
 
     /// The line that is printed at the start.
@@ -135,9 +147,7 @@ impl Shares {
 }
 
 impl Grant {
-    /// The options of one conversion within its part.
-    #[must_use]
-    pub fn applied(&self, options: &Options) -> Options {
+    fn applied(&self, options: &Options) -> Options {
         let count = |count: usize| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
         Options {
             memory_bytes: self.memory_bytes,

@@ -31,6 +31,13 @@ pub struct Budget {
     pub window_bytes: u64,
 }
 
+/// Of conversions that run together, 7 of 16 bytes may be in buffers that are free or in use for stored clusters: any part of the memory gives its store
+/// more than that, so what is free is never on top of the whole.
+#[must_use]
+pub const fn free_list_bytes(memory_bytes: u64) -> u64 {
+    memory_bytes / 16 * 7
+}
+
 /// Largest window: four connections with ranges of 64 MiB.
 const WINDOW_BYTES_MAX: u64 = 256 << 20;
 
@@ -175,6 +182,7 @@ mod tests {
                             <= memory
                     );
                     assert!(budget.leases >= 4 && budget.index_bytes > 0);
+                    assert!(!with_store || budget.store_bytes >= free_list_bytes(memory));
                 }
             }
         }

@@ -192,7 +192,7 @@ impl Job {
             (_, Some(_), _) | (_, _, Some(_)) => Overflow::PassOn,
             (_, None, None) => Overflow::LetGo,
         };
-        let store = MemoryStore::new(budget.store_bytes, overflow);
+        let store = MemoryStore::new(budget.store_bytes, overflow).with_buffers(options.free_list.clone());
         let pool = BufferPool::new(budget.leases, to_usize(EXTENT_BYTES), LEASE_ALIGN, &self.cancel);
         let watermark = Watermark::new(budget.window_bytes);
         let (pipeline, source) = self.source.pipeline(self, &pool, &watermark);

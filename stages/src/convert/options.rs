@@ -2,7 +2,7 @@
 
 use std::{num::NonZeroUsize, path::PathBuf};
 
-use crate::{compress::Compression, disk::IoMode, glance::Patience, units::ClusterBits};
+use crate::{compress::Compression, disk::IoMode, glance::Patience, store::FreeList, units::ClusterBits};
 
 /// How sure one wants to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -43,6 +43,8 @@ pub struct Options {
     pub workers: NonZeroUsize,
     /// All memory for data, store and index, bytes.
     pub memory_bytes: u64,
+    /// Memory of conversions that are over, where several share one list: beside `memory_bytes`, up to the list's limit.
+    pub free_list: FreeList,
     /// Folder for a scratch file, where memory does not hold the data.
     pub scratch: Option<PathBuf>,
     /// Bytes that it may take.
@@ -82,6 +84,7 @@ impl Default for Options {
             connections: NonZeroUsize::new(4).unwrap_or(NonZeroUsize::MIN),
             workers: NonZeroUsize::new(cores.min(8)).unwrap_or(NonZeroUsize::MIN),
             memory_bytes: super::budget::default_memory_bytes(),
+            free_list: FreeList::default(),
             scratch: None,
             scratch_limit_bytes: u64::MAX,
             io: IoMode::Auto,

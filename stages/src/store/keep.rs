@@ -5,9 +5,10 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use engine::{Emitter, ErrorKind, StageError, Transform};
 
+use super::FreeList;
 use crate::{
     compress::EncodeClusters,
     extent::{Classified, Home, Placed, Stored},
@@ -55,13 +56,20 @@ pub struct MemoryStore {
     used: Arc<AtomicU64>,
     limit_bytes: u64,
     overflow: Overflow,
+    buffers: FreeList,
 }
 
 impl MemoryStore {
     /// A store of `limit_bytes`.
     #[must_use]
     pub fn new(limit_bytes: u64, overflow: Overflow) -> Self {
-        Self { used: Arc::default(), limit_bytes, overflow }
+        Self { used: Arc::default(), limit_bytes, overflow, buffers: FreeList::default() }
+    }
+
+    /// Its memory comes from there, and returns when nobody reads it any more.
+    #[must_use]
+    pub fn with_buffers(self, buffers: FreeList) -> Self {
+        Self { buffers, ..self }
     }
 
     /// Bytes taken, overhead included.
@@ -92,8 +100,8 @@ impl MemoryStore {
             Stored::Packed(packed) => self.find_home(to_u64(packed.len()), guest.start.0, || packed)?,
             Stored::Whole(slice) => {
                 let cluster_bytes = cluster_bits.cluster_bytes();
-                self.find_home(data_clusters * cluster_bytes, guest.start.0, || {
-                    let mut packed = BytesMut::with_capacity(to_usize(data_clusters * cluster_bytes));
+                let mut packed = self.buffers.buffer(to_usize(data_clusters * cluster_bytes));
+                self.find_home(to_u64(packed.capacity()), guest.start.0, || {
                     let mut at = 0;
                     for run in &fates {
                         let end = at + to_usize(run.clusters * cluster_bytes);

@@ -25,6 +25,7 @@
 //!
 //! | module | noun |
 //! |---|---|
+//! | [`free_list`] | memory of conversions that are over, for those that come after them |
 //! | [`keep`] | encodes data clusters and keeps them in memory, under its limit |
 //! | [`scratch`] | the scratch file |
 //! | [`collect`] | puts extents into guest order, proves that they cover the disk, and builds the [`Survey`] |
@@ -33,12 +34,14 @@
 
 pub mod collect;
 pub mod emit;
+pub mod free_list;
 pub mod keep;
 pub mod reread;
 pub mod scratch;
 
 pub use collect::{Collect, KeptIn, Survey};
 pub use emit::{Chunk, Emit, EmitReport};
+pub use free_list::FreeList;
 pub use keep::{Keep, MemoryStore};
 pub use reread::{ReadAgain, Rebuilt, Recheck};
 pub use scratch::{ScratchFile, ScratchWrite};
