@@ -5,7 +5,7 @@ use std::{io::IsTerminal, path::Path, process::ExitCode, sync::Arc};
 use engine::{CancelToken, Cause};
 use stages::{
     convert::{
-        self, After, Job, JobError, Notices, Options, Report, Source, Verify,
+        self, After, Job, JobError, Notices, Options, Report, Source, Verify, finishing,
         names::{NameCheck, check_name, images_of_name},
         retire,
         to_file::same_file,
@@ -210,7 +210,7 @@ async fn convert(
         status::clean_up_before(session, display, cancel).await?;
     }
     if let (End::Glance(name), true, Some(session)) = (&from, arguments.source_after.replace, &source_cloud)
-        && let Some(image) = interruptible(cancel, retire::finish_replacing(session, name, display)).await?
+        && let Some(image) = interruptible(cancel, finishing::finish_replacing(session, name, display)).await?
     {
         return Ok(Outcome::AlreadyDone(image.id));
     }
@@ -237,7 +237,7 @@ async fn convert(
                     let (End::Glance(new_name), Some(there)) = (&to, &destination_cloud) else { return Err(missing) };
                     let made = runs::made_by(&arguments.source, &arguments.destination, there);
                     let new_name = (!arguments.source_after.replace).then_some(new_name.as_str());
-                    let finishing = retire::finish_earlier_deletion(&session, there, name, &made, new_name, display);
+                    let finishing = finishing::finish_earlier_deletion(&session, there, name, &made, new_name, display);
                     let finished = interruptible(cancel, finishing).await?;
                     return finished.map(|image| Outcome::AlreadyDone(image.id)).ok_or(missing);
                 }

@@ -155,6 +155,10 @@ impl Notices for Display {
         self.run.doubted(image_id);
     }
 
+    fn adopting(&self, image_id: &str, of_run: &str) {
+        self.run.adopting(image_id, of_run);
+    }
+
     fn was_doubted(&self, run: &str, image_id: &str) -> bool {
         runs::was_doubted(run, image_id)
     }

@@ -64,6 +64,9 @@ pub struct Record {
     /// Those of them whose claim was over for a while: another run's DELETE may be on its way.
     #[serde(default)]
     pub doubted: Vec<String>,
+    /// Those of them that another run had before.
+    #[serde(default)]
+    pub adopted: Vec<Adopted>,
     /// Those of them that are of no use, and could not be deleted.
     #[serde(default)]
     pub left: Vec<String>,
@@ -79,6 +82,15 @@ pub struct Record {
     pub exit_code: Option<u8>,
     /// What it said at the end.
     pub message: Option<String>,
+}
+
+/// An image that a run took on from another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopted {
+    /// Its id.
+    pub image: String,
+    /// Whose it was.
+    pub of_run: String,
 }
 
 impl Record {
@@ -173,6 +185,7 @@ impl Run {
             images: Vec::new(),
             deleting: Vec::new(),
             doubted: Vec::new(),
+            adopted: Vec::new(),
             left: Vec::new(),
             cleaned: false,
             server: None,
@@ -229,14 +242,24 @@ impl Run {
 
     /// It is about to delete this image.
     pub fn deleting(&self, image_id: &str) {
-        deletions().insert((self.name(), image_id.to_owned()));
+        remembered().insert((Worry::Deleting, self.name(), image_id.to_owned()));
         self.change(|record| push_once(&mut record.deleting, image_id));
     }
 
     /// Another run's DELETE of this image may be on its way.
     pub fn doubted(&self, image_id: &str) {
-        doubts().insert((self.name(), image_id.to_owned()));
+        remembered().insert((Worry::Doubted, self.name(), image_id.to_owned()));
         self.change(|record| push_once(&mut record.doubted, image_id));
+    }
+
+    /// It is about to put its name into this image in place of that run's.
+    pub fn adopting(&self, image_id: &str, of_run: &str) {
+        self.change(|record| {
+            let adopted = Adopted { image: image_id.to_owned(), of_run: of_run.to_owned() };
+            if adopted.of_run != record.run && !record.adopted.contains(&adopted) {
+                record.adopted.push(adopted);
+            }
+        });
     }
 
     /// This image of its own is of no use, and could not be deleted.
@@ -390,28 +413,61 @@ pub fn made_by(source: &str, destination: &str, session: &Session) -> Vec<String
     runs.flat_map(|found| found.record.images).collect()
 }
 
-/// What runs of this process were about to delete: it is known where it could not be written down, too.
-fn deletions() -> std::sync::MutexGuard<'static, BTreeSet<(String, String)>> {
-    static DELETIONS: Mutex<BTreeSet<(String, String)>> = Mutex::new(BTreeSet::new());
-    DELETIONS.lock().unwrap_or_else(PoisonError::into_inner)
+/// Why an image may go yet.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Worry {
+    /// [`Run::deleting`]
+    Deleting,
+    /// [`Run::doubted`]
+    Doubted,
 }
 
-/// The same of [`Run::doubted`].
-fn doubts() -> std::sync::MutexGuard<'static, BTreeSet<(String, String)>> {
-    static DOUBTS: Mutex<BTreeSet<(String, String)>> = Mutex::new(BTreeSet::new());
-    DOUBTS.lock().unwrap_or_else(PoisonError::into_inner)
+/// What runs of this process wrote down of an image: it is known where it could not be written down, too.
+fn remembered() -> std::sync::MutexGuard<'static, BTreeSet<(Worry, String, String)>> {
+    static REMEMBERED: Mutex<BTreeSet<(Worry, String, String)>> = Mutex::new(BTreeSet::new());
+    REMEMBERED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Did this run write that down, one of this process or the one of this record?
+fn was(worry: Worry, run: &str, image_id: &str, record: Option<&Record>) -> bool {
+    let written = |record: &Record| match worry {
+        Worry::Deleting => record.deleting.iter().any(|id| id == image_id),
+        Worry::Doubted => record.doubted.iter().any(|id| id == image_id),
+    };
+    remembered().contains(&(worry, run.to_owned(), image_id.to_owned())) || record.is_some_and(written)
+}
+
+fn record_of(run: &str) -> Option<Record> {
+    found(run).map(|found| found.record)
 }
 
 /// Was this run, one of this process or one of this machine that is over, about to delete that image? [`Run::deleting`].
 pub fn was_deleting(run: &str, image_id: &str) -> bool {
-    deletions().contains(&(run.to_owned(), image_id.to_owned()))
-        || found(run).is_some_and(|found| found.record.deleting.iter().any(|id| id == image_id))
+    was(Worry::Deleting, run, image_id, record_of(run).as_ref())
 }
 
-/// May another run's DELETE of an image have been on its way when this run of this machine had it? [`Run::doubted`].
+/// May another run's DELETE of an image have been on its way when this run of this machine had it? [`Run::doubted`], and what is known of the runs that
+/// had the image before.
 pub fn was_doubted(run: &str, image_id: &str) -> bool {
-    doubts().contains(&(run.to_owned(), image_id.to_owned()))
-        || found(run).is_some_and(|found| found.record.doubted.iter().any(|id| id == image_id))
+    was_doubted_as(run, image_id, record_of)
+}
+
+fn was_doubted_as(run: &str, image_id: &str, record_of: impl Fn(&str) -> Option<Record>) -> bool {
+    let (mut runs, mut asked) = (vec![run.to_owned()], 0);
+    while let Some(run) = runs.get(asked) {
+        let record = record_of(run);
+        let is = |worry| was(worry, run, image_id, record.as_ref());
+        // this run's own deletions have their own question
+        if is(Worry::Doubted) || (asked > 0 && is(Worry::Deleting)) {
+            return true;
+        }
+        let adopted = record.into_iter().flat_map(|record| record.adopted);
+        for Adopted { of_run, .. } in adopted.filter(|adopted| adopted.image == image_id) {
+            push_once(&mut runs, &of_run);
+        }
+        asked += 1;
+    }
+    false
 }
 
 fn push_once(ids: &mut Vec<String>, id: &str) {
@@ -464,5 +520,25 @@ mod tests {
         run.end(0, "done");
         let record = read(folder.path(), &id).unwrap().record;
         assert_eq!((record.to_remove(), &record.images), (vec![&"two".to_owned()], &vec!["one".to_owned()]));
+    }
+
+    #[test]
+    fn what_was_about_to_be_deleted_is_doubted_of_whoever_adopted_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let begin = || Run(Some(Arc::new(Mutex::new(Run::begin_in(folder.path().to_owned(), "a", "b").unwrap()))));
+        let (maker, adopter, next) = (begin(), begin(), begin());
+        let name = |run: &Run| run.id().unwrap();
+        let doubted =
+            |run: &Run, image: &str| was_doubted_as(&name(run), image, |run| read(folder.path(), run).map(|found| found.record));
+        adopter.adopting("one", &name(&maker));
+        next.adopting("one", &name(&adopter));
+        // and around in a circle, by its second try
+        adopter.adopting("one", &name(&next));
+        assert!(!doubted(&next, "one") && !doubted(&adopter, "one"));
+        // whoever cleans up after a dead run writes that into its record
+        read(folder.path(), &name(&maker)).unwrap().deleting("one").unwrap();
+        assert!(doubted(&adopter, "one") && doubted(&next, "one"));
+        assert!(!doubted(&maker, "one"), "that it deletes is another question");
+        assert!(!doubted(&next, "two"));
     }
 }

@@ -7,9 +7,8 @@ use std::collections::HashMap;
 use super::{Journal, Listing, Wish};
 use crate::{
     convert::{
-        After, JobError, Notices, Options, claim,
+        After, JobError, Notices, Options, claim, finishing,
         names::{carries_its_own_proof, is_finished_conversion},
-        retire,
     },
     openstack::{
         Image, Session,
@@ -104,7 +103,7 @@ pub async fn finish_replacements(session: &Session, images: &[Image], notices: &
         let Some(replaced) = image.property(REPLACES) else { continue };
         let there = images.iter().any(|image| image.id == replaced);
         if !there && carries_its_own_proof(image) && claim::held(image, session.now(), notices).is_none() {
-            any |= retire::finish_replacing(session, replaced, notices).await?.is_some();
+            any |= finishing::finish_replacing(session, replaced, notices).await?.is_some();
         }
     }
     Ok(any)

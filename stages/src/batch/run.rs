@@ -10,7 +10,7 @@ use std::{
 };
 
 use engine::CancelToken;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use reqwest::StatusCode;
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -22,9 +22,9 @@ use super::{
 };
 use crate::{
     convert::{
-        After, FoundServer, Job, JobError, Notices, Options, Report, Source,
-        claim::GRACE_S,
+        After, FoundServer, Job, JobError, Notices, Options, Report, Source, claim,
         error::Nature,
+        finishing,
         names::{NameCheck, carries_its_own_proof, check_name, finish_earlier, go_on_with_finished, images_of_name},
         report::rss_peak_bytes,
         retire,
@@ -188,6 +188,10 @@ impl Notices for ItemNotices {
         self.notices.doubted(image_id);
     }
 
+    fn adopting(&self, image_id: &str, of_run: &str) {
+        self.notices.adopting(image_id, of_run);
+    }
+
     fn was_doubted(&self, run: &str, image_id: &str) -> bool {
         self.notices.was_doubted(run, image_id)
     }
@@ -330,7 +334,7 @@ impl Runner {
             if (source_there && !own_claim_only) || !carries_its_own_proof(image) {
                 continue;
             }
-            if let Some(why) = crate::convert::claim::protects(image, session.now(), None, &*self.batch.notices) {
+            if let Some(why) = claim::protects(image, session.now(), None, &*self.batch.notices) {
                 // one of another run is that run's to tell
                 if image.property(RUN).is_some_and(|run| self.batch.notices.is_dead(run)) {
                     let state = if own_claim_only { "claimed" } else { "protected" };
@@ -347,7 +351,7 @@ impl Runner {
                 Ok(Some(now)) if as_listed(&now) => {}
                 _ => continue,
             }
-            if let Err(error) = retire::release(session, &image.id, image.property(RUN)).await {
+            if let Err(error) = finishing::release(session, &image.id, image.property(RUN)).await {
                 self.tell(&format!(
                     "warning: image {} keeps the mark of a run that is over: {}",
                     image.shown_id(),
@@ -480,21 +484,12 @@ impl Runner {
         let limits = self.batch.limits;
         let freed_later = self.under_way.values().any(|(_, _, goes)| *goes);
         let last_try = tries >= limits.tries;
-        // a claim that is over may be found once, when its image has just been finished
-        let is_claimed = match error {
-            JobError::Held { until, .. } => {
-                let grace = SignedDuration::from_secs(GRACE_S);
-                let end = until.parse().ok().and_then(|until: Timestamp| until.checked_add(grace).ok());
-                end.is_some_and(|end| end > self.batch.session.now())
-            }
-            JobError::GoneOnWith { .. } | JobError::JustEnded { .. } => false,
-            _ => true,
-        };
+        let is_no_try = waits_for_others(error, self.batch.session.now());
         let again = match nature {
             Nature::Transient => !last_try,
             // room may come from what still runs and deletes its source
             Nature::Quota => freed_later,
-            Nature::Held => limits.wait && (is_claimed || !last_try),
+            Nature::Held => limits.wait && (is_no_try || !last_try),
             Nature::Permanent | Nature::Credentials | Nature::Interrupted => false,
         };
         if self.batch.cancel.is_cancelled() {
@@ -506,8 +501,7 @@ impl Runner {
                 _ => limits.pause * (1 << (tries - 1).min(4)),
             };
             (self.batch.listener)(&Event::Later { index, error: &text });
-            // waiting for others, or for room, is no try
-            let tries = if nature == Nature::Transient || !is_claimed { tries } else { tries - 1 };
+            let tries = if nature == Nature::Transient || !is_no_try { tries } else { tries - 1 };
             // what fails for the moment counts, too: where nothing works any more, the rest is not even begun
             let failing = 1 + self.failures + self.later.iter().filter(|later| later.nature == Nature::Transient).count();
             if nature == Nature::Transient && limits.max_failures.is_some_and(|most| failing >= most) {
@@ -624,6 +618,16 @@ impl Runner {
     }
 }
 
+/// Is a try that ended so none, because it waits for others, or for room? A claim that is over may be found once, when its image has just been finished.
+fn waits_for_others(error: &JobError, now: Timestamp) -> bool {
+    match error {
+        JobError::Held { until, .. } => claim::holds(until, now),
+        JobError::GoneOnWith { .. } | JobError::JustEnded { .. } => false,
+        JobError::LeftBehind { error, .. } | JobError::SourceGoing { error, .. } => waits_for_others(error, now),
+        _ => true,
+    }
+}
+
 /// One try at one entry. `untouched`: its source, if it is known that nothing is made of it.
 async fn convert_one(
     session: &Session,
@@ -673,9 +677,9 @@ async fn convert_one(
                 let own = options.run.as_deref();
                 let is_own = |done: &Image| own.is_some() && done.property(RUN) == own;
                 if let Some(done) = &done
-                    && (is_own(done) || crate::convert::claim::held(done, session.now(), &**notices).is_none())
+                    && (is_own(done) || claim::held(done, session.now(), &**notices).is_none())
                 {
-                    retire::finish_marks(session, done, own, &**notices).await?;
+                    finishing::finish_marks(session, done, own, &**notices).await?;
                 }
                 done.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
                     JobError::Refused(format!(
@@ -737,7 +741,7 @@ async fn convert_found(
         match check_name(session, taken, new_name, &job.source, job.options.force, job.options.after)? {
             NameCheck::AlreadyDone(done) => {
                 if !is_own(&done)
-                    && let Some(held) = crate::convert::claim::held(&done, session.now(), &*job.notices)
+                    && let Some(held) = claim::held(&done, session.now(), &*job.notices)
                 {
                     return Err(held);
                 }
@@ -766,4 +770,24 @@ async fn convert_found(
     let report = to_glance(&job, session, new_name).await?;
     notices.note(&format!("made {}", printable(&report.destination)));
     Ok(Ended::Made(Box::new(report)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_for_another_runs_claim_is_not_trying() {
+        let now = Timestamp::now();
+        let held = |until: Timestamp| JobError::Held { image: "i".to_owned(), run: "r".to_owned(), until: until.to_string() };
+        let hour = jiff::SignedDuration::from_hours(1);
+        assert!(waits_for_others(&held(now + hour), now));
+        assert!(!waits_for_others(&held(now - hour), now), "its image has just been finished: looked at once more");
+        let left = |error| JobError::LeftBehind { id: "i".to_owned(), error: Box::new(error), left: None };
+        assert!(!waits_for_others(&left(held(now - hour)), now));
+        assert!(waits_for_others(&left(held(now + hour)), now));
+        let other = JobError::GoneOnWith { image: "i".to_owned(), run: "r".to_owned() };
+        assert!(!waits_for_others(&left(other), now));
+        assert!(waits_for_others(&JobError::Quota("full".to_owned()), now), "nor is who waits for room");
+    }
 }

@@ -88,15 +88,43 @@ pub(super) struct Claim {
     life: Duration,
     /// The same while its image is `queued`.
     queued_life: Duration,
-    /// Its end, as it was last set.
-    end: Arc<Mutex<Moment>>,
+    standing: Arc<Standing>,
     renewing: Mutex<Option<Renewing>>,
     /// When the image was last seen to be this run's.
     seen: Mutex<Option<Moment>>,
+}
+
+/// How a claim stands, for whoever renews it.
+#[derive(Default)]
+struct Standing {
+    /// Its end, as it was last set.
+    end: Mutex<Moment>,
     /// Its image was deleted by somebody else.
-    lost: Arc<AtomicBool>,
+    lost: AtomicBool,
     /// It may have been over once.
-    doubted: Arc<AtomicBool>,
+    doubted: AtomicBool,
+}
+
+impl Standing {
+    fn end(&self) -> Moment {
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_over(&self) -> bool {
+        Moment::now() > self.end()
+    }
+
+    fn set(&self, end: Moment) {
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = end;
+    }
+
+    /// It was renewed by a request that left at `asked`: it was heard, but may have been heard late.
+    fn renewed(&self, asked: Moment, life: Duration) {
+        if self.is_over() {
+            self.doubted.store(true, SeqCst);
+        }
+        self.set(asked.after(life));
+    }
 }
 
 /// The task that renews a claim.
@@ -144,20 +172,24 @@ fn renewed_every(life: Duration) -> Duration {
     life / 4
 }
 
-fn set(end: &Mutex<Moment>, at: Moment) {
-    *end.lock().unwrap_or_else(PoisonError::into_inner) = at;
-}
-
-fn end_of(end: &Mutex<Moment>) -> Moment {
-    *end.lock().unwrap_or_else(PoisonError::into_inner)
+/// The end of a claim whose image is proven and protected, and whose source goes now. It is not renewed: a renewal that lands late would undo
+/// other changes of the image.
+pub(super) fn last_end(now: Timestamp) -> String {
+    ahead(now, TRANSFER_MIN)
 }
 
 /// Until when the claim on an image is good; `None` for one that has none, or none any more. `now`: [`Session::now`].
 #[must_use]
 pub fn good_until(image: &Image, now: Timestamp) -> Option<Timestamp> {
-    let until: Timestamp = image.property(CLAIM_UNTIL)?.parse().ok()?;
+    let until = image.property(CLAIM_UNTIL)?;
+    if holds(until, now) { until.parse().ok() } else { None }
+}
+
+/// Is a claim good that ends then, as it is written in an image?
+#[must_use]
+pub fn holds(until: &str, now: Timestamp) -> bool {
     let grace = SignedDuration::from_secs(GRACE_S);
-    (until.checked_add(grace).unwrap_or(Timestamp::MAX) > now).then_some(until)
+    until.parse().is_ok_and(|until: Timestamp| until.checked_add(grace).unwrap_or(Timestamp::MAX) > now)
 }
 
 /// The refusal of an image that another run, which may live, has claimed. A run of this machine that is known to be dead has none.
@@ -202,22 +234,22 @@ impl Claim {
             project: project.to_owned(),
             life,
             queued_life: while_queued(rate_limit, bytes, life),
-            end: Arc::new(Mutex::new(Moment::default())),
+            standing: Arc::default(),
             renewing: Mutex::default(),
             seen: Mutex::default(),
-            lost: Arc::default(),
-            doubted: Arc::default(),
         }
-    }
-
-    /// It was over for a while: somebody may be about to delete the image.
-    fn doubt(&self) {
-        self.doubted.store(true, SeqCst);
     }
 
     /// May somebody's DELETE of the image be on its way?
     pub(super) fn is_doubted(&self) -> bool {
-        self.doubted.load(SeqCst)
+        self.standing.doubted.load(SeqCst)
+    }
+
+    /// For whoever goes on with the image should this run be killed.
+    pub(super) fn write_doubts_down(&self, notices: &dyn Notices, image_id: &str) {
+        if self.is_doubted() {
+            notices.doubted(image_id);
+        }
     }
 
     pub(super) fn image_id(&self, generation: u32) -> String {
@@ -226,20 +258,13 @@ impl Claim {
 
     /// The end of a claim that is made now.
     pub(super) fn first_end(&self, now: Timestamp) -> String {
-        set(&self.end, Moment::now().after(self.queued_life));
+        self.standing.set(Moment::now().after(self.queued_life));
         ahead(now, self.queued_life)
-    }
-
-    /// The end of a claim whose image is proven and protected, and whose source goes now. It is not renewed: a renewal that lands late would undo
-    /// other changes of the image.
-    pub(super) fn last_end(&self, now: Timestamp) -> String {
-        set(&self.end, Moment::now().after(TRANSFER_MIN));
-        ahead(now, TRANSFER_MIN)
     }
 
     /// Is there nothing to renew for so long?
     fn is_good_for(&self, life: Duration) -> bool {
-        end_of(&self.end) >= Moment::now().after(life)
+        self.standing.end() >= Moment::now().after(life)
     }
 
     /// The source's id.
@@ -249,7 +274,7 @@ impl Claim {
 
     /// Was the image taken away by somebody else?
     pub(super) fn is_lost(&self) -> bool {
-        self.lost.load(SeqCst)
+        self.standing.lost.load(SeqCst)
     }
 
     /// Renews it again and again while the image is `queued`; when the image is gone, the job is cancelled.
@@ -264,30 +289,25 @@ impl Claim {
 
     fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken, life: Duration) {
         let (session, id, cancel) = (session.clone(), image_id.to_owned(), cancel.clone());
-        let (every, end) = (renewed_every(self.life), Arc::clone(&self.end));
-        let (lost, doubted) = (Arc::clone(&self.lost), Arc::clone(&self.doubted));
+        let (every, standing) = (renewed_every(self.life), Arc::clone(&self.standing));
         let stop = CancelToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
             while stopped.guard(tokio::time::sleep(every)).await.is_ok() {
                 // the machine may have slept: then others may be at it by now, and this run has to let go
-                if Moment::now() > end_of(&end) {
-                    lost.store(true, SeqCst);
+                if standing.is_over() {
+                    standing.lost.store(true, SeqCst);
                     cancel.cancel(Cause::Requested(format!("the claim by image {id} could not be renewed in time")));
                     return;
                 }
                 let asked = Moment::now();
                 match session.set_property(&id, CLAIM_UNTIL, &json!(ahead(session.now(), life))).await {
                     Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
-                        lost.store(true, SeqCst);
+                        standing.lost.store(true, SeqCst);
                         cancel.cancel(Cause::Requested(format!("image {id} was deleted by somebody else")));
                         return;
                     }
-                    Ok(()) => {
-                        // it was heard, but may have been heard late
-                        doubted.fetch_or(Moment::now() > end_of(&end), SeqCst);
-                        set(&end, asked.after(life));
-                    }
+                    Ok(()) => standing.renewed(asked, life),
                     // a service that stumbles is asked again; until it gets up, the claim is still good for a while
                     Err(_) => {}
                 }
@@ -320,10 +340,10 @@ impl Claim {
         }
         // the renewal may have taken until after its end
         if !lasts(image, session.now(), Duration::ZERO) {
-            self.doubt();
+            self.standing.doubted.store(true, SeqCst);
         }
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
-        set(&self.end, seen.after(self.life));
+        self.standing.set(seen.after(self.life));
         Ok(())
     }
 
@@ -364,11 +384,7 @@ impl Claim {
         }
         let asked = Moment::now();
         session.set_property(image_id, CLAIM_UNTIL, &json!(ahead(session.now(), life))).await?;
-        // it was heard, but may have been heard late
-        if !self.is_good_for(Duration::ZERO) {
-            self.doubt();
-        }
-        set(&self.end, asked.after(life));
+        self.standing.renewed(asked, life);
         Ok(())
     }
 }

@@ -123,7 +123,7 @@ pub enum JobError {
         until: String,
     },
     /// Another run has put its name into the image: it is that run's now.
-    #[error("another run ({run}) has gone on with image {image}: the next look finds out what comes of it")]
+    #[error("another run ({run}) has gone on with image {image}: what it came to, the same command finds out")]
     GoneOnWith {
         /// The image.
         image: String,

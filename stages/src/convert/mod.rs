@@ -29,11 +29,13 @@
 //! | [`to_stream`] | a source becomes bytes on a pipe |
 //! | [`readback`] | what was made is read, decoded and compared |
 //! | [`retire`] | the source goes, or the new image takes its place |
+//! | [`finishing`] | the last steps behind that, by this run or a later one |
 
 pub mod as_is;
 pub mod budget;
 pub mod claim;
 pub mod error;
+pub mod finishing;
 pub mod job;
 mod making;
 pub mod names;

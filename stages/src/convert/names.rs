@@ -8,8 +8,9 @@ use serde_json::json;
 use super::{
     After, Job, JobError, Source, Verify,
     claim::{self, claimed_id, held},
+    finishing::{outlast_deletions, release, release_or_warn, stays_protected},
     readback::prove,
-    retire::{after_conversion, outlast_deletions, release, release_or_warn, stays_protected},
+    retire::after_conversion,
 };
 use crate::{
     openstack::{
@@ -110,7 +111,8 @@ pub fn check_name(
 /// `made`: the images that name the source as theirs ([`SOURCE_ID`]), whatever they are called; `name`: what the new image is to be called.
 ///
 /// # Errors
-/// [`JobError::Held`] if another run is at it; what proving it, or what is left to do with the source, came to.
+/// [`JobError::Held`] if another run is at it, [`JobError::GoneOnWith`] if one has taken the image on meanwhile; what proving it, or what is left to do with
+/// the source, came to.
 pub async fn finish_earlier(job: &Job, session: &Session, made: Vec<Image>, name: &str) -> Result<Option<Image>, JobError> {
     let Source::Glance { image: source, .. } = &job.source else { return Ok(None) };
     let mut ours = made;
@@ -229,20 +231,20 @@ async fn adopted(
     // The run that made it, on another machine, may live, and its DELETE be on the way for as long as a request may take; so may that of a run
     // of this machine which died when it deleted. An unproven one that carries this very run's name may have been taken on by an earlier try.
     // Only then is the protection taken off; while the source is there, at once
-    let may_be_deleted = || {
-        image.property(RUN).is_some_and(|of| {
-            let may_live = match job.options.run.as_deref() == Some(of) {
-                true => !carries_its_own_proof(image),
-                false => !job.notices.is_dead(of),
-            };
-            may_live || job.notices.was_deleting(of, &image.id) || job.notices.was_doubted(of, &image.id)
-        })
+    let may_live = |of: &str| match job.options.run.as_deref() == Some(of) {
+        true => !carries_its_own_proof(image),
+        false => !job.notices.is_dead(of),
     };
-    let mut doubted = may_be_deleted();
-    if doubted {
-        job.notices.doubted(&image.id);
-    }
+    let of = image.property(RUN);
+    let mut doubted = of.is_some_and(|of| may_live(of) || job.notices.was_deleting(of, &image.id))
+        || of.into_iter().chain(job.options.run.as_deref()).any(|run| job.notices.was_doubted(run, &image.id));
     if !changes.is_empty() {
+        if doubted {
+            job.notices.doubted(&image.id);
+        }
+        if let Some(of) = of {
+            job.notices.adopting(&image.id, of);
+        }
         job.notices.making(&image.id);
         let adopting = session.change_image(&image.id, &changes);
         let adopted = job.options.patience.to_its_end(&job.cancel, adopting).await;
@@ -269,7 +271,7 @@ async fn adopted(
         }
     }
     // whoever cleans up writes down what it deletes, looks at the name, and deletes: now that the name is there, one of the two has seen the other
-    if !doubted && may_be_deleted() {
+    if !doubted && of.is_some_and(|of| job.notices.was_deleting(of, &image.id)) {
         doubted = true;
         job.notices.doubted(&image.id);
     }

@@ -138,7 +138,14 @@ pub trait Notices: Send + Sync {
         let _ = image_id;
     }
 
-    /// Did this run write that down ([`Self::doubted`])?
+    /// This run is about to put its name into an image in place of another's: written down, for what that one [was about to delete](Self::deleting) may
+    /// be seen only afterwards.
+    fn adopting(&self, image_id: &str, of_run: &str) {
+        let _ = (image_id, of_run);
+    }
+
+    /// Did this run write that down ([`Self::doubted`])? Or was one that it has [adopted](Self::adopting) the image from, or whoever cleaned up after it,
+    /// about to delete it?
     fn was_doubted(&self, run: &str, image_id: &str) -> bool {
         let _ = (run, image_id);
         false

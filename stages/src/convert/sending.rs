@@ -95,9 +95,7 @@ impl<C: Content> Sending<'_, C> {
                         Ok(image) => {
                             if let Some(claim) = &self.maker.claim {
                                 self.guard(claim.go_on(self.maker.session, &image, self.maker.run())).await??;
-                                if claim.is_doubted() {
-                                    self.maker.notices.doubted(&id);
-                                }
+                                claim.write_doubts_down(self.maker.notices, &id);
                                 claim.keep_active(self.maker.session, &id, self.maker.cancel);
                             }
                             return Ok(Active { image, emitted, stages });

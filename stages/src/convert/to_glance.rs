@@ -13,7 +13,8 @@ use serde_json::json;
 
 use super::{
     After, Job, JobError, Report, Source, Verify,
-    claim::Claim,
+    claim::{self, Claim},
+    finishing,
     job::{ReportOf, Surveyed, cause_of},
     making::Maker,
     names::{carries_its_own_proof, verified_mark},
@@ -38,7 +39,8 @@ use crate::{
 /// Converts the job's source into a new image called `name`. Where the options say so, the source is claimed first.
 ///
 /// # Errors
-/// [`JobError`]; no image is left behind then, or the error says which. [`JobError::Held`]: another run has claimed the source.
+/// [`JobError`]; no image is left behind then, or the error says which. [`JobError::Held`]: another run has claimed the source;
+/// [`JobError::GoneOnWith`]: one has taken the image on.
 ///
 /// # Cancel safety
 /// Cancel with the job's token: the half-made image is deleted before this returns. If the future is dropped instead, the image
@@ -274,12 +276,10 @@ impl Emission<'_> {
             // Glance reads an image, changes it and saves it: a renewal meanwhile would undo the mark
             claim.leave().await;
             self.guard(claim.assure(self.maker.session, image_id, self.maker.run())).await??;
-            if claim.is_doubted() {
-                self.job.notices.doubted(image_id);
-            }
+            claim.write_doubts_down(&*self.job.notices, image_id);
             if goes {
                 changes.push(Change::Set("protected".to_owned(), json!(true)));
-                changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim.last_end(self.maker.session.now()))));
+                changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::last_end(self.maker.session.now()))));
             } else if self.mark_and_unclaim(image_id, verified).await? {
                 return Ok(());
             }
@@ -357,8 +357,8 @@ impl Emission<'_> {
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.
     async fn release(&self, claim: &Claim, image_id: &str, retired: &Result<(), JobError>) {
-        if !claim.is_doubted() || retire::outlast_deletions(self.job, image_id, retired).await {
-            retire::release_or_warn(self.job, self.maker.session, image_id, Some(self.maker.run())).await;
+        if !claim.is_doubted() || finishing::outlast_deletions(self.job, image_id, retired).await {
+            finishing::release_or_warn(self.job, self.maker.session, image_id, Some(self.maker.run())).await;
         }
     }
 
