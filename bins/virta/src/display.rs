@@ -151,12 +151,12 @@ impl Notices for Display {
         runs::was_deleting(run, image_id)
     }
 
-    fn doubted(&self, image_id: &str) {
-        self.run.doubted(image_id);
+    fn settled(&self, image_id: &str) {
+        self.run.settled(image_id);
     }
 
-    fn adopting(&self, image_id: &str, of_run: &str) {
-        self.run.adopting(image_id, of_run);
+    fn doubted(&self, image_id: &str) {
+        self.run.doubted(image_id);
     }
 
     fn was_doubted(&self, run: &str, image_id: &str) -> bool {

@@ -61,12 +61,12 @@ pub struct Record {
     /// Those of them that it, or whoever cleaned up after it, was about to delete.
     #[serde(default)]
     pub deleting: Vec<String>,
+    /// Those of them whose deletion may be on its way, for all that is known.
+    #[serde(default)]
+    pub unanswered: Vec<String>,
     /// Those of them whose claim was over for a while: another run's DELETE may be on its way.
     #[serde(default)]
     pub doubted: Vec<String>,
-    /// Those of them that another run had before.
-    #[serde(default)]
-    pub adopted: Vec<Adopted>,
     /// Those of them that are of no use, and could not be deleted.
     #[serde(default)]
     pub left: Vec<String>,
@@ -84,20 +84,16 @@ pub struct Record {
     pub message: Option<String>,
 }
 
-/// An image that a run took on from another one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Adopted {
-    /// Its id.
-    pub image: String,
-    /// Whose it was.
-    pub of_run: String,
-}
-
 impl Record {
     /// Ids of images that may have to be removed: what a run that did not come to its end made, and what any could not delete.
     pub fn to_remove(&self) -> Vec<&String> {
         let made: &[String] = if self.state == State::Done || self.cleaned { &[] } else { &self.images };
         made.iter().chain(self.left.iter().filter(|left| !made.contains(left))).collect()
+    }
+
+    fn deletes(&mut self, image_id: &str) {
+        push_once(&mut self.deleting, image_id);
+        push_once(&mut self.unanswered, image_id);
     }
 
     /// Is there anything of it to be removed or taken back?
@@ -184,8 +180,8 @@ impl Run {
             project: None,
             images: Vec::new(),
             deleting: Vec::new(),
+            unanswered: Vec::new(),
             doubted: Vec::new(),
-            adopted: Vec::new(),
             left: Vec::new(),
             cleaned: false,
             server: None,
@@ -242,24 +238,22 @@ impl Run {
 
     /// It is about to delete this image.
     pub fn deleting(&self, image_id: &str) {
-        remembered().insert((Worry::Deleting, self.name(), image_id.to_owned()));
-        self.change(|record| push_once(&mut record.deleting, image_id));
+        for worry in [Worry::Deleting, Worry::Unanswered] {
+            remembered().insert((worry, self.name(), image_id.to_owned()));
+        }
+        self.change(|record| record.deletes(image_id));
+    }
+
+    /// That was answered.
+    pub fn settled(&self, image_id: &str) {
+        remembered().remove(&(Worry::Unanswered, self.name(), image_id.to_owned()));
+        self.change(|record| record.unanswered.retain(|id| id != image_id));
     }
 
     /// Another run's DELETE of this image may be on its way.
     pub fn doubted(&self, image_id: &str) {
         remembered().insert((Worry::Doubted, self.name(), image_id.to_owned()));
         self.change(|record| push_once(&mut record.doubted, image_id));
-    }
-
-    /// It is about to put its name into this image in place of that run's.
-    pub fn adopting(&self, image_id: &str, of_run: &str) {
-        self.change(|record| {
-            let adopted = Adopted { image: image_id.to_owned(), of_run: of_run.to_owned() };
-            if adopted.of_run != record.run && !record.adopted.contains(&adopted) {
-                record.adopted.push(adopted);
-            }
-        });
     }
 
     /// This image of its own is of no use, and could not be deleted.
@@ -314,8 +308,11 @@ impl Found {
         self.folder.join(format!("{}.log", self.record.run))
     }
 
-    /// Changes the record as it is now.
+    /// Changes the record as it is now. Several may clean up at once: one after the other.
     fn change(&self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
+        // where nothing can be locked, nothing is written at the same time but by chance
+        let turn = private(&self.folder.join(format!("{}.turn", self.record.run)))?;
+        let _ = turn.lock();
         let mut record = self.again().map_or_else(|| self.record.clone(), |found| found.record);
         change(&mut record);
         write(&self.folder, &record)
@@ -332,7 +329,12 @@ impl Found {
 
     /// An image that a dead run left is about to be deleted.
     pub fn deleting(&self, image_id: &str) -> io::Result<()> {
-        self.change(|record| push_once(&mut record.deleting, image_id))
+        self.change(|record| record.deletes(image_id))
+    }
+
+    /// It is on its way no longer: it was answered, or not sent.
+    pub fn settled(&self, image_id: &str) -> io::Result<()> {
+        self.change(|record| record.unanswered.retain(|id| id != image_id))
     }
 
     /// The server that a dead run held is as it was found.
@@ -377,11 +379,14 @@ fn read(folder: &Path, run: &str) -> Option<Found> {
 
 /// All runs of this user on this machine, the latest last.
 pub fn all() -> Vec<Found> {
-    let Some(folder) = runs_folder() else { return Vec::new() };
-    let Ok(entries) = fs::read_dir(&folder) else { return Vec::new() };
+    runs_folder().map(|folder| records(&folder)).unwrap_or_default()
+}
+
+fn records(folder: &Path) -> Vec<Found> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let runs = names.filter_map(|name| name.strip_suffix(".json").map(str::to_owned));
-    let mut found: Vec<Found> = runs.filter_map(|run| read(&folder, &run)).collect();
+    let mut found: Vec<Found> = runs.filter_map(|run| read(folder, &run)).collect();
     found.sort_by(|a, b| (&a.record.started_at, &a.record.run).cmp(&(&b.record.started_at, &b.record.run)));
     found
 }
@@ -418,6 +423,8 @@ pub fn made_by(source: &str, destination: &str, session: &Session) -> Vec<String
 enum Worry {
     /// [`Run::deleting`]
     Deleting,
+    /// The same, until it is [`Run::settled`].
+    Unanswered,
     /// [`Run::doubted`]
     Doubted,
 }
@@ -432,6 +439,7 @@ fn remembered() -> std::sync::MutexGuard<'static, BTreeSet<(Worry, String, Strin
 fn was(worry: Worry, run: &str, image_id: &str, record: Option<&Record>) -> bool {
     let written = |record: &Record| match worry {
         Worry::Deleting => record.deleting.iter().any(|id| id == image_id),
+        Worry::Unanswered => record.unanswered.iter().any(|id| id == image_id),
         Worry::Doubted => record.doubted.iter().any(|id| id == image_id),
     };
     remembered().contains(&(worry, run.to_owned(), image_id.to_owned())) || record.is_some_and(written)
@@ -446,28 +454,17 @@ pub fn was_deleting(run: &str, image_id: &str) -> bool {
     was(Worry::Deleting, run, image_id, record_of(run).as_ref())
 }
 
-/// May another run's DELETE of an image have been on its way when this run of this machine had it? [`Run::doubted`], and what is known of the runs that
-/// had the image before.
+/// May a DELETE of an image be on its way, as far as this machine's runs tell: did this run doubt it ([`Run::doubted`]), or was any about to delete
+/// it, or whoever cleaned up after one ([`Run::deleting`]), without an answer?
 pub fn was_doubted(run: &str, image_id: &str) -> bool {
-    was_doubted_as(run, image_id, record_of)
+    was(Worry::Doubted, run, image_id, record_of(run).as_ref())
+        || remembered().iter().any(|(worry, _, id)| *worry == Worry::Unanswered && id == image_id)
+        || runs_folder().is_some_and(|folder| is_any_unanswered(&folder, image_id))
 }
 
-fn was_doubted_as(run: &str, image_id: &str, record_of: impl Fn(&str) -> Option<Record>) -> bool {
-    let (mut runs, mut asked) = (vec![run.to_owned()], 0);
-    while let Some(run) = runs.get(asked) {
-        let record = record_of(run);
-        let is = |worry| was(worry, run, image_id, record.as_ref());
-        // this run's own deletions have their own question
-        if is(Worry::Doubted) || (asked > 0 && is(Worry::Deleting)) {
-            return true;
-        }
-        let adopted = record.into_iter().flat_map(|record| record.adopted);
-        for Adopted { of_run, .. } in adopted.filter(|adopted| adopted.image == image_id) {
-            push_once(&mut runs, &of_run);
-        }
-        asked += 1;
-    }
-    false
+/// Was any run of this machine about to delete that image, and had no answer?
+fn is_any_unanswered(folder: &Path, image_id: &str) -> bool {
+    records(folder).iter().any(|found| found.record.unanswered.iter().any(|id| id == image_id))
 }
 
 fn push_once(ids: &mut Vec<String>, id: &str) {
@@ -523,22 +520,40 @@ mod tests {
     }
 
     #[test]
-    fn what_was_about_to_be_deleted_is_doubted_of_whoever_adopted_it() {
+    fn whoever_was_about_to_delete_an_image_is_asked_about() {
         let folder = tempfile::tempdir().unwrap();
         let begin = || Run(Some(Arc::new(Mutex::new(Run::begin_in(folder.path().to_owned(), "a", "b").unwrap()))));
-        let (maker, adopter, next) = (begin(), begin(), begin());
-        let name = |run: &Run| run.id().unwrap();
-        let doubted =
-            |run: &Run, image: &str| was_doubted_as(&name(run), image, |run| read(folder.path(), run).map(|found| found.record));
-        adopter.adopting("one", &name(&maker));
-        next.adopting("one", &name(&adopter));
-        // and around in a circle, by its second try
-        adopter.adopting("one", &name(&next));
-        assert!(!doubted(&next, "one") && !doubted(&adopter, "one"));
-        // whoever cleans up after a dead run writes that into its record
-        read(folder.path(), &name(&maker)).unwrap().deleting("one").unwrap();
-        assert!(doubted(&adopter, "one") && doubted(&next, "one"));
-        assert!(!doubted(&maker, "one"), "that it deletes is another question");
-        assert!(!doubted(&next, "two"));
+        let (maker, cleaner) = (begin(), begin());
+        let asked = |image: &str| is_any_unanswered(folder.path(), image);
+        assert!(!asked("one"));
+        // one that takes the image over
+        cleaner.deleting("one");
+        // and one that cleans up after a dead run, into whose record it writes
+        read(folder.path(), &maker.id().unwrap()).unwrap().deleting("two").unwrap();
+        assert!(asked("one") && asked("two") && !asked("three"));
+        // what was answered is not on its way; that it was asked for is remembered all the same
+        cleaner.settled("one");
+        read(folder.path(), &maker.id().unwrap()).unwrap().settled("two").unwrap();
+        assert!(!asked("one") && !asked("two"));
+        assert_eq!(read(folder.path(), &cleaner.id().unwrap()).unwrap().record.deleting, ["one"]);
+    }
+
+    #[test]
+    fn two_that_clean_up_at_once_lose_nothing_of_what_the_other_wrote_down() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = Run(Some(Arc::new(Mutex::new(Run::begin_in(folder.path().to_owned(), "a", "b").unwrap()))));
+        let id = run.id().unwrap();
+        drop(run);
+        std::thread::scope(|scope| {
+            for cleaner in 0..4 {
+                let (id, folder) = (&id, folder.path());
+                scope.spawn(move || {
+                    for image in 0..25 {
+                        read(folder, id).unwrap().deleting(&format!("{cleaner}-{image}")).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(read(folder.path(), &id).unwrap().record.deleting.len(), 100);
     }
 }

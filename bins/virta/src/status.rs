@@ -315,11 +315,17 @@ async fn is_of_no_use(session: &Session, image: &Image, finished: bool) -> Resul
 async fn remove_one(session: &Session, found: &Found, id: &str, finished: bool) -> Result<bool, JobError> {
     let refused = |error| JobError::Refused(format!("the record of run {} cannot be written: {error}", short(&found.record.run)));
     found.deleting(id).map_err(refused)?;
-    let Some(image) = session.image_if_there(id).await? else { return Ok(false) };
-    let ours = image.property(RUN) == Some(found.record.run.as_str());
-    if !ours || !(is_half_made(&image) || (finished && image.property(VERIFIED).is_none())) {
-        return Ok(false);
+    let looking = session.image_if_there(id).await;
+    let goes = matches!(&looking, Ok(Some(image)) if image.property(RUN) == Some(found.record.run.as_str())
+        && (is_half_made(image) || (finished && image.property(VERIFIED).is_none())));
+    if !goes {
+        found.settled(id).map_err(refused)?;
+        return looking.map(|_| false).map_err(JobError::from);
     }
-    session.delete_image_once(id).await?;
+    let deleted = session.delete_image_once(id).await;
+    if deleted.as_ref().err().is_none_or(|error| !error.may_have_been_heard()) {
+        found.settled(id).map_err(refused)?;
+    }
+    deleted?;
     Ok(true)
 }

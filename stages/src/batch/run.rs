@@ -184,12 +184,12 @@ impl Notices for ItemNotices {
         self.notices.was_deleting(run, image_id)
     }
 
-    fn doubted(&self, image_id: &str) {
-        self.notices.doubted(image_id);
+    fn settled(&self, image_id: &str) {
+        self.notices.settled(image_id);
     }
 
-    fn adopting(&self, image_id: &str, of_run: &str) {
-        self.notices.adopting(image_id, of_run);
+    fn doubted(&self, image_id: &str) {
+        self.notices.doubted(image_id);
     }
 
     fn was_doubted(&self, run: &str, image_id: &str) -> bool {

@@ -222,7 +222,7 @@ pub async fn as_is(
     let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
     let run = upload.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
     let content = FileContent { file, shown: shown.clone(), identity };
-    let maker = Maker::new(session, record(upload, &run), upload.patience, cancel, &**notices, &retries);
+    let maker = Maker::new(session, record(upload, &run), upload.patience, cancel, notices, &retries);
     let sending = Sending { maker: &maker, content, progress, first: None };
     let sent = async {
         let active = sending.until_active().await?;

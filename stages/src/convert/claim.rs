@@ -212,7 +212,7 @@ pub(crate) fn protects(image: &Image, now: Timestamp, own: Option<&str>, notices
 }
 
 /// Does the claim on an image last as long as a renewal would make it?
-fn lasts(image: &Image, now: Timestamp, life: Duration) -> bool {
+pub(super) fn lasts(image: &Image, now: Timestamp, life: Duration) -> bool {
     let until = image.property(CLAIM_UNTIL).and_then(|until| until.parse::<Timestamp>().ok());
     let enough = SignedDuration::try_from(life).ok().and_then(|life| now.checked_add(life).ok());
     until.zip(enough).is_some_and(|(until, enough)| until >= enough)
@@ -278,17 +278,17 @@ impl Claim {
     }
 
     /// Renews it again and again while the image is `queued`; when the image is gone, the job is cancelled.
-    pub(super) fn keep_queued(&self, session: &Session, image_id: &str, cancel: &CancelToken) {
-        self.keep(session, image_id, cancel, self.queued_life);
+    pub(super) fn keep_queued(&self, session: &Session, image_id: &str, cancel: &CancelToken, notices: &Arc<dyn Notices>) {
+        self.keep(session, image_id, cancel, notices, self.queued_life);
     }
 
     /// The same while the image is `active`.
-    pub(super) fn keep_active(&self, session: &Session, image_id: &str, cancel: &CancelToken) {
-        self.keep(session, image_id, cancel, self.life);
+    pub(super) fn keep_active(&self, session: &Session, image_id: &str, cancel: &CancelToken, notices: &Arc<dyn Notices>) {
+        self.keep(session, image_id, cancel, notices, self.life);
     }
 
-    fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken, life: Duration) {
-        let (session, id, cancel) = (session.clone(), image_id.to_owned(), cancel.clone());
+    fn keep(&self, session: &Session, image_id: &str, cancel: &CancelToken, notices: &Arc<dyn Notices>, life: Duration) {
+        let (session, id, cancel, notices) = (session.clone(), image_id.to_owned(), cancel.clone(), Arc::clone(notices));
         let (every, standing) = (renewed_every(self.life), Arc::clone(&self.standing));
         let stop = CancelToken::new();
         let stopped = stop.clone();
@@ -307,7 +307,12 @@ impl Claim {
                         cancel.cancel(Cause::Requested(format!("image {id} was deleted by somebody else")));
                         return;
                     }
-                    Ok(()) => standing.renewed(asked, life),
+                    Ok(()) => {
+                        standing.renewed(asked, life);
+                        if standing.doubted.load(SeqCst) {
+                            notices.doubted(&id);
+                        }
+                    }
                     // a service that stumbles is asked again; until it gets up, the claim is still good for a while
                     Err(_) => {}
                 }

@@ -48,10 +48,9 @@ pub(super) async fn release_or_warn(job: &Job, session: &Session, image_id: &str
     }
 }
 
-/// Before [`release`], where somebody's DELETE of the image may be on its way: lets a minute pass, if the source is gone. `retired` is what became of
-/// that. `false`: that was interrupted, and the image stays protected.
-pub(super) async fn outlast_deletions(job: &Job, image_id: &str, retired: &Result<(), JobError>) -> bool {
-    let going = matches!(retired, Err(JobError::SourceGoing { .. }));
+/// Before [`release`], where somebody's DELETE of the image may be on its way: lets a minute pass, if the source is gone, or `going`, by a DELETE that
+/// may be heard yet. `false`: that was interrupted, and the image stays protected.
+pub(super) async fn outlast_deletions(job: &Job, image_id: &str, going: bool) -> bool {
     if !going && !is_source_gone(job).await {
         return true;
     }
@@ -167,7 +166,7 @@ pub(crate) async fn finish_marks(
     if image.property(CLAIM_UNTIL).is_some() {
         match claim::protects(image, session.now(), own, notices) {
             None => drop(release(session, &image.id, image.property(RUN)).await?),
-            Some(why) => notices.warn(&format!("image {} stays protected: {why}", image.shown_id())),
+            Some(why) => notices.warn(&stays_protected(&image.id, &why)),
         }
     }
     Ok(())

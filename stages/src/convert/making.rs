@@ -3,7 +3,7 @@
 //! The id is random, or it is a [`Claim`]'s: then the POST itself is what keeps others away.
 
 use std::sync::{
-    Mutex, PoisonError,
+    Arc, Mutex, PoisonError,
     atomic::{AtomicU32, Ordering::SeqCst},
 };
 
@@ -40,7 +40,7 @@ pub(super) struct Maker<'a> {
     pub(super) droppable: Vec<String>,
     pub(super) patience: Patience,
     pub(super) cancel: &'a CancelToken,
-    pub(super) notices: &'a dyn Notices,
+    pub(super) notices: &'a Arc<dyn Notices>,
     pub(super) retries: &'a Retries,
     /// The source is claimed by making the image.
     pub(super) claim: Option<Claim>,
@@ -62,7 +62,7 @@ impl<'a> Maker<'a> {
         record: Map<String, Value>,
         patience: Patience,
         cancel: &'a CancelToken,
-        notices: &'a dyn Notices,
+        notices: &'a Arc<dyn Notices>,
         retries: &'a Retries,
     ) -> Self {
         let (droppable, claim, made) = (Vec::new(), None, Mutex::default());
@@ -116,7 +116,7 @@ impl<'a> Maker<'a> {
     async fn take_over(&self, claim: &Claim, image: &Image) -> Result<(), JobError> {
         // an earlier try of this very run left it, and this run works on a source once at a time
         let own = image.property(RUN) == Some(self.run());
-        if !own && let Some(held) = claim::held(image, self.session.now(), self.notices) {
+        if !own && let Some(held) = claim::held(image, self.session.now(), &**self.notices) {
             return Err(held);
         }
         if image.status == "deactivated" {
@@ -144,7 +144,7 @@ impl<'a> Maker<'a> {
             // protected since it was looked at: the other run lives
             Err(refused) if !own && refused.status() == Some(StatusCode::FORBIDDEN) => {
                 if let Some(now) = self.session.image_if_there(&image.id).await? {
-                    if carries_its_own_proof(&now) && claim::held(&now, self.session.now(), self.notices).is_none() {
+                    if carries_its_own_proof(&now) && claim::held(&now, self.session.now(), &**self.notices).is_none() {
                         let run = now.property(RUN).unwrap_or("unknown").to_owned();
                         return Err(JobError::JustEnded { image: now.id, run });
                     }
@@ -156,7 +156,7 @@ impl<'a> Maker<'a> {
                             causes(&refused)
                         ))
                     };
-                    return Err(claim::held(&now, self.session.now(), self.notices).unwrap_or_else(in_the_way));
+                    return Err(claim::held(&now, self.session.now(), &**self.notices).unwrap_or_else(in_the_way));
                 }
             }
             deleted => deleted?,
@@ -293,7 +293,11 @@ impl<'a> Maker<'a> {
     /// Deletes what others may come to depend on: written down before, and asked for once, since a repetition might land after that.
     async fn delete_once(&self, id: &str) -> Result<(), ApiError> {
         self.notices.deleting(id);
-        self.session.delete_image_once(id).await
+        let deleted = self.session.delete_image_once(id).await;
+        if deleted.as_ref().err().is_none_or(|error| !error.may_have_been_heard()) {
+            self.notices.settled(id);
+        }
+        deleted
     }
 
     /// The image, if it is there, still this run's, and nobody's finished conversion.

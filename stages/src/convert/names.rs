@@ -236,14 +236,15 @@ async fn adopted(
         false => !job.notices.is_dead(of),
     };
     let of = image.property(RUN);
-    let mut doubted = of.is_some_and(|of| may_live(of) || job.notices.was_deleting(of, &image.id))
-        || of.into_iter().chain(job.options.run.as_deref()).any(|run| job.notices.was_doubted(run, &image.id));
+    let is_doubted = || of.into_iter().chain(job.options.run.as_deref()).any(|run| job.notices.was_doubted(run, &image.id));
+    // whoever saw that a claim was over, on another machine, may be about to take it over, whatever became of the run that had it
+    let was_over = claimed && !claim::lasts(image, session.now(), Duration::ZERO);
+    let mut doubted = was_over || of.is_some_and(may_live) || is_doubted();
+    // an earlier run may have asked for the source's deletion, which may be done yet
+    let was_going = claimed && image.protected == Some(true);
     if !changes.is_empty() {
         if doubted {
             job.notices.doubted(&image.id);
-        }
-        if let Some(of) = of {
-            job.notices.adopting(&image.id, of);
         }
         job.notices.making(&image.id);
         let adopting = session.change_image(&image.id, &changes);
@@ -256,7 +257,13 @@ async fn adopted(
             Some(Err(error)) if !error.may_have_been_heard() => return Err(error.into()),
             // it may have been heard, or be yet: nobody is to be kept away for nothing
             unheard => {
-                if ours {
+                if ours && (doubted || is_doubted()) {
+                    let stays = stays_protected(
+                        &image.id,
+                        "whether it was taken on was not answered, and a run elsewhere might still delete it",
+                    );
+                    job.notices.warn(&stays);
+                } else if ours {
                     let released = job.options.patience.to_its_end(&job.cancel, release(session, &image.id, run)).await;
                     if unheard.is_none() || !matches!(released, Some(Ok(true))) {
                         let stays = match goes {
@@ -271,7 +278,7 @@ async fn adopted(
         }
     }
     // whoever cleans up writes down what it deletes, looks at the name, and deletes: now that the name is there, one of the two has seen the other
-    if !doubted && of.is_some_and(|of| job.notices.was_deleting(of, &image.id)) {
+    if !doubted && is_doubted() {
         doubted = true;
         job.notices.doubted(&image.id);
     }
@@ -279,7 +286,8 @@ async fn adopted(
     if !ours {
         return done;
     }
-    if !(goes && doubted) || outlast_deletions(job, &image.id, &done).await {
+    let going = was_going || matches!(done, Err(JobError::SourceGoing { .. }));
+    if !doubted || outlast_deletions(job, &image.id, going).await {
         release_or_warn(job, session, &image.id, run).await;
     }
     done

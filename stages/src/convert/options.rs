@@ -122,6 +122,11 @@ pub trait Notices: Send + Sync {
         let _ = image_id;
     }
 
+    /// The deletion that was written down is on its way no longer: it was answered.
+    fn settled(&self, image_id: &str) {
+        let _ = image_id;
+    }
+
     /// An image that is of no use could not be deleted: whoever keeps a record of runs has it deleted later.
     fn left(&self, image_id: &str) {
         let _ = image_id;
@@ -138,14 +143,8 @@ pub trait Notices: Send + Sync {
         let _ = image_id;
     }
 
-    /// This run is about to put its name into an image in place of another's: written down, for what that one [was about to delete](Self::deleting) may
-    /// be seen only afterwards.
-    fn adopting(&self, image_id: &str, of_run: &str) {
-        let _ = (image_id, of_run);
-    }
-
-    /// Did this run write that down ([`Self::doubted`])? Or was one that it has [adopted](Self::adopting) the image from, or whoever cleaned up after it,
-    /// about to delete it?
+    /// Did this run write that down ([`Self::doubted`])? Or was any run, or whoever cleaned up after one, about to delete the image ([`Self::deleting`]), and had no
+    /// answer ([`Self::settled`])?
     fn was_doubted(&self, run: &str, image_id: &str) -> bool {
         let _ = (run, image_id);
         false

@@ -95,8 +95,8 @@ impl<C: Content> Sending<'_, C> {
                         Ok(image) => {
                             if let Some(claim) = &self.maker.claim {
                                 self.guard(claim.go_on(self.maker.session, &image, self.maker.run())).await??;
-                                claim.write_doubts_down(self.maker.notices, &id);
-                                claim.keep_active(self.maker.session, &id, self.maker.cancel);
+                                claim.write_doubts_down(&**self.maker.notices, &id);
+                                claim.keep_active(self.maker.session, &id, self.maker.cancel, self.maker.notices);
                             }
                             return Ok(Active { image, emitted, stages });
                         }
@@ -165,6 +165,7 @@ impl<C: Content> Sending<'_, C> {
         progress.set_phase(Phase::Uploading);
         if let Some(claim) = &self.maker.claim {
             self.guard(claim.set_ahead(self.maker.session, id, self.content.bytes(), self.maker.generation())).await??;
+            claim.write_doubts_down(&**self.maker.notices, id);
         }
         let attempt = self.maker.cancel.child();
         let (pipeline, emitted) = self.content.emission(&attempt, Hasher::sha512()).await?;

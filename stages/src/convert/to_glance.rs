@@ -58,7 +58,7 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Repor
     let claiming = async {
         let id = maker.create_or_stop().await?;
         if let Some(claim) = &maker.claim {
-            claim.keep_queued(session, &id, &job.cancel);
+            claim.keep_queued(session, &id, &job.cancel, &job.notices);
         }
         Ok((id, survey_within_quota(job, session, name).await?))
     };
@@ -91,7 +91,7 @@ fn maker<'a>(job: &'a Job, session: &'a Session, name: &str, virtual_bytes: u64)
     // policies differ between clouds: what a source has is not always ours to set
     let given = |key: &&String| options.properties.iter().any(|(name, _)| name == *key);
     let droppable = source.into_iter().flat_map(|image| image.properties.keys()).filter(|key| !given(key)).cloned().collect();
-    let mut maker = Maker::new(session, record, options.patience, &job.cancel, &*job.notices, &job.retries);
+    let mut maker = Maker::new(session, record, options.patience, &job.cancel, &job.notices, &job.retries);
     maker.droppable = droppable;
     maker
 }
@@ -357,7 +357,8 @@ impl Emission<'_> {
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.
     async fn release(&self, claim: &Claim, image_id: &str, retired: &Result<(), JobError>) {
-        if !claim.is_doubted() || finishing::outlast_deletions(self.job, image_id, retired).await {
+        let going = matches!(retired, Err(JobError::SourceGoing { .. }));
+        if !claim.is_doubted() || finishing::outlast_deletions(self.job, image_id, going).await {
             finishing::release_or_warn(self.job, self.maker.session, image_id, Some(self.maker.run())).await;
         }
     }

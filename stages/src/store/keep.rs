@@ -97,11 +97,11 @@ impl MemoryStore {
         let data_clusters: u64 = to_u64(records.len());
         let home = match stored {
             Stored::Nothing => Home::Nowhere,
-            Stored::Packed(packed) => self.find_home(to_u64(packed.len()), guest.start.0, || packed)?,
+            Stored::Packed(packed) => self.find_home(to_u64(packed.len()), guest.start.0, || self.buffers.counted(packed))?,
             Stored::Whole(slice) => {
                 let cluster_bytes = cluster_bits.cluster_bytes();
-                let mut packed = self.buffers.buffer(to_usize(data_clusters * cluster_bytes));
-                self.find_home(to_u64(packed.capacity()), guest.start.0, || {
+                self.find_home(data_clusters * cluster_bytes, guest.start.0, || {
+                    let mut packed = self.buffers.buffer(to_usize(data_clusters * cluster_bytes));
                     let mut at = 0;
                     for run in &fates {
                         let end = at + to_usize(run.clusters * cluster_bytes);
