@@ -4,7 +4,7 @@
 //! lives: the kernel lets go of it however the run ends. An image's id is written down before the request that makes it leaves.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -61,7 +61,7 @@ pub struct Record {
     /// Those of them that it, or whoever cleaned up after it, was about to delete.
     #[serde(default)]
     pub deleting: Vec<String>,
-    /// Those of them whose deletion may be on its way, for all that is known.
+    /// Those of them whose deletion may be on its way, for all that is known; once for each request.
     #[serde(default)]
     pub unanswered: Vec<String>,
     /// Those of them whose claim was over for a while: another run's DELETE may be on its way.
@@ -93,7 +93,14 @@ impl Record {
 
     fn deletes(&mut self, image_id: &str) {
         push_once(&mut self.deleting, image_id);
-        push_once(&mut self.unanswered, image_id);
+        // one note for each request: the answer to one says nothing of another
+        self.unanswered.push(image_id.to_owned());
+    }
+
+    fn settles(&mut self, image_id: &str) {
+        if let Some(at) = self.unanswered.iter().position(|id| id == image_id) {
+            self.unanswered.remove(at);
+        }
     }
 
     /// Is there anything of it to be removed or taken back?
@@ -239,20 +246,22 @@ impl Run {
     /// It is about to delete this image.
     pub fn deleting(&self, image_id: &str) {
         for worry in [Worry::Deleting, Worry::Unanswered] {
-            remembered().insert((worry, self.name(), image_id.to_owned()));
+            *remembered().entry((worry, self.name(), image_id.to_owned())).or_default() += 1;
         }
         self.change(|record| record.deletes(image_id));
     }
 
     /// That was answered.
     pub fn settled(&self, image_id: &str) {
-        remembered().remove(&(Worry::Unanswered, self.name(), image_id.to_owned()));
-        self.change(|record| record.unanswered.retain(|id| id != image_id));
+        if let Some(requests) = remembered().get_mut(&(Worry::Unanswered, self.name(), image_id.to_owned())) {
+            *requests = requests.saturating_sub(1);
+        }
+        self.change(|record| record.settles(image_id));
     }
 
     /// Another run's DELETE of this image may be on its way.
     pub fn doubted(&self, image_id: &str) {
-        remembered().insert((Worry::Doubted, self.name(), image_id.to_owned()));
+        *remembered().entry((Worry::Doubted, self.name(), image_id.to_owned())).or_default() += 1;
         self.change(|record| push_once(&mut record.doubted, image_id));
     }
 
@@ -334,7 +343,7 @@ impl Found {
 
     /// It is on its way no longer: it was answered, or not sent.
     pub fn settled(&self, image_id: &str) -> io::Result<()> {
-        self.change(|record| record.unanswered.retain(|id| id != image_id))
+        self.change(|record| record.settles(image_id))
     }
 
     /// The server that a dead run held is as it was found.
@@ -429,9 +438,9 @@ enum Worry {
     Doubted,
 }
 
-/// What runs of this process wrote down of an image: it is known where it could not be written down, too.
-fn remembered() -> std::sync::MutexGuard<'static, BTreeSet<(Worry, String, String)>> {
-    static REMEMBERED: Mutex<BTreeSet<(Worry, String, String)>> = Mutex::new(BTreeSet::new());
+/// What runs of this process wrote down of an image, and how often: it is known where it could not be written down, too.
+fn remembered() -> std::sync::MutexGuard<'static, BTreeMap<(Worry, String, String), u32>> {
+    static REMEMBERED: Mutex<BTreeMap<(Worry, String, String), u32>> = Mutex::new(BTreeMap::new());
     REMEMBERED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -442,7 +451,7 @@ fn was(worry: Worry, run: &str, image_id: &str, record: Option<&Record>) -> bool
         Worry::Unanswered => record.unanswered.iter().any(|id| id == image_id),
         Worry::Doubted => record.doubted.iter().any(|id| id == image_id),
     };
-    remembered().contains(&(worry, run.to_owned(), image_id.to_owned())) || record.is_some_and(written)
+    remembered().get(&(worry, run.to_owned(), image_id.to_owned())).is_some_and(|times| *times > 0) || record.is_some_and(written)
 }
 
 fn record_of(run: &str) -> Option<Record> {
@@ -458,13 +467,30 @@ pub fn was_deleting(run: &str, image_id: &str) -> bool {
 /// it, or whoever cleaned up after one ([`Run::deleting`]), without an answer?
 pub fn was_doubted(run: &str, image_id: &str) -> bool {
     was(Worry::Doubted, run, image_id, record_of(run).as_ref())
-        || remembered().iter().any(|(worry, _, id)| *worry == Worry::Unanswered && id == image_id)
+        || remembered().iter().any(|((worry, _, id), times)| *worry == Worry::Unanswered && id == image_id && *times > 0)
         || runs_folder().is_some_and(|folder| is_any_unanswered(&folder, image_id))
 }
 
-/// Was any run of this machine about to delete that image, and had no answer?
+/// Was any run of this machine about to delete that image, and had no answer? A record that cannot be read may say so.
 fn is_any_unanswered(folder: &Path, image_id: &str) -> bool {
-    records(folder).iter().any(|found| found.record.unanswered.iter().any(|id| id == image_id))
+    let not_there = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) => return !not_there(&error),
+    };
+    let says_so = |entry: io::Result<fs::DirEntry>| {
+        let Ok(entry) = entry else { return true };
+        if entry.path().extension().is_none_or(|extension| extension != "json") {
+            return false;
+        }
+        match fs::read(entry.path()) {
+            Ok(text) => {
+                serde_json::from_slice(&text).map_or(true, |record: Record| record.unanswered.iter().any(|id| id == image_id))
+            }
+            Err(error) => !not_there(&error),
+        }
+    };
+    entries.into_iter().any(says_so)
 }
 
 fn push_once(ids: &mut Vec<String>, id: &str) {
@@ -532,10 +558,15 @@ mod tests {
         read(folder.path(), &maker.id().unwrap()).unwrap().deleting("two").unwrap();
         assert!(asked("one") && asked("two") && !asked("three"));
         // what was answered is not on its way; that it was asked for is remembered all the same
+        cleaner.deleting("one");
+        cleaner.settled("one");
+        assert!(asked("one"), "one of two was answered");
         cleaner.settled("one");
         read(folder.path(), &maker.id().unwrap()).unwrap().settled("two").unwrap();
         assert!(!asked("one") && !asked("two"));
         assert_eq!(read(folder.path(), &cleaner.id().unwrap()).unwrap().record.deleting, ["one"]);
+        fs::write(folder.path().join("torn.json"), "{").unwrap();
+        assert!(asked("one"), "nobody can tell what it said");
     }
 
     #[test]

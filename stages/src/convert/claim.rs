@@ -328,9 +328,14 @@ impl Claim {
     ///
     /// A run whose claim was over meanwhile may find another one's name in its image: that one has proven it, and its proof, which may be all that is
     /// left to show for a source that went, is not to be written over, nor its claim.
-    pub(super) async fn go_on(&self, session: &Session, image: &Image, run: &str) -> Result<(), JobError> {
+    pub(super) async fn go_on(&self, session: &Session, image: &Image, run: &str, notices: &dyn Notices) -> Result<(), JobError> {
         refuse_other(image, run)?;
         let seen = Moment::now();
+        // before it is renewed: then nobody sees that it was over
+        if !lasts(image, session.now(), Duration::ZERO) {
+            self.standing.doubted.store(true, SeqCst);
+            self.write_doubts_down(notices, &image.id);
+        }
         if !lasts(image, session.now(), self.life) {
             // looked at once more, and last: nobody else's claim is to be cut short
             let found = session.image_if_there(&image.id).await?;
@@ -354,14 +359,20 @@ impl Claim {
 
     /// Right before the image is marked: is it still this run's? It was looked at just now, or it is looked at again: a machine that slept in between
     /// has to ask.
-    pub(super) async fn assure(&self, session: &Session, image_id: &str, run: &str) -> Result<(), JobError> {
+    pub(super) async fn assure(
+        &self,
+        session: &Session,
+        image_id: &str,
+        run: &str,
+        notices: &dyn Notices,
+    ) -> Result<(), JobError> {
         let seen = *self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.is_some_and(|seen| seen.elapsed() < JUST_NOW) {
             return Ok(());
         }
         let found = session.image_if_there(image_id).await?;
         let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
-        self.go_on(session, &image, run).await
+        self.go_on(session, &image, run, notices).await
     }
 
     /// Stops renewing it, because nothing comes of it. A renewal that is under way is waited for `within`.
@@ -381,15 +392,28 @@ impl Claim {
     }
 
     /// Before a PUT of `bytes`: while it lasts, nothing can be renewed.
-    pub(super) async fn set_ahead(&self, session: &Session, image_id: &str, bytes: u64, tried: u32) -> Result<(), JobError> {
+    pub(super) async fn set_ahead(
+        &self,
+        session: &Session,
+        image_id: &str,
+        bytes: u64,
+        tried: u32,
+        notices: &dyn Notices,
+    ) -> Result<(), JobError> {
         self.leave().await;
         let life = long_enough(session.rate_bytes_per_s(), bytes, tried);
         if self.is_good_for(life) {
             return Ok(());
         }
+        // before it is renewed: then nobody sees that it was over
+        if self.standing.is_over() {
+            self.standing.doubted.store(true, SeqCst);
+        }
+        self.write_doubts_down(notices, image_id);
         let asked = Moment::now();
         session.set_property(image_id, CLAIM_UNTIL, &json!(ahead(session.now(), life))).await?;
         self.standing.renewed(asked, life);
+        self.write_doubts_down(notices, image_id);
         Ok(())
     }
 }

@@ -140,7 +140,21 @@ impl<'a> Maker<'a> {
                 run: image.property(RUN).unwrap_or("unknown").to_owned(),
             });
         }
-        match self.delete_once(&image.id).await {
+        // written down, and looked at once more: whoever goes on with it meanwhile has either seen that, or changed it
+        self.notices.deleting(&image.id);
+        let again = self.session.image_if_there(&image.id).await;
+        match again {
+            Ok(Some(now)) if now.status == image.status && now.property(RUN) == image.property(RUN) => {}
+            other => {
+                self.notices.settled(&image.id);
+                let Some(now) = other? else { return Ok(()) };
+                return Err(JobError::JustEnded {
+                    image: now.id.clone(),
+                    run: now.property(RUN).unwrap_or("unknown").to_owned(),
+                });
+            }
+        }
+        match self.send_delete(&image.id).await {
             // protected since it was looked at: the other run lives
             Err(refused) if !own && refused.status() == Some(StatusCode::FORBIDDEN) => {
                 if let Some(now) = self.session.image_if_there(&image.id).await? {
@@ -273,26 +287,37 @@ impl<'a> Maker<'a> {
 
     /// It may be another run's by now, which finished what this one could not, and its source may be gone: such an image is left alone.
     async fn remove_once(&self, id: &str) -> Result<(), ApiError> {
-        let Some(image) = self.own(id).await? else { return Ok(()) };
+        if self.own(id).await?.is_none() {
+            return Ok(());
+        }
+        // written down first: whoever goes on with it meanwhile has either seen that, or is seen here
+        self.notices.deleting(id);
+        match self.may_go(id).await {
+            Ok(true) => self.send_delete(id).await,
+            stays => {
+                self.notices.settled(id);
+                stays.map(drop)
+            }
+        }
+    }
+
+    async fn may_go(&self, id: &str) -> Result<bool, ApiError> {
+        let Some(image) = self.own(id).await? else { return Ok(false) };
         if image.status != "active" {
-            return self.delete_once(id).await;
+            return Ok(true);
         }
         // what is the only copy is never half made, whatever its marks say
         if let Some(claim) = &self.claim
             && self.session.image_if_there(claim.source()).await?.is_none()
         {
-            return Ok(());
+            return Ok(false);
         }
         // looked at once more, and last
-        match self.own(id).await? {
-            Some(_) => self.delete_once(id).await,
-            None => Ok(()),
-        }
+        Ok(self.own(id).await?.is_some())
     }
 
-    /// Deletes what others may come to depend on: written down before, and asked for once, since a repetition might land after that.
-    async fn delete_once(&self, id: &str) -> Result<(), ApiError> {
-        self.notices.deleting(id);
+    /// Deletes what others may come to depend on, and what was written down: asked for once, since a repetition might land after that.
+    async fn send_delete(&self, id: &str) -> Result<(), ApiError> {
         let deleted = self.session.delete_image_once(id).await;
         if deleted.as_ref().err().is_none_or(|error| !error.may_have_been_heard()) {
             self.notices.settled(id);

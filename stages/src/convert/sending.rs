@@ -94,7 +94,8 @@ impl<C: Content> Sending<'_, C> {
                     match self.wait_until_active(&id, within).await {
                         Ok(image) => {
                             if let Some(claim) = &self.maker.claim {
-                                self.guard(claim.go_on(self.maker.session, &image, self.maker.run())).await??;
+                                self.guard(claim.go_on(self.maker.session, &image, self.maker.run(), &**self.maker.notices))
+                                    .await??;
                                 claim.write_doubts_down(&**self.maker.notices, &id);
                                 claim.keep_active(self.maker.session, &id, self.maker.cancel, self.maker.notices);
                             }
@@ -164,8 +165,8 @@ impl<C: Content> Sending<'_, C> {
         let progress = self.progress;
         progress.set_phase(Phase::Uploading);
         if let Some(claim) = &self.maker.claim {
-            self.guard(claim.set_ahead(self.maker.session, id, self.content.bytes(), self.maker.generation())).await??;
-            claim.write_doubts_down(&**self.maker.notices, id);
+            let (maker, bytes) = (self.maker, self.content.bytes());
+            self.guard(claim.set_ahead(maker.session, id, bytes, maker.generation(), &**maker.notices)).await??;
         }
         let attempt = self.maker.cancel.child();
         let (pipeline, emitted) = self.content.emission(&attempt, Hasher::sha512()).await?;

@@ -275,7 +275,7 @@ impl Emission<'_> {
         if let Some(claim) = &self.maker.claim {
             // Glance reads an image, changes it and saves it: a renewal meanwhile would undo the mark
             claim.leave().await;
-            self.guard(claim.assure(self.maker.session, image_id, self.maker.run())).await??;
+            self.guard(claim.assure(self.maker.session, image_id, self.maker.run(), &*self.job.notices)).await??;
             claim.write_doubts_down(&*self.job.notices, image_id);
             if goes {
                 changes.push(Change::Set("protected".to_owned(), json!(true)));
