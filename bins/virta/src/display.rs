@@ -155,6 +155,10 @@ impl Notices for Display {
         self.run.settled(image_id);
     }
 
+    fn not_deleting(&self, image_id: &str) {
+        self.run.not_deleting(image_id);
+    }
+
     fn doubted(&self, image_id: &str) {
         self.run.doubted(image_id);
     }

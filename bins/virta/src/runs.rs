@@ -58,7 +58,7 @@ pub struct Record {
     pub project: Option<String>,
     /// Ids of images that it made or was about to make.
     pub images: Vec<String>,
-    /// Those of them that it, or whoever cleaned up after it, was about to delete.
+    /// Those of them that it, or whoever cleaned up after it, was about to delete; once for each request.
     #[serde(default)]
     pub deleting: Vec<String>,
     /// Those of them whose deletion may be on its way, for all that is known; once for each request.
@@ -92,15 +92,18 @@ impl Record {
     }
 
     fn deletes(&mut self, image_id: &str) {
-        push_once(&mut self.deleting, image_id);
         // one note for each request: the answer to one says nothing of another
+        self.deleting.push(image_id.to_owned());
         self.unanswered.push(image_id.to_owned());
     }
 
     fn settles(&mut self, image_id: &str) {
-        if let Some(at) = self.unanswered.iter().position(|id| id == image_id) {
-            self.unanswered.remove(at);
-        }
+        remove_one(&mut self.unanswered, image_id);
+    }
+
+    fn does_not_delete(&mut self, image_id: &str) {
+        self.settles(image_id);
+        remove_one(&mut self.deleting, image_id);
     }
 
     /// Is there anything of it to be removed or taken back?
@@ -253,10 +256,21 @@ impl Run {
 
     /// That was answered.
     pub fn settled(&self, image_id: &str) {
-        if let Some(requests) = remembered().get_mut(&(Worry::Unanswered, self.name(), image_id.to_owned())) {
-            *requests = requests.saturating_sub(1);
-        }
+        self.forget(Worry::Unanswered, image_id);
         self.change(|record| record.settles(image_id));
+    }
+
+    /// That was not asked for.
+    pub fn not_deleting(&self, image_id: &str) {
+        self.forget(Worry::Unanswered, image_id);
+        self.forget(Worry::Deleting, image_id);
+        self.change(|record| record.does_not_delete(image_id));
+    }
+
+    fn forget(&self, worry: Worry, image_id: &str) {
+        if let Some(times) = remembered().get_mut(&(worry, self.name(), image_id.to_owned())) {
+            *times = times.saturating_sub(1);
+        }
     }
 
     /// Another run's DELETE of this image may be on its way.
@@ -341,7 +355,12 @@ impl Found {
         self.change(|record| record.deletes(image_id))
     }
 
-    /// It is on its way no longer: it was answered, or not sent.
+    /// It was not asked for.
+    pub fn not_deleting(&self, image_id: &str) -> io::Result<()> {
+        self.change(|record| record.does_not_delete(image_id))
+    }
+
+    /// It is on its way no longer: it was answered.
     pub fn settled(&self, image_id: &str) -> io::Result<()> {
         self.change(|record| record.settles(image_id))
     }
@@ -493,6 +512,12 @@ fn is_any_unanswered(folder: &Path, image_id: &str) -> bool {
     entries.into_iter().any(says_so)
 }
 
+fn remove_one(ids: &mut Vec<String>, id: &str) {
+    if let Some(at) = ids.iter().position(|known| known == id) {
+        ids.remove(at);
+    }
+}
+
 fn push_once(ids: &mut Vec<String>, id: &str) {
     if ids.iter().all(|known| known != id) {
         ids.push(id.to_owned());
@@ -564,7 +589,12 @@ mod tests {
         cleaner.settled("one");
         read(folder.path(), &maker.id().unwrap()).unwrap().settled("two").unwrap();
         assert!(!asked("one") && !asked("two"));
-        assert_eq!(read(folder.path(), &cleaner.id().unwrap()).unwrap().record.deleting, ["one"]);
+        assert_eq!(read(folder.path(), &cleaner.id().unwrap()).unwrap().record.deleting, ["one", "one"]);
+        // what was not asked for after all is not even remembered
+        cleaner.deleting("four");
+        cleaner.not_deleting("four");
+        let record = read(folder.path(), &cleaner.id().unwrap()).unwrap().record;
+        assert!(!asked("four") && !was(Worry::Deleting, &record.run, "four", Some(&record)));
         fs::write(folder.path().join("torn.json"), "{").unwrap();
         assert!(asked("one"), "nobody can tell what it said");
     }

@@ -319,7 +319,7 @@ async fn remove_one(session: &Session, found: &Found, id: &str, finished: bool) 
     let goes = matches!(&looking, Ok(Some(image)) if image.property(RUN) == Some(found.record.run.as_str())
         && (is_half_made(image) || (finished && image.property(VERIFIED).is_none())));
     if !goes {
-        found.settled(id).map_err(refused)?;
+        found.not_deleting(id).map_err(refused)?;
         return looking.map(|_| false).map_err(JobError::from);
     }
     let deleted = session.delete_image_once(id).await;

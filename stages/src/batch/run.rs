@@ -188,6 +188,10 @@ impl Notices for ItemNotices {
         self.notices.settled(image_id);
     }
 
+    fn not_deleting(&self, image_id: &str) {
+        self.notices.not_deleting(image_id);
+    }
+
     fn doubted(&self, image_id: &str) {
         self.notices.doubted(image_id);
     }

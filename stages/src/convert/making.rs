@@ -143,11 +143,21 @@ impl<'a> Maker<'a> {
         // written down, and looked at once more: whoever goes on with it meanwhile has either seen that, or changed it
         self.notices.deleting(&image.id);
         let again = self.session.image_if_there(&image.id).await;
+        let half_made_now = |now: &Image| {
+            let unfinished = matches!(now.status.as_str(), "queued" | "saving" | "killed");
+            let unchanged = own && now.status == image.status && !carries_its_own_proof(now);
+            now.property(RUN) == image.property(RUN) && (unfinished || unchanged)
+        };
+        // a run that woke up may have renewed its claim
+        let held_now = |now: &Image| if own { None } else { claim::held(now, self.session.now(), &**self.notices) };
         match again {
-            Ok(Some(now)) if now.status == image.status && now.property(RUN) == image.property(RUN) => {}
+            Ok(Some(now)) if half_made_now(&now) && held_now(&now).is_none() => {}
             other => {
-                self.notices.settled(&image.id);
+                self.notices.not_deleting(&image.id);
                 let Some(now) = other? else { return Ok(()) };
+                if let Some(held) = held_now(&now) {
+                    return Err(held);
+                }
                 return Err(JobError::JustEnded {
                     image: now.id.clone(),
                     run: now.property(RUN).unwrap_or("unknown").to_owned(),
@@ -295,7 +305,7 @@ impl<'a> Maker<'a> {
         match self.may_go(id).await {
             Ok(true) => self.send_delete(id).await,
             stays => {
-                self.notices.settled(id);
+                self.notices.not_deleting(id);
                 stays.map(drop)
             }
         }

@@ -127,6 +127,11 @@ pub trait Notices: Send + Sync {
         let _ = image_id;
     }
 
+    /// The deletion that was written down was not asked for.
+    fn not_deleting(&self, image_id: &str) {
+        let _ = image_id;
+    }
+
     /// An image that is of no use could not be deleted: whoever keeps a record of runs has it deleted later.
     fn left(&self, image_id: &str) {
         let _ = image_id;
