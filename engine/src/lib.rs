@@ -56,8 +56,9 @@
 //!   matter: `benches/port.rs` measures it.
 //! - 2026-11-24 The ring's executor is injected ([`LocalExecutor`]) rather than built in: this crate names no
 //!   io_uring runtime, and the same stage runs where io_uring is denied.
-//! - 2026-11-24 A pool is itself a bounded channel of buffers, made when first asked for: waiting for a lease is
-//!   receiving, returning one is sending, and neither needs a lock of ours.
+//! - 2026-11-24 A pool is a bounded channel of places: waiting for a lease is receiving, returning one is sending.
+//! - 2026-11-28 Its buffers lie on a stack beside it, made when none is left: the one that was used last is used first. In the channel itself, first in,
+//!   first out, a run that needs three of sixteen touches all sixteen, and a page that is touched for the first time costs more than what is copied into it.
 
 mod cancel;
 mod cpu;

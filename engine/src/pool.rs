@@ -6,14 +6,14 @@ use std::{
     fmt,
     ops::{Deref, DerefMut, Range},
     ptr::NonNull,
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::Instant,
 };
 
 use crate::{
     cancel::{CancelToken, Cancelled},
     metrics::StageMetrics,
-    sync::{AtomicUsize, Ordering, channel},
+    sync::{AtomicUsize, Mutex, Ordering, channel},
 };
 
 /// An aligned block of initialised bytes on the heap.
@@ -54,8 +54,10 @@ impl Drop for Buffer {
 }
 
 struct Shared {
-    /// Free places: a buffer that was used before, or `None` for one that is still to be made.
-    free: (channel::Sender<Option<Buffer>>, channel::Receiver<Option<Buffer>>),
+    /// One for each place that is free.
+    places: (channel::Sender<()>, channel::Receiver<()>),
+    /// Buffers that were used before, the last one on top: it is still in a cache, and what is never reached is never made. `None` after cancellation.
+    used: Mutex<Option<Vec<Buffer>>>,
     layout: Layout,
     count: usize,
     leased: AtomicUsize,
@@ -63,10 +65,16 @@ struct Shared {
     cancel: CancelToken,
 }
 
+impl Shared {
+    fn change_used<T>(&self, change: impl FnOnce(&mut Option<Vec<Buffer>>) -> T) -> T {
+        change(&mut self.used.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// `count` buffers of equal size and alignment. Clones are the same pool.
 ///
-/// Buffers are made when they are first asked for and then used again; the pool never holds more than
-/// `count x buffer_bytes`.
+/// Buffers are made when they are first asked for and then used again, the last one first; the pool never holds more than
+/// `count x buffer_bytes`, nor more than were leased at once.
 #[derive(Clone)]
 pub struct BufferPool(Arc<Shared>);
 
@@ -79,15 +87,17 @@ impl BufferPool {
     pub fn new(count: usize, buffer_bytes: usize, align: usize, cancel: &CancelToken) -> Self {
         assert!(count > 0 && buffer_bytes > 0, "a pool of nothing");
         let layout = Layout::from_size_align(buffer_bytes, align).expect("alignment is a power of two");
-        let free = channel::bounded(count);
+        let places = channel::bounded(count);
         for _ in 0..count {
-            assert!(free.0.try_send(None).is_ok(), "the channel has room for all places");
+            assert!(places.0.try_send(()).is_ok(), "the channel has room for all places");
         }
         let (leased, leased_peak) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let shared = Arc::new(Shared { free, layout, count, leased, leased_peak, cancel: cancel.clone() });
+        let used = Mutex::new(Some(Vec::new()));
+        let shared = Arc::new(Shared { places, used, layout, count, leased, leased_peak, cancel: cancel.clone() });
         cancel.on_cancel(&shared, |shared| {
-            shared.free.0.close();
-            while shared.free.1.try_recv().is_ok() {}
+            shared.places.0.close();
+            while shared.places.1.try_recv().is_ok() {}
+            drop(shared.change_used(Option::take));
         });
         Self(shared)
     }
@@ -125,8 +135,8 @@ impl BufferPool {
     /// Safe: a buffer is either returned or still in the pool.
     pub async fn acquire(&self) -> Result<Lease, Cancelled> {
         self.0.cancel.check()?;
-        let place = self.0.free.1.recv().await.map_err(|_| Cancelled)?;
-        Ok(self.lease(place))
+        self.0.places.1.recv().await.map_err(|_| Cancelled)?;
+        Ok(self.lease())
     }
 
     /// [`BufferPool::acquire`] that counts the wait as the stage's wait for output: whoever holds the leases is
@@ -147,12 +157,14 @@ impl BufferPool {
     /// [`Cancelled`].
     pub fn acquire_blocking(&self) -> Result<Lease, Cancelled> {
         self.0.cancel.check()?;
-        let place = self.0.free.1.recv_blocking().map_err(|_| Cancelled)?;
-        Ok(self.lease(place))
+        self.0.places.1.recv_blocking().map_err(|_| Cancelled)?;
+        Ok(self.lease())
     }
 
-    fn lease(&self, place: Option<Buffer>) -> Lease {
-        let buffer = place.unwrap_or_else(|| Buffer::new(self.0.layout));
+    /// The caller took a place.
+    fn lease(&self) -> Lease {
+        let used = self.0.change_used(|used| used.as_mut().and_then(Vec::pop));
+        let buffer = used.unwrap_or_else(|| Buffer::new(self.0.layout));
         let leased = self.0.leased.fetch_add(1, Ordering::SeqCst) + 1;
         self.0.leased_peak.fetch_max(leased, Ordering::SeqCst);
         Lease { buffer: Some(buffer), pool: self.clone() }
@@ -194,9 +206,19 @@ impl DerefMut for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.pool.0.leased.fetch_sub(1, Ordering::SeqCst);
-        // Fails only when the run is cancelled and the channel closed; then the buffer is freed here.
-        let _ = self.pool.0.free.0.try_send(self.buffer.take());
+        let pool = &self.pool.0;
+        // The buffer goes back before its place does: who takes a place makes a new one only if none is left. A cancelled run keeps none.
+        let unwanted = pool.change_used(|used| match used {
+            Some(used) => {
+                used.extend(self.buffer.take());
+                None
+            }
+            None => self.buffer.take(),
+        });
+        drop(unwanted);
+        pool.leased.fetch_sub(1, Ordering::SeqCst);
+        // fails only when the run is cancelled and the channel closed
+        let _ = pool.places.0.try_send(());
     }
 }
 

@@ -71,6 +71,38 @@ async fn without_leases_it_emits_exactly_what_ports_and_workers_hold() {
     assert_eq!(stalled_run(None, 1, 1).await, 1 + 1 + 1);
 }
 
+#[test]
+fn what_was_used_last_is_used_first() {
+    let pool = BufferPool::new(8, 4096, 4096, &CancelToken::new());
+    let write = |mark: u8| {
+        let mut lease = pool.acquire_blocking().unwrap();
+        let before = lease[0];
+        lease[0] = mark;
+        (before, lease)
+    };
+    let (first, second) = (write(1), write(2));
+    assert_eq!((first.0, second.0), (0, 0), "both are new");
+    drop(first);
+    drop(second);
+    assert_eq!(write(3).0, 2, "and returns with the 3");
+    let (third, fourth, fifth) = (write(4), write(5), write(6));
+    assert_eq!((third.0, fourth.0, fifth.0), (3, 1, 0), "a third one at once is made anew");
+    drop((third.1, fourth.1, fifth.1));
+    assert_conserves(&pool);
+}
+
+#[test]
+fn a_cancelled_pool_takes_nothing_back() {
+    let cancel = CancelToken::new();
+    let pool = BufferPool::new(2, 4096, 4096, &cancel);
+    let (one, other) = (pool.acquire_blocking().unwrap(), pool.acquire_blocking().unwrap());
+    drop(one);
+    cancel.cancel(Cause::Requested("interrupted".to_owned()));
+    drop(other);
+    assert_conserves(&pool);
+    assert!(pool.acquire_blocking().is_err());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stalled_run_can_be_cancelled_and_loses_no_lease() {
     let cancel = CancelToken::new();
