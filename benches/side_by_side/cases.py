@@ -298,29 +298,34 @@ def many(cloud, inputs, virta, work):
         measure.run(f"{virta} convert {inputs.get(name)} {path} --force --no-sync --progress none", work / "log")
         return path
 
-    def transfers(parallel):
+    def transfers(parallel, hashed=False):
         lines = work / "transfers"
 
         def one(source, name):
             # a PUT that a test cloud's SQLite refuses is sent again, to another image
             puts = [cloud.put(cloud.new(fresh.made, "qcow2"), packed(name)) for _ in range(3)]
-            return f"{cloud.get(source, '/dev/null')}; {' || '.join(puts)}\0"
+            # what Glance says that it got has to be compared with something
+            beside = f"openssl dgst -sha512 {packed(name)} > /dev/null & " if hashed else ""
+            return f"{cloud.get(source, '/dev/null')}; {beside}{' || '.join(puts)}{'; wait' if hashed else ''}\0"
 
         def command():
             lines.write_text("".join(map(one, fresh.ids, names)))
             return f"xargs -0 -n 1 -P {parallel} sh -ec < {lines}"
 
         return Contestant(
-            f"curl GET, curl PUT, {parallel} at once", command, ("curl", "xargs"), makes_image=False,
+            f"curl GET, curl PUT{' beside openssl sha512' if hashed else ''}, {parallel} at once",
+            command, ("curl", "xargs", *(("openssl",) if hashed else ())), makes_image=False,
             before=fresh.ready, after=lambda: cloud.delete(fresh.made),
         )  # fmt: skip
 
     batches = [fresh.batch(f"virta batch --verify none --jobs {jobs}", jobs) for jobs in (1, 4)]
     curls = [transfers(parallel) for parallel in (2, 4, 8)]
+    hashed = transfers(4, hashed=True)
     return Case(
-        "glance-batch", "real Glance, 12 raw images of 160 to 600 MiB, a quarter of them data", names[0], [*batches, *curls],
+        "glance-batch", "real Glance, 12 raw images of 160 to 600 MiB, a quarter of them data", names[0], [*batches, *curls, hashed],
         [
             Ratio("virta batch --jobs 4 / the best number of curls", [batches[1].name], [tuple(curl.name for curl in curls)], at_most=1.25),
+            Ratio("virta batch --jobs 4 / the curls that hash what they send, as it does", [batches[1].name], [hashed.name]),
             Ratio("virta batch --jobs 4 / --jobs 1", [batches[1].name], [batches[0].name]),
         ],
         after=fresh.finish,
