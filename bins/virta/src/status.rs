@@ -315,7 +315,7 @@ async fn is_of_no_use(session: &Session, image: &Image, finished: bool) -> Resul
 async fn remove_one(session: &Session, found: &Found, id: &str, finished: bool) -> Result<bool, JobError> {
     let refused = |error| JobError::Refused(format!("the record of run {} cannot be written: {error}", short(&found.record.run)));
     found.deleting(id).map_err(refused)?;
-    let looking = session.image_if_there(id).await;
+    let looking = session.image_now(id).await;
     let goes = matches!(&looking, Ok(Some(image)) if image.property(RUN) == Some(found.record.run.as_str())
         && (is_half_made(image) || (finished && image.property(VERIFIED).is_none())));
     if !goes {

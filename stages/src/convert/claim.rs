@@ -26,21 +26,23 @@
 //!
 //! - *A late hand*: whoever cleans up looks first, and removes only an image that still carries its own run's name, is not proven, and
 //!   whose source is there; a DELETE is sent once, and repeated only after another look. Who continues another run's image, claimed or not, puts its own name into
-//!   it before, claims it for as long as the proof may take, and protects it where the source goes; both come off again whatever came of that, a
-//!   minute later where the other run's DELETE may still be on its way. Whoever was overtaken so writes no mark, deletes no source, and takes nothing
+//!   it before, claims it for as long as the proof may take, and protects it where the source goes; both come off again whatever came of that,
+//!   90 s later where the other run's DELETE may still be on its way: for a minute its answer is waited for, and what a look took more than 30 s for is looked
+//!   at again before it. Whoever was overtaken so writes no mark, deletes no source, and takes nothing
 //!   off.
 //!
-//! The same minute is kept by the run that made an image if its claim was ever over (a suspended machine, an upload that took longer than
+//! The same time is kept by the run that made an image if its claim was ever over (a suspended machine, an upload that took longer than
 //! reckoned with): whoever saw that may be about to delete the image, and its DELETE may land when all is done. Where the source stays, and so the image
-//! has no protection, it is looked at again after that minute.
+//! has no protection, it is looked at again after that time.
 //!
-//! What is left: a run that is stopped (a suspended machine) between its last look and its DELETE, for longer than that minute; and a minute
+//! What is left: a run that is stopped (a suspended machine) between its last look and its DELETE, for longer than that; and the 90 s
 //! that somebody interrupts and takes the protection off.
 //!
 //! Claims are in the time of the cloud, which Keystone tells with each token ([`Session::now`]): a machine's own clock may be wrong. What machines
 //! may still differ by, the time that signing in takes, is far less than [`GRACE_S`]. From a token on, a clock counts that goes on while a machine sleeps and
-//! that nobody sets. What it does not show is that a hypervisor paused its guest: such a machine takes it to be so much earlier until its next token, its
-//! claims are over for others before it knows, and it may lose work.
+//! that nobody sets. What it does not show is that a hypervisor paused its guest: such a machine takes it to be so much earlier until its next token, and its
+//! claims are over for others before it knows: it may lose work. An image that Glance changed in this machine's future tells it; a pause behind that change
+//! stays unseen.
 
 use std::{
     sync::{
@@ -226,6 +228,12 @@ fn refuse_other(image: &Image, run: &str) -> Result<(), JobError> {
     }
 }
 
+/// Was the image changed when, by this machine's reckoning, it is not yet? Then its clock stood still, and its claims may have been over.
+fn was_changed_behind(image: &Image, now: Timestamp) -> bool {
+    let changed: Option<Timestamp> = image.property("updated_at").and_then(|at| at.parse().ok());
+    changed.is_some_and(|changed| changed > now + SignedDuration::from_secs(GRACE_S))
+}
+
 impl Claim {
     /// On a source of `bytes`; `life`: how long it is good each time.
     pub(super) fn new(source: &str, project: &str, bytes: u64, rate_limit: Option<u64>, life: Duration) -> Self {
@@ -332,7 +340,7 @@ impl Claim {
         refuse_other(image, run)?;
         let seen = Moment::now();
         // before it is renewed: then nobody sees that it was over
-        if !lasts(image, session.now(), Duration::ZERO) {
+        if !lasts(image, session.now(), Duration::ZERO) || was_changed_behind(image, session.now()) {
             self.standing.doubted.store(true, SeqCst);
             self.write_doubts_down(notices, &image.id);
         }
@@ -341,11 +349,15 @@ impl Claim {
             let found = session.image_if_there(&image.id).await?;
             refuse_other(&found.ok_or_else(|| JobError::Lost { image: image.id.clone() })?, run)?;
             let renewal = Change::Set(CLAIM_UNTIL.to_owned(), json!(ahead(session.now(), self.life)));
-            match session.change_image(&image.id, &[renewal]).await {
+            let renewed = match session.change_image(&image.id, &[renewal]).await {
                 Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => {
                     return Err(JobError::Lost { image: image.id.clone() });
                 }
-                other => refuse_other(&other?, run)?,
+                other => other?,
+            };
+            refuse_other(&renewed, run)?;
+            if was_changed_behind(&renewed, session.now()) {
+                self.standing.doubted.store(true, SeqCst);
             }
         }
         // the renewal may have taken until after its end
@@ -463,6 +475,19 @@ mod tests {
         assert!(!lasts(&image("soon"), now, life));
         assert!(refuse_other(&image("soon"), "r").is_ok());
         assert!(matches!(refuse_other(&image("soon"), "s"), Err(JobError::GoneOnWith { .. })));
+    }
+
+    #[test]
+    fn an_image_that_was_changed_in_the_future_tells_of_a_clock_that_stood_still() {
+        let now = Timestamp::now();
+        let changed = |seconds: i64| {
+            let at = (now + SignedDuration::from_secs(seconds)).strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+            serde_json::from_value(json!({ "id": "i", "status": "active", "updated_at": at })).unwrap()
+        };
+        assert!(!was_changed_behind(&changed(0), now));
+        assert!(!was_changed_behind(&changed(GRACE_S - 1), now), "clocks differ");
+        assert!(was_changed_behind(&changed(GRACE_S + 2), now));
+        assert!(!was_changed_behind(&image("soon"), now), "nothing is said");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //!
 //! # What is taken off, and when
 //! A new image is protected and claimed while its source goes ([`super::retire`]). Both come off when that is over, whatever came of it, unless somebody's
-//! DELETE of the image may be on its way: then a minute passes first (`outlast_deletions`). A run that dies in between leaves them; the next one that finds
+//! DELETE of the image may be on its way: then 90 s pass first (`outlast_deletions`). A run that dies in between leaves them; the next one that finds
 //! the image takes them off (`finish_marks`), as soon as nothing speaks against it (`claim::protects`).
 
 use reqwest::StatusCode;
@@ -48,18 +48,42 @@ pub(super) async fn release_or_warn(job: &Job, session: &Session, image_id: &str
     }
 }
 
-/// Before [`release`], where somebody's DELETE of the image may be on its way: lets a minute pass, if the source is gone, or `going`, by a DELETE that
+/// Before [`release`], where somebody's DELETE of the image may be on its way: lets 90 s pass, if the source is gone, or `going`, by a DELETE that
 /// may be heard yet. `false`: that was interrupted, and the image stays protected.
 pub(super) async fn outlast_deletions(job: &Job, image_id: &str, going: bool) -> bool {
     if !going && !is_source_gone(job).await {
         return true;
     }
-    job.notices.warn(&format!("image {} stays protected for a minute: a run elsewhere may still delete it", printable(image_id)));
-    let passed = job.cancel.guard(tokio::time::sleep(job.options.patience.silence)).await.is_ok();
+    let lasts = job.options.patience.deletion_lasts();
+    job.notices.warn(&format!(
+        "image {} stays protected for {} s: a run elsewhere may still delete it",
+        printable(image_id),
+        lasts.as_secs()
+    ));
+    let passed = job.cancel.guard(tokio::time::sleep(lasts)).await.is_ok();
     if !passed {
         job.notices.warn(&stays_protected(image_id, "interrupted while a run elsewhere might still delete it"));
     }
     passed
+}
+
+/// Where somebody's DELETE of an image that is not protected may be on its way: it is told as made only when it is still there after that.
+///
+/// # Errors
+/// [`JobError::Lost`]; an interrupt; [`JobError::Api`].
+pub(super) async fn look_again_later(job: &Job, session: &Session, image_id: &str) -> Result<(), JobError> {
+    let lasts = job.options.patience.deletion_lasts();
+    job.notices.warn(&format!(
+        "image {} is looked at again in {} s: a run elsewhere may still delete it",
+        printable(image_id),
+        lasts.as_secs()
+    ));
+    let later = async || {
+        tokio::time::sleep(lasts).await;
+        session.image_if_there(image_id).await
+    };
+    let found = job.cancel.guard(later()).await.map_err(|_| JobError::interrupted())??;
+    found.map(drop).ok_or_else(|| JobError::Lost { image: image_id.to_owned() })
 }
 
 /// What becomes of an image whose protection could not be taken off, and how it is.

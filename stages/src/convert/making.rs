@@ -142,7 +142,7 @@ impl<'a> Maker<'a> {
         }
         // written down, and looked at once more: whoever goes on with it meanwhile has either seen that, or changed it
         self.notices.deleting(&image.id);
-        let again = self.session.image_if_there(&image.id).await;
+        let again = self.session.image_now(&image.id).await;
         let half_made_now = |now: &Image| {
             let unfinished = matches!(now.status.as_str(), "queued" | "saving" | "killed");
             let unchanged = own && now.status == image.status && !carries_its_own_proof(now);
@@ -337,7 +337,7 @@ impl<'a> Maker<'a> {
 
     /// The image, if it is there, still this run's, and nobody's finished conversion.
     async fn own(&self, id: &str) -> Result<Option<Image>, ApiError> {
-        let found = self.session.image_if_there(id).await?;
+        let found = self.session.image_now(id).await?;
         Ok(found.filter(|image| image.property(RUN) == Some(self.run()) && !carries_its_own_proof(image)))
     }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{
     After, Job, JobError, Source, Verify,
     claim::{self, claimed_id, held},
-    finishing::{outlast_deletions, release, release_or_warn, stays_protected},
+    finishing::{look_again_later, outlast_deletions, release, release_or_warn, stays_protected},
     readback::prove,
     retire::after_conversion,
 };
@@ -282,7 +282,10 @@ async fn adopted(
         doubted = true;
         job.notices.doubted(&image.id);
     }
-    let done = work().await;
+    let done = match work().await {
+        Ok(()) if was_over && !goes => look_again_later(job, session, &image.id).await,
+        done => done,
+    };
     if !ours {
         return done;
     }

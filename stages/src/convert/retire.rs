@@ -12,9 +12,9 @@
 //!
 //! At no point is neither there.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use reqwest::{Method, StatusCode};
+use reqwest::StatusCode;
 use serde_json::json;
 
 use super::{
@@ -24,7 +24,7 @@ use super::{
     readback::{Target, against_survey, prove},
 };
 use crate::{
-    clock::Moment,
+    clock::seen_in_time,
     glance::Remote,
     openstack::{
         ApiError, Change, Image, Session,
@@ -112,10 +112,6 @@ async fn members(session: &Session, image: &Image) -> Result<Vec<String>, JobErr
     Ok(session.members(&image.id).await?)
 }
 
-/// How long what the last look has seen is believed.
-const LOOK_LASTS: Duration = Duration::from_secs(30);
-/// Looks for one that is so quick.
-const LOOKS: u32 = 4;
 /// DELETEs, each after a look.
 const DELETE_TRIES: u32 = 4;
 
@@ -276,16 +272,9 @@ impl Retirement<'_> {
 
     /// [`Self::last_look`], over and over until one is quick enough: what a slow one, or one that the machine slept through, has seen may be over.
     async fn look_in_time(&self) -> Result<(), JobError> {
-        for _ in 0..LOOKS {
-            let begun = Moment::now();
-            self.last_look().await?;
-            if begun.elapsed() < LOOK_LASTS {
-                return Ok(());
-            }
-        }
-        let path = self.source_session.image_url(&["images", &self.source.id]).path().to_owned();
-        let what = format!("each of {LOOKS} looks took more than {} s", LOOK_LASTS.as_secs());
-        Err(self.failed("Glance is too slow to be sure of both images", ApiError::Answer { method: Method::GET, path, what }))
+        let too_slow =
+            || self.failed("Glance is too slow to be sure of both images", self.source_session.too_slow(&self.source.id));
+        seen_in_time(|| self.last_look()).await?.ok_or_else(too_slow)
     }
 
     /// Deletes the source. Each request follows upon a look of its own, and is not repeated by itself: while it was not answered, or this machine slept,

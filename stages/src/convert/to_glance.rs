@@ -256,7 +256,7 @@ impl Emission<'_> {
         };
         self.mark(&image.id, &verified).await?;
         if !goes && self.maker.claim.as_ref().is_some_and(Claim::is_doubted) {
-            self.outlast(&image.id).await?;
+            finishing::look_again_later(self.job, self.maker.session, &image.id).await?;
         }
         if let Source::Glance { image: source, .. } = &self.job.source
             && source.protected == Some(true)
@@ -345,14 +345,6 @@ impl Emission<'_> {
             Some(other) if other != self.maker.run() => Ok(true),
             _ => Ok(image.property(VERIFIED) == Some(verified) && image.property(CLAIM_UNTIL).is_none()),
         }
-    }
-
-    /// The claim was over for a while: an image that is not protected is told as made only when nobody's DELETE can be on its way any more.
-    async fn outlast(&self, image_id: &str) -> Result<(), JobError> {
-        self.job.notices.warn(&format!("image {image_id} is looked at again in a minute: a run elsewhere may still delete it"));
-        self.guard(tokio::time::sleep(self.job.options.patience.silence)).await?;
-        let found = self.guard(self.maker.session.image_if_there(image_id)).await??;
-        found.map(drop).ok_or_else(|| JobError::Lost { image: image_id.to_owned() })
     }
 
     /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.

@@ -66,6 +66,13 @@ impl Default for Patience {
 pub const PROGRESS_BYTES: u64 = 1 << 20;
 
 impl Patience {
+    /// How long somebody's DELETE may be on its way after what it rests on has changed: its answer is waited for as long as a peer may be silent, and
+    /// the look before it may have taken half as long (`clock::LOOK_LASTS`).
+    #[must_use]
+    pub fn deletion_lasts(&self) -> Duration {
+        self.silence + self.silence / 2
+    }
+
     /// A request that is not broken off; after an interrupt it has [`Self::clean_up`] left. `None`: that is over.
     ///
     /// # Cancel safety

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::{Session, error::ApiError};
 use crate::{
+    clock::{LOOK_LASTS, LOOKS, seen_in_time},
     hash::ExpectedHash,
     text::{printable, size},
 };
@@ -249,6 +250,24 @@ impl Session {
             Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// [`Self::image_if_there`] right before a DELETE: looked at again where a look was so slow that what it has seen may be over.
+    ///
+    /// # Errors
+    /// [`ApiError`], but for a 404; also when Glance is too slow each time.
+    pub async fn image_now(&self, id: &str) -> Result<Option<Image>, ApiError> {
+        match seen_in_time(|| self.image_if_there(id)).await? {
+            Some(seen) => Ok(seen),
+            None => Err(self.too_slow(id)),
+        }
+    }
+
+    /// Each look at this image, and what goes with it, was slower than [`LOOK_LASTS`].
+    pub(crate) fn too_slow(&self, id: &str) -> ApiError {
+        let path = self.image_url(&["images", id]).path().to_owned();
+        let what = format!("each of {LOOKS} looks took more than {} s", LOOK_LASTS.as_secs());
+        ApiError::Answer { method: Method::GET, path, what }
     }
 
     /// Does the image belong to the project that one is signed in for? Without a project, as far as anybody can tell.
