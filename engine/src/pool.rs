@@ -74,7 +74,7 @@ impl Shared {
 /// `count` buffers of equal size and alignment. Clones are the same pool.
 ///
 /// Buffers are made when they are first asked for and then used again, the last one first; the pool never holds more than
-/// `count x buffer_bytes`, nor more than were leased at once.
+/// `count x buffer_bytes`.
 #[derive(Clone)]
 pub struct BufferPool(Arc<Shared>);
 
@@ -97,7 +97,8 @@ impl BufferPool {
         cancel.on_cancel(&shared, |shared| {
             shared.places.0.close();
             while shared.places.1.try_recv().is_ok() {}
-            drop(shared.change_used(Option::take));
+            // freed under the lock: nobody makes one anew while they are still there
+            shared.change_used(|used| *used = None);
         });
         Self(shared)
     }
