@@ -35,14 +35,15 @@
 //! reckoned with): whoever saw that may be about to delete the image, and its DELETE may land when all is done. Where the source stays, and so the image
 //! has no protection, it is looked at again after that time.
 //!
-//! What is left: a run that is stopped (a suspended machine) between its last look and its DELETE, for longer than that; and the 90 s
+//! What is left: a run that is stopped (a suspended machine) between its last look and its DELETE, for longer than that; a DELETE that lies somewhere on its
+//! way when its client has given it up; and the 90 s
 //! that somebody interrupts and takes the protection off.
 //!
 //! Claims are in the time of the cloud, which Keystone tells with each token ([`Session::now`]): a machine's own clock may be wrong. What machines
 //! may still differ by, the time that signing in takes, is far less than [`GRACE_S`]. From a token on, a clock counts that goes on while a machine sleeps and
 //! that nobody sets. What it does not show is that a hypervisor paused its guest: such a machine takes it to be so much earlier until its next token, and its
-//! claims are over for others before it knows: it may lose work. An image that Glance changed in this machine's future tells it; a pause behind that change
-//! stays unseen.
+//! claims are over for others before it knows: it may lose work. That Glance has seen more time pass between the image's making and its last change than this
+//! machine has tells it; a pause behind that change stays unseen.
 
 use std::{
     sync::{
@@ -94,6 +95,8 @@ pub(super) struct Claim {
     renewing: Mutex<Option<Renewing>>,
     /// When the image was last seen to be this run's.
     seen: Mutex<Option<Moment>>,
+    /// Before the request that made it last.
+    made: Mutex<Moment>,
 }
 
 /// How a claim stands, for whoever renews it.
@@ -228,10 +231,11 @@ fn refuse_other(image: &Image, run: &str) -> Result<(), JobError> {
     }
 }
 
-/// Was the image changed when, by this machine's reckoning, it is not yet? Then its clock stood still, and its claims may have been over.
-fn was_changed_behind(image: &Image, now: Timestamp) -> bool {
-    let changed: Option<Timestamp> = image.property("updated_at").and_then(|at| at.parse().ok());
-    changed.is_some_and(|changed| changed > now + SignedDuration::from_secs(GRACE_S))
+/// How old the image was, by Glance's clock, when it was last changed.
+fn lived(image: &Image) -> Option<Duration> {
+    let made: Timestamp = image.created_at.as_deref()?.parse().ok()?;
+    let changed: Timestamp = image.property("updated_at")?.parse().ok()?;
+    changed.duration_since(made).try_into().ok()
 }
 
 impl Claim {
@@ -245,7 +249,14 @@ impl Claim {
             standing: Arc::default(),
             renewing: Mutex::default(),
             seen: Mutex::default(),
+            made: Mutex::default(),
         }
+    }
+
+    /// Since the image was made, has Glance seen more time pass than this machine? Then its clock stood still, and the claim may have been over.
+    fn stood_still(&self, image: &Image) -> bool {
+        let made = *self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        lived(image).is_some_and(|lived| lived > made.elapsed() + Duration::from_secs(GRACE_S.unsigned_abs()))
     }
 
     /// May somebody's DELETE of the image be on its way?
@@ -266,7 +277,9 @@ impl Claim {
 
     /// The end of a claim that is made now.
     pub(super) fn first_end(&self, now: Timestamp) -> String {
-        self.standing.set(Moment::now().after(self.queued_life));
+        let now_here = Moment::now();
+        *self.made.lock().unwrap_or_else(PoisonError::into_inner) = now_here;
+        self.standing.set(now_here.after(self.queued_life));
         ahead(now, self.queued_life)
     }
 
@@ -340,7 +353,7 @@ impl Claim {
         refuse_other(image, run)?;
         let seen = Moment::now();
         // before it is renewed: then nobody sees that it was over
-        if !lasts(image, session.now(), Duration::ZERO) || was_changed_behind(image, session.now()) {
+        if !lasts(image, session.now(), Duration::ZERO) || self.stood_still(image) {
             self.standing.doubted.store(true, SeqCst);
             self.write_doubts_down(notices, &image.id);
         }
@@ -356,7 +369,7 @@ impl Claim {
                 other => other?,
             };
             refuse_other(&renewed, run)?;
-            if was_changed_behind(&renewed, session.now()) {
+            if self.stood_still(&renewed) {
                 self.standing.doubted.store(true, SeqCst);
             }
         }
@@ -478,16 +491,18 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_was_changed_in_the_future_tells_of_a_clock_that_stood_still() {
-        let now = Timestamp::now();
-        let changed = |seconds: i64| {
-            let at = (now + SignedDuration::from_secs(seconds)).strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-            serde_json::from_value(json!({ "id": "i", "status": "active", "updated_at": at })).unwrap()
+    fn an_image_that_has_lived_longer_than_this_machine_knows_tells_of_a_pause() {
+        let claim = Claim::new("s", "p", 1, None, Duration::from_secs(600));
+        claim.first_end(Timestamp::now());
+        let changed = |at: &str| {
+            let image = json!({ "id": "i", "status": "active", "created_at": "2026-01-01T00:00:00Z", "updated_at": at });
+            claim.stood_still(&serde_json::from_value(image).unwrap())
         };
-        assert!(!was_changed_behind(&changed(0), now));
-        assert!(!was_changed_behind(&changed(GRACE_S - 1), now), "clocks differ");
-        assert!(was_changed_behind(&changed(GRACE_S + 2), now));
-        assert!(!was_changed_behind(&image("soon"), now), "nothing is said");
+        assert!(!changed("2026-01-01T00:00:00Z"), "whatever the clocks say: this machine has seen as much pass");
+        assert!(!changed("2026-01-01T00:00:59Z"), "within what machines may differ by");
+        assert!(changed("2026-01-01T00:10:00Z"));
+        assert!(!changed("2025-12-31T00:00:00Z") && !changed("soon"));
+        assert!(!claim.stood_still(&image("soon")), "nothing is said");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::{
     names::carries_its_own_proof,
 };
 use crate::{
+    clock::seen_in_time,
     glance::{Patience, Retries},
     openstack::{
         ApiError, Image, Session,
@@ -54,6 +55,13 @@ enum Posted {
     Made,
     /// The id is taken, or was.
     Taken,
+}
+
+/// What the look before a DELETE has seen.
+struct Last {
+    image: Option<Image>,
+    /// It is whole, and its source is gone: what is the only copy is never half made, whatever its marks say.
+    alone: bool,
 }
 
 impl<'a> Maker<'a> {
@@ -107,13 +115,13 @@ impl<'a> Maker<'a> {
             self.not_ours(&id);
             // one that is not there was made once, and deleted: its id is spent
             if let Some(image) = self.session.image_if_there(&id).await? {
-                self.take_over(claim, &image).await?;
+                self.take_over(&image).await?;
             }
         }
     }
 
     /// An image has the claimed id already. Returns if it was removed because nobody needs it; the next generation is free then.
-    async fn take_over(&self, claim: &Claim, image: &Image) -> Result<(), JobError> {
+    async fn take_over(&self, image: &Image) -> Result<(), JobError> {
         // an earlier try of this very run left it, and this run works on a source once at a time
         let own = image.property(RUN) == Some(self.run());
         if !own && let Some(held) = claim::held(image, self.session.now(), &**self.notices) {
@@ -127,12 +135,8 @@ impl<'a> Maker<'a> {
         }
         // an own one that an earlier try could not remove goes; a finished one never, nor one that this run took on from another
         let going = || self.notices.was_deleting(self.run(), &image.id) || image.property(VERIFIED).is_none();
-        let mut half_made =
+        let half_made =
             matches!(image.status.as_str(), "queued" | "saving" | "killed") || (own && !carries_its_own_proof(image) && going());
-        // what is the only copy is never half made
-        if half_made && image.status == "active" {
-            half_made = self.session.image_if_there(claim.source()).await?.is_some();
-        }
         if !half_made {
             // another run has just come to its end: the next look finds out what it came to
             return Err(JobError::JustEnded {
@@ -142,7 +146,7 @@ impl<'a> Maker<'a> {
         }
         // written down, and looked at once more: whoever goes on with it meanwhile has either seen that, or changed it
         self.notices.deleting(&image.id);
-        let again = self.session.image_now(&image.id).await;
+        let again = self.last_look(&image.id).await;
         let half_made_now = |now: &Image| {
             let unfinished = matches!(now.status.as_str(), "queued" | "saving" | "killed");
             let unchanged = own && now.status == image.status && !carries_its_own_proof(now);
@@ -151,10 +155,10 @@ impl<'a> Maker<'a> {
         // a run that woke up may have renewed its claim
         let held_now = |now: &Image| if own { None } else { claim::held(now, self.session.now(), &**self.notices) };
         match again {
-            Ok(Some(now)) if half_made_now(&now) && held_now(&now).is_none() => {}
+            Ok(Last { image: Some(now), alone: false }) if half_made_now(&now) && held_now(&now).is_none() => {}
             other => {
                 self.notices.not_deleting(&image.id);
-                let Some(now) = other? else { return Ok(()) };
+                let Some(now) = other?.image else { return Ok(()) };
                 if let Some(held) = held_now(&now) {
                     return Err(held);
                 }
@@ -312,18 +316,21 @@ impl<'a> Maker<'a> {
     }
 
     async fn may_go(&self, id: &str) -> Result<bool, ApiError> {
-        let Some(image) = self.own(id).await? else { return Ok(false) };
-        if image.status != "active" {
-            return Ok(true);
-        }
-        // what is the only copy is never half made, whatever its marks say
-        if let Some(claim) = &self.claim
-            && self.session.image_if_there(claim.source()).await?.is_none()
-        {
-            return Ok(false);
-        }
-        // looked at once more, and last
-        Ok(self.own(id).await?.is_some())
+        let last = self.last_look(id).await?;
+        Ok(!last.alone && last.image.is_some_and(|image| self.is_own(&image)))
+    }
+
+    /// Right before a DELETE. Of an image that is whole, the source is looked at, too, and then the image again, last: all that within the time that
+    /// a look is believed.
+    async fn last_look(&self, id: &str) -> Result<Last, ApiError> {
+        let look = || async {
+            let image = self.session.image_if_there(id).await?;
+            let whole = image.as_ref().is_some_and(|image| image.status == "active");
+            let Some(claim) = self.claim.as_ref().filter(|_| whole) else { return Ok(Last { image, alone: false }) };
+            let alone = self.session.image_if_there(claim.source()).await?.is_none();
+            Ok(Last { image: self.session.image_if_there(id).await?, alone })
+        };
+        seen_in_time(look).await?.ok_or_else(|| self.session.too_slow(id))
     }
 
     /// Deletes what others may come to depend on, and what was written down: asked for once, since a repetition might land after that.
@@ -337,8 +344,12 @@ impl<'a> Maker<'a> {
 
     /// The image, if it is there, still this run's, and nobody's finished conversion.
     async fn own(&self, id: &str) -> Result<Option<Image>, ApiError> {
-        let found = self.session.image_now(id).await?;
-        Ok(found.filter(|image| image.property(RUN) == Some(self.run()) && !carries_its_own_proof(image)))
+        let found = self.session.image_if_there(id).await?;
+        Ok(found.filter(|image| self.is_own(image)))
+    }
+
+    fn is_own(&self, image: &Image) -> bool {
+        image.property(RUN) == Some(self.run()) && !carries_its_own_proof(image)
     }
 
     /// Removes everything that was made, whatever happened, and says so if even that fails.

@@ -158,6 +158,12 @@ impl Retries {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{clock::LOOK_LASTS, openstack::http::CALL_TIMEOUT};
+
+    #[test]
+    fn a_deletion_lasts_as_long_as_its_look_and_its_request() {
+        assert_eq!(Patience::default().deletion_lasts(), LOOK_LASTS + CALL_TIMEOUT);
+    }
 
     #[test]
     fn waits_grow_are_bounded_and_a_services_wish_is_obeyed() {
