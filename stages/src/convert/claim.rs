@@ -43,7 +43,7 @@
 //! may still differ by, the time that signing in takes, is far less than [`GRACE_S`]. From a token on, a clock counts that goes on while a machine sleeps and
 //! that nobody sets. What it does not show is that a hypervisor paused its guest: such a machine takes it to be so much earlier until its next token, and its
 //! claims are over for others before it knows: it may lose work. That Glance has seen more time pass between the image's making and its last change than this
-//! machine has tells it; a pause behind that change stays unseen.
+//! machine has tells it; a pause behind that change stays unseen, and so does one between a token and the image's making.
 
 use std::{
     sync::{

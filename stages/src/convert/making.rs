@@ -325,7 +325,7 @@ impl<'a> Maker<'a> {
     async fn last_look(&self, id: &str) -> Result<Last, ApiError> {
         let look = || async {
             let image = self.session.image_if_there(id).await?;
-            let whole = image.as_ref().is_some_and(|image| image.status == "active");
+            let whole = image.as_ref().is_some_and(|image| matches!(image.status.as_str(), "active" | "deactivated"));
             let Some(claim) = self.claim.as_ref().filter(|_| whole) else { return Ok(Last { image, alone: false }) };
             let alone = self.session.image_if_there(claim.source()).await?.is_none();
             Ok(Last { image: self.session.image_if_there(id).await?, alone })

@@ -282,16 +282,16 @@ async fn adopted(
         doubted = true;
         job.notices.doubted(&image.id);
     }
-    let protected = goes || was_going;
     let done = match work().await {
-        Ok(()) if was_over && !protected => look_again_later(job, session, &image.id).await,
+        // what is protected is outlasted below
+        Ok(()) if was_over && !goes && !was_going => look_again_later(job, session, &image.id).await,
         done => done,
     };
     if !ours {
         return done;
     }
     let going = was_going || matches!(done, Err(JobError::SourceGoing { .. }));
-    if !doubted || !protected || outlast_deletions(job, &image.id, going).await {
+    if !doubted || outlast_deletions(job, &image.id, going).await {
         release_or_warn(job, session, &image.id, run).await;
     }
     done
