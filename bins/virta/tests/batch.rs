@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{MIB, Run, seen, signal};
+use common::{MIB, Run, seen, seen_behind, signal};
 use jiff::{SignedDuration, Timestamp};
 use mini_glance::{
     Config, Faults, MiniGlance,
@@ -582,16 +582,9 @@ async fn a_takeover_stops_at_a_claim_that_was_renewed_between_its_looks() {
     let run = place.command("here", &["web", "--no-wait"]).spawn().unwrap();
     // its POST is refused; the first look finds a claim that is over, and the second one is on its way
     seen(&place.service, "POST /v2/images").await;
-    let looks = || {
-        let requests = place.service.requests();
-        let posted = requests.iter().position(|request| request.starts_with("POST /v2/images")).unwrap();
-        requests[posted..].iter().filter(|request| request.starts_with(&format!("GET /v2/images/{theirs}"))).count()
-    };
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while looks() < 2 {
-        assert!(Instant::now() < deadline, "{:?}", place.service.requests());
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let posted = place.service.requests().iter().position(|request| request.starts_with("POST /v2/images")).unwrap();
+    let look = format!("GET /v2/images/{theirs}");
+    seen_behind(&place.service, posted, &look, 2, Duration::from_secs(60)).await;
     place.service.set(&theirs, "virta_claim_until", json!("2100-01-01T00:00:00Z"));
     let ended = Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO);
     ended.ends(4, &["held by", "0a0a0a0a", "2100-01-01"]);
@@ -633,13 +626,8 @@ async fn what_a_try_that_failed_took_on_from_another_run_is_not_removed_by_the_n
     place.service.faults(|faults| faults.failing_gets = 1000);
     let before = place.service.requests().len();
     let other = place.command("there", &["web", "--name-template", "{name}-small", "--tries", "2"]).spawn().unwrap();
-    let changes = || place.service.requests()[before..].iter().filter(|request| request.starts_with("PATCH")).count();
     // taken on by its first try, and by its second
-    let deadline = Instant::now() + Duration::from_secs(90);
-    while changes() < 2 {
-        assert!(Instant::now() < deadline, "{:?}", &place.service.requests()[before..]);
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    seen_behind(&place.service, before, "PATCH", 2, Duration::from_secs(90)).await;
     place.service.faults(|faults| faults.failing_gets = 0);
     let output = tokio::time::timeout(Duration::from_secs(60), other.wait_with_output()).await.unwrap().unwrap();
     Run::new(output, Duration::ZERO).ends(0, &["0 converted, 1 done before"]);

@@ -175,11 +175,14 @@ pub fn signal(child: &Child, signal: rustix::process::Signal) {
 
 /// Waits until a request of this kind has been seen.
 pub async fn seen(service: &MiniGlance, what: &str) {
-    for _ in 0..600 {
-        if service.requests().iter().any(|request| request.starts_with(what)) {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(25)).await;
+    seen_behind(service, 0, what, 1, Duration::from_secs(15)).await;
+}
+
+/// Waits until `times` requests that start with `what` have come behind the first `since`.
+pub async fn seen_behind(service: &MiniGlance, since: usize, what: &str, times: usize, within: Duration) {
+    let deadline = Instant::now() + within;
+    while service.requests()[since..].iter().filter(|request| request.starts_with(what)).count() < times {
+        assert!(Instant::now() < deadline, "not {times} of {what} within {within:?}: {:?}", &service.requests()[since..]);
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    panic!("no {what} within 15 s: {:?}", service.requests());
 }
