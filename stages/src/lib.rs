@@ -39,6 +39,7 @@ pub mod hash;
 pub mod inspect;
 pub mod magic;
 pub mod openstack;
+pub mod ownership;
 pub mod progress;
 pub mod qcow2;
 pub mod read_at;

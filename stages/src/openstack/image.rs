@@ -25,10 +25,12 @@ pub const BENCH: &str = "virta_bench";
 /// Property that is there only once the image was verified.
 pub const VERIFIED: &str = "virta_verified";
 
-/// Property that says until when (UTC) whoever makes this image has to be left alone with its source.
+/// Property of an unmarked image: for how long after its last change other runs leave it alone, seconds.
+pub const CLAIM_S: &str = "virta_claim_s";
+/// The same as a time (UTC), as releases before wrote it.
 pub const CLAIM_UNTIL: &str = "virta_claim_until";
 
-/// Property that names the image that this one takes the place of, while it does.
+/// Property that names the image that this one takes the place of.
 pub const REPLACES: &str = "virta_replaces";
 /// Property that holds that image's name, for a run that finds it gone.
 pub const REPLACES_NAME: &str = "virta_replaces_name";
