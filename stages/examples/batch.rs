@@ -16,8 +16,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let wishes: Vec<Wish> = std::env::args().skip(1).map(|name| Wish::of(&name)).collect();
     let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &Surroundings::current())?).await?;
     // all together take no more than these
-    let run = Some(uuid::Uuid::new_v4().to_string());
-    let options = Options { memory_bytes: 512 << 20, run, ..Options::default() };
+    let options = Options { memory_bytes: 512 << 20, ..Options::default() };
     let listing = Listing::of_project(&session).await?;
     let plan = Plan::make(&session, listing, wishes, &options, "{name}-qcow2", None)?;
     let names: Vec<String> = plan.entries.iter().map(stages::batch::Entry::shown).collect();

@@ -27,7 +27,6 @@
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
 pub mod batch;
-mod clock;
 pub mod compare;
 pub mod compress;
 pub mod convert;

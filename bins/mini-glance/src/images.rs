@@ -99,6 +99,10 @@ impl Record {
 
     /// Sets an attribute.
     pub fn set(&mut self, key: &str, value: Value) {
+        // each change of the record's state shows in its date
+        if key == "status" {
+            self.shown.insert("updated_at".to_owned(), now());
+        }
         self.shown.insert(key.to_owned(), value);
     }
 }
@@ -379,7 +383,7 @@ impl Images {
         let limit = find("limit").and_then(|limit| limit.parse::<usize>().ok()).unwrap_or(25).min(1000);
         let matches = |record: &&Record| {
             query.iter().all(|(key, wanted)| {
-                if matches!(key.as_str(), "limit" | "marker" | "sort" | "sort_key" | "sort_dir" | "member_status") {
+                if matches!(key.as_str(), "os_hidden" | "limit" | "marker" | "sort" | "sort_key" | "sort_dir" | "member_status") {
                     return true;
                 }
                 if key == "size_min" {
@@ -407,8 +411,13 @@ impl Images {
             record.is_owned_by(project) || record.text("visibility") == "public" || community || of_member
         };
         let hidden = find("os_hidden").is_some_and(|hidden| hidden.eq_ignore_ascii_case("true"));
-        let mut found: Vec<&Record> =
-            self.0.values().filter(|record| hidden || record.shown["os_hidden"] != true).filter(listed).filter(matches).collect();
+        let mut found: Vec<&Record> = self
+            .0
+            .values()
+            .filter(|record| hidden == (record.shown["os_hidden"] == true))
+            .filter(listed)
+            .filter(matches)
+            .collect();
         if let Some(marker) = find("marker") {
             let at = found.iter().position(|record| record.text("id") == marker).map_or(0, |at| at + 1);
             found.drain(..at);

@@ -109,6 +109,9 @@ pub struct ConvertArgs {
     /// overwrites an image
     #[arg(long)]
     pub force: bool,
+    /// Begin although another run's claim on this source is still good: for who knows that it is dead. If it lives after all, there are two images
+    #[arg(long)]
+    pub take_over: bool,
     #[command(flatten)]
     pub output: OutputArgs,
 }
@@ -288,8 +291,9 @@ pub struct StatusArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-Only images that are queued or saving, and that carry the name of a run of this machine that is dead, are removed: never one of a run \
-that lives, and never one that is active. A server that a killed `virta snapshot` had stopped is started again.")]
+Deletes images that are queued or saving and whose run died on this machine since it was booted, and unfinished ones that a finished conversion of the \
+same source has overtaken. All other unfinished images are listed with their age and a command: whether a run elsewhere is making them, only you can know. \
+A server that a killed `virta snapshot` had stopped is started again.")]
 pub struct CleanArgs {
     #[command(flatten)]
     pub cloud: CloudArgs,
@@ -393,7 +397,7 @@ Examples:
 The cloud is chosen as with `openstack`: --os-cloud, OS_CLOUD, clouds.yaml, or a sourced openrc file.
 
 SIZE takes K M G T and KiB MiB GiB TiB (1024) or kB MB GB TB (1000); a bare number is bytes.
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 interrupted.";
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 75 another run is converting this source, 130 interrupted.";
 
 /// `64K`, `1GiB`, `5MB`, `512`.
 pub fn parse_size(text: &str) -> Result<u64, String> {

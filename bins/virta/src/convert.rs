@@ -5,13 +5,14 @@ use std::{io::IsTerminal, path::Path, process::ExitCode, sync::Arc};
 use engine::{CancelToken, Cause};
 use stages::{
     convert::{
-        self, After, Job, JobError, Notices, Options, Report, Source, Verify, finishing,
-        names::{NameCheck, check_name, images_of_name},
+        self, After, Conversion, Job, JobError, Notices, Options, Report, Source, Verify,
+        names::{conversion_of_gone, find_source as find_source_image, has_replaced},
         retire,
         to_file::same_file,
+        to_glance::to_glance,
     },
     disk::output::partial_of,
-    openstack::{Image, Session, config::Surroundings, image::ImageError},
+    openstack::{Session, config::Surroundings, image::ImageError},
     progress::Progress,
     text::{causes, printable, shell_word, size},
 };
@@ -158,7 +159,8 @@ pub async fn run(mut arguments: ConvertArgs) -> ExitCode {
         after,
         copy_members: arguments.source_after.copy_members,
         elsewhere: arguments.to_os_cloud.is_some(),
-        run: Some(run.name()),
+        run: run.this(),
+        take_over: arguments.take_over,
         ..usual
     };
     let progress = Progress::default();
@@ -209,39 +211,13 @@ async fn convert(
         run.in_cloud(session);
         status::clean_up_before(session, display, cancel).await?;
     }
-    if let (End::Glance(name), true, Some(session)) = (&from, arguments.source_after.replace, &source_cloud)
-        && let Some(image) = interruptible(cancel, finishing::finish_replacing(session, name, display)).await?
-    {
-        return Ok(Outcome::AlreadyDone(image.id));
-    }
     let signed_in =
         |session: &Option<Session>| session.clone().ok_or_else(|| JobError::bug("a cloud is needed, and nobody signed in"));
-    let mut taken = None;
     let source = match &from {
         End::Glance(name) => {
-            let session = signed_in(&source_cloud)?;
-            let looking = async {
-                // two questions to Glance at once: each costs it a look-up of the token, too
-                let (source, names) = tokio::join!(Source::glance(&session, name), async {
-                    match (&to, &destination_cloud) {
-                        (End::Glance(name), Some(session)) => images_of_name(session, name).await,
-                        _ => Ok(Vec::new()),
-                    }
-                });
-                taken = Some(names?);
-                source
-            };
-            match interruptible(cancel, looking).await {
-                Err(missing @ JobError::Image(ImageError::NotFound { .. })) => {
-                    // an earlier run of this command may have deleted it, and been killed before it could say so
-                    let (End::Glance(new_name), Some(there)) = (&to, &destination_cloud) else { return Err(missing) };
-                    let made = runs::made_by(&arguments.source, &arguments.destination, there);
-                    let new_name = (!arguments.source_after.replace).then_some(new_name.as_str());
-                    let finishing = finishing::finish_earlier_deletion(&session, there, name, &made, new_name, display);
-                    let finished = interruptible(cancel, finishing).await?;
-                    return finished.map(|image| Outcome::AlreadyDone(image.id)).ok_or(missing);
-                }
-                other => other?,
+            match find_source(arguments, name, &signed_in(&source_cloud)?, &to, &destination_cloud, cancel).await? {
+                Ok(source) => source,
+                Err(done) => return Ok(done),
             }
         }
         End::Path(path) => match Source::local(Path::new(path)) {
@@ -261,23 +237,51 @@ async fn convert(
         }
         End::Path(path) => convert::to_file::to_file(&job, Path::new(path)).await?,
         End::Glance(name) => {
-            return into_glance(&job, &signed_in(&destination_cloud)?, taken, name).await;
+            return into_glance(&job, &signed_in(&destination_cloud)?, name).await;
         }
     };
     Ok(Outcome::Made(Box::new(report)))
 }
 
-/// A job's source becomes image `name`, unless it is that already; `taken`: the images of that name, where they are known.
-pub async fn into_glance(job: &Job, session: &Session, taken: Option<Vec<Image>>, name: &str) -> Result<Outcome, JobError> {
-    let taken = match taken {
-        Some(taken) => taken,
-        None => interruptible(&job.cancel, images_of_name(session, name)).await?,
+/// The source image; or what an earlier run of this command has made of it, where it is gone.
+async fn find_source(
+    arguments: &ConvertArgs,
+    name: &str,
+    session: &Session,
+    to: &End,
+    destination: &Option<Session>,
+    cancel: &CancelToken,
+) -> Result<Result<Source, Outcome>, JobError> {
+    let replace = arguments.source_after.replace;
+    let missing = match interruptible(cancel, async { Ok(find_source_image(session, name).await?) }).await {
+        // a replacement that is done has the name already
+        Ok(image) if replace && interruptible(cancel, has_replaced(session, &image)).await? => {
+            return Ok(Err(Outcome::AlreadyDone(image.id)));
+        }
+        Ok(image) => return Source::image(session, image).map(Ok),
+        Err(missing @ JobError::Image(ImageError::NotFound { .. })) => missing,
+        Err(error) => return Err(error),
     };
-    if let Some(outcome) = claim_name(job, session, taken, name).await? {
-        return Ok(outcome);
+    // an earlier run of this command may have deleted it, and been killed before it could say so
+    let (End::Glance(new_name), Some(there)) = (to, destination) else { return Err(missing) };
+    let made = runs::made_by(&arguments.source, &arguments.destination, there);
+    let new_name = (!replace).then_some(new_name.as_str());
+    let looking = async { Ok(conversion_of_gone(session, there, name, &made, new_name).await?) };
+    match interruptible(cancel, looking).await? {
+        Some(image) => {
+            exit::say(&format!("the source ({}) is gone: an earlier run converted and deleted it", printable(name)));
+            Ok(Err(Outcome::AlreadyDone(image.id)))
+        }
+        None => Err(missing),
     }
-    let report = convert::to_glance::to_glance(job, session, name).await?;
-    Ok(Outcome::Made(Box::new(report)))
+}
+
+/// A job's source becomes image `name`, unless it is that already.
+pub async fn into_glance(job: &Job, session: &Session, name: &str) -> Result<Outcome, JobError> {
+    Ok(match to_glance(job, session, name).await? {
+        Conversion::Made(report) => Outcome::Made(report),
+        Conversion::Earlier(image) => Outcome::AlreadyDone(image.id),
+    })
 }
 
 /// What cannot go together is refused before anything is asked of anybody.
@@ -392,54 +396,6 @@ pub fn stdout() -> Result<std::fs::File, JobError> {
         ));
     }
     Ok(file)
-}
-
-/// May the new image have this name? What an earlier run left half done is proven or removed first.
-async fn claim_name(job: &Job, session: &Session, taken: Vec<Image>, name: &str) -> Result<Option<Outcome>, JobError> {
-    match check_name(session, taken, name, &job.source, job.options.force, job.options.after)? {
-        NameCheck::AlreadyDone(image) => {
-            refuse_held(job, session, &image)?;
-            convert::names::go_on_with_finished(job, session, &image).await?;
-            return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
-        }
-        NameCheck::Unproven(image) => {
-            refuse_held(job, session, &image)?;
-            refuse_live(&image)?;
-            convert::names::go_on_with_unproven(job, session, &image).await?;
-            return Ok(Some(Outcome::AlreadyDone(image.id.clone())));
-        }
-        NameCheck::Free { unfinished } => {
-            for image in unfinished {
-                refuse_held(job, session, &image)?;
-                refuse_live(&image)?;
-                let id = image.shown_id();
-                job.notices.warn(&format!(
-                    "image {id} of that name is an unfinished conversion of this source: a run on another machine makes it, or left it. If \
-                     none runs: virta image delete {id}"
-                ));
-            }
-        }
-    }
-    Ok(None)
-}
-
-/// A run of this machine is still at it.
-fn refuse_live(image: &Image) -> Result<(), JobError> {
-    let lives = |found: &runs::Found| found.record.state == runs::State::Running && found.record.images.contains(&image.id);
-    match runs::all().into_iter().find(lives) {
-        Some(live) => Err(JobError::Usage(format!(
-            "run {} of this machine (process {}) makes that very image just now: virta status --follow {}",
-            live.record.run,
-            live.record.pid,
-            &live.record.run[..8]
-        ))),
-        None => Ok(()),
-    }
-}
-
-/// Another run, a batch's, has claimed the source.
-fn refuse_held(job: &Job, session: &Session, image: &Image) -> Result<(), JobError> {
-    convert::claim::held(image, session.now(), &*job.notices).map_or(Ok(()), Err)
 }
 
 /// Work that an interrupt breaks off.

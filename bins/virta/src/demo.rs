@@ -87,7 +87,9 @@ async fn demo(progress: &Progress, display: &Display, cancel: &CancelToken) -> R
     let source = Source::glance(&session, "my-server-snapshot").await?;
     let notices: Arc<dyn Notices> = Arc::new(display.clone());
     let job = Job::new(source, Options::default(), progress, &notices, cancel);
-    let report = convert::to_glance::to_glance(&job, &session, "my-server").await?;
+    let convert::Conversion::Made(report) = convert::to_glance::to_glance(&job, &session, "my-server").await? else {
+        return Err(JobError::bug("a new service has the image already"));
+    };
 
     let id = report.destination.trim_start_matches("glance:").to_owned();
     let image = session.image(&id).await?;
@@ -95,7 +97,7 @@ async fn demo(progress: &Progress, display: &Display, cancel: &CancelToken) -> R
     let started = Instant::now();
     let target = |image: &Image| Target::glance(job.remote(&session, image));
     compare(&target(&raw).await?, &target(&image).await?, COMPARERS, progress, cancel).await?;
-    Ok((report, started.elapsed().as_secs_f64()))
+    Ok((*report, started.elapsed().as_secs_f64()))
 }
 
 /// Where the demo's store goes: the user's cache, which is on a disk more often than /tmp is.

@@ -139,34 +139,6 @@ impl Notices for Display {
         self.run.making(image_id);
     }
 
-    fn deleting(&self, image_id: &str) {
-        self.run.deleting(image_id);
-    }
-
-    fn left(&self, image_id: &str) {
-        self.run.left(image_id);
-    }
-
-    fn was_deleting(&self, run: &str, image_id: &str) -> bool {
-        runs::was_deleting(run, image_id)
-    }
-
-    fn settled(&self, image_id: &str) {
-        self.run.settled(image_id);
-    }
-
-    fn not_deleting(&self, image_id: &str) {
-        self.run.not_deleting(image_id);
-    }
-
-    fn doubted(&self, image_id: &str) {
-        self.run.doubted(image_id);
-    }
-
-    fn was_doubted(&self, run: &str, image_id: &str) -> bool {
-        runs::was_doubted(run, image_id)
-    }
-
     fn is_dead(&self, run: &str) -> bool {
         runs::is_dead(run)
     }

@@ -6,10 +6,11 @@ use clap::Args;
 use engine::CancelToken;
 use serde_json::{Value, json};
 use stages::{
-    convert::{JobError, budget, names::is_finished_conversion},
+    convert::{JobError, budget},
     disk::{IoMode, choose_backend},
     glance::ImageFile,
     openstack::{Compute, Image, Session, config::Surroundings},
+    ownership::{Proof, is_conversion},
     progress::Progress,
     text::{causes, printable, shell_word, size},
 };
@@ -194,7 +195,7 @@ async fn cloud(arguments: &DoctorArgs, found: &mut Found, display: &Display, can
 async fn look_at_images(session: &Session, images: &[Image], cloud: &str, found: &mut Found, cancel: &CancelToken) {
     let own = session.whoami().project_id.clone();
     let mine: Vec<&Image> = images.iter().filter(|image| image.owner == own && image.status == "active").collect();
-    let converted = |image: &Image| images.iter().find(|made| is_finished_conversion(session, made, image));
+    let converted = |image: &Image| images.iter().find(|made| is_conversion(session, made, image, Proof::Hash));
     let is_raw = |image: &&&Image| image.disk_format.as_deref() == Some("raw") && image.size.unwrap_or(0) > 0;
     let mut raw: Vec<&Image> = mine.iter().filter(is_raw).copied().collect();
     raw.sort_by_key(|image| std::cmp::Reverse(image.size));

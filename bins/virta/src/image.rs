@@ -5,8 +5,9 @@ use std::{collections::HashMap, process::ExitCode};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use stages::{
-    convert::{JobError, Notices, names::is_finished_conversion},
+    convert::{JobError, Notices},
     openstack::{Change, Image, Session, image::SOURCE_ID},
+    ownership::{Proof, claim, is_conversion, leftover::is_unfinished, refuse_unmarked},
     text::{causes, printable, size},
 };
 
@@ -166,7 +167,7 @@ pub async fn run(command: ImageCommand) -> ExitCode {
         }
         ImageCommand::Delete(arguments) => {
             in_cloud(&arguments.cloud, async |session, display, cancel| {
-                let images = to_delete(&arguments.images, session).await?;
+                let images = to_delete(&arguments.images, session, display).await?;
                 let who = session.whoami();
                 let lines: Vec<String> = images.iter().map(|image| format!("  {}  {}", image.shown(), image.line())).collect();
                 let question = format!(
@@ -272,7 +273,7 @@ fn conversions<'a>(session: &Session, images: &'a [Image]) -> HashMap<String, &'
     let by_id: HashMap<&str, &Image> = images.iter().map(|image| (image.id.as_str(), image)).collect();
     let of_source = |made: &'a Image| {
         let source = by_id.get(made.property(SOURCE_ID)?)?;
-        is_finished_conversion(session, made, source).then(|| (source.id.clone(), made))
+        is_conversion(session, made, source, Proof::Hash).then(|| (source.id.clone(), made))
     };
     images.iter().filter_map(of_source).collect()
 }
@@ -443,6 +444,7 @@ async fn set(arguments: &SetArgs, session: &Session, display: &Display) -> Resul
             image.shown_id()
         )));
     }
+    refuse_unmarked(session, &image)?;
     let changed = session.change_image(&image.id, &changes(arguments, &image)?).await?;
     if let (Some(gib), Some(bytes)) = (arguments.min_disk, changed.virtual_size)
         && gib.saturating_mul(1 << 30) < bytes
@@ -457,7 +459,7 @@ async fn set(arguments: &SetArgs, session: &Session, display: &Display) -> Resul
 }
 
 /// The images, each once, if all of them can be deleted.
-async fn to_delete(names: &[String], session: &Session) -> Result<Vec<Image>, JobError> {
+async fn to_delete(names: &[String], session: &Session, display: &Display) -> Result<Vec<Image>, JobError> {
     let mut images: Vec<Image> = Vec::new();
     for name in names {
         let image = session.find_image(name).await?;
@@ -477,6 +479,15 @@ async fn to_delete(names: &[String], session: &Session) -> Result<Vec<Image>, Jo
                 printable(image.owner.as_deref().unwrap_or_default()),
                 image.shown_id()
             )));
+        }
+        if let Some(until) =
+            claim::good_until(&image, session.now()).filter(|_| is_unfinished(&image, session.whoami().project_id.as_deref()))
+        {
+            display.warn(&format!(
+                "image {} ({}) is unfinished: a run may be making it until {until}",
+                image.shown(),
+                image.shown_id()
+            ));
         }
         if images.iter().all(|known| known.id != image.id) {
             images.push(image);

@@ -4,7 +4,6 @@
 //! lives: the kernel lets go of it however the run ends. An image's id is written down before the request that makes it leaves.
 
 use std::{
-    collections::BTreeMap,
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -14,7 +13,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use stages::{
-    convert::FoundServer,
+    convert::{FoundServer, ThisRun},
     openstack::{Session, error::now_utc},
 };
 
@@ -42,6 +41,9 @@ pub struct Record {
     pub run: String,
     /// The machine it runs on: a lock in a shared home says nothing of another's processes.
     pub host: String,
+    /// The boot of that machine (`/proc/sys/kernel/random/boot_id`): what is deleted without asking is of this one.
+    #[serde(default)]
+    pub boot_id: Option<String>,
     /// Its process.
     pub pid: u32,
     /// When it began, UTC.
@@ -58,18 +60,6 @@ pub struct Record {
     pub project: Option<String>,
     /// Ids of images that it made or was about to make.
     pub images: Vec<String>,
-    /// Those of them that it, or whoever cleaned up after it, was about to delete; once for each request.
-    #[serde(default)]
-    pub deleting: Vec<String>,
-    /// Those of them whose deletion may be on its way, for all that is known; once for each request.
-    #[serde(default)]
-    pub unanswered: Vec<String>,
-    /// Those of them whose claim was over for a while: another run's DELETE may be on its way.
-    #[serde(default)]
-    pub doubted: Vec<String>,
-    /// Those of them that are of no use, and could not be deleted.
-    #[serde(default)]
-    pub left: Vec<String>,
     /// It was killed, and what it left half made is removed.
     #[serde(default)]
     pub cleaned: bool,
@@ -85,30 +75,14 @@ pub struct Record {
 }
 
 impl Record {
-    /// Ids of images that may have to be removed: what a run that did not come to its end made, and what any could not delete.
-    pub fn to_remove(&self) -> Vec<&String> {
-        let made: &[String] = if self.state == State::Done || self.cleaned { &[] } else { &self.images };
-        made.iter().chain(self.left.iter().filter(|left| !made.contains(left))).collect()
-    }
-
-    fn deletes(&mut self, image_id: &str) {
-        // one note for each request: the answer to one says nothing of another
-        self.deleting.push(image_id.to_owned());
-        self.unanswered.push(image_id.to_owned());
-    }
-
-    fn settles(&mut self, image_id: &str) {
-        remove_one(&mut self.unanswered, image_id);
-    }
-
-    fn does_not_delete(&mut self, image_id: &str) {
-        self.settles(image_id);
-        remove_one(&mut self.deleting, image_id);
+    /// Ids of images that it may have left unfinished.
+    pub fn unfinished(&self) -> &[String] {
+        if self.state == State::Done || self.cleaned { &[] } else { &self.images }
     }
 
     /// Is there anything of it to be removed or taken back?
     pub fn left_anything(&self) -> bool {
-        !self.to_remove().is_empty() || self.server.is_some()
+        !self.unfinished().is_empty() || self.server.is_some()
     }
 }
 
@@ -181,6 +155,7 @@ impl Run {
         let record = Record {
             run: uuid::Uuid::new_v4().hyphenated().to_string(),
             host: host(),
+            boot_id: boot_id(),
             pid: std::process::id(),
             started_at: now_utc(),
             finished_at: None,
@@ -189,10 +164,6 @@ impl Run {
             cloud: None,
             project: None,
             images: Vec::new(),
-            deleting: Vec::new(),
-            unanswered: Vec::new(),
-            doubted: Vec::new(),
-            left: Vec::new(),
             cleaned: false,
             server: None,
             state: State::Running,
@@ -228,6 +199,11 @@ impl Run {
         self.id().unwrap_or_else(|| WITHOUT_RECORD.get_or_init(|| uuid::Uuid::new_v4().hyphenated().to_string()).clone())
     }
 
+    /// The same, as conversions take it.
+    pub fn this(&self) -> ThisRun {
+        ThisRun::named(&self.name()).of_task(task())
+    }
+
     /// Where it makes images.
     pub fn in_cloud(&self, session: &Session) {
         let who = session.whoami();
@@ -240,48 +216,10 @@ impl Run {
     /// It is about to make this image.
     pub fn making(&self, image_id: &str) {
         self.change(|record| {
-            // an id that an earlier try gave up is made anew: it may become an image that is wanted
-            record.left.retain(|left| left != image_id);
-            push_once(&mut record.images, image_id);
+            if record.images.iter().all(|known| known != image_id) {
+                record.images.push(image_id.to_owned());
+            }
         });
-    }
-
-    /// It is about to delete this image.
-    pub fn deleting(&self, image_id: &str) {
-        for worry in [Worry::Deleting, Worry::Unanswered] {
-            *remembered().entry((worry, self.name(), image_id.to_owned())).or_default() += 1;
-        }
-        self.change(|record| record.deletes(image_id));
-    }
-
-    /// That was answered.
-    pub fn settled(&self, image_id: &str) {
-        self.forget(Worry::Unanswered, image_id);
-        self.change(|record| record.settles(image_id));
-    }
-
-    /// That was not asked for.
-    pub fn not_deleting(&self, image_id: &str) {
-        self.forget(Worry::Unanswered, image_id);
-        self.forget(Worry::Deleting, image_id);
-        self.change(|record| record.does_not_delete(image_id));
-    }
-
-    fn forget(&self, worry: Worry, image_id: &str) {
-        if let Some(times) = remembered().get_mut(&(worry, self.name(), image_id.to_owned())) {
-            *times = times.saturating_sub(1);
-        }
-    }
-
-    /// Another run's DELETE of this image may be on its way.
-    pub fn doubted(&self, image_id: &str) {
-        *remembered().entry((Worry::Doubted, self.name(), image_id.to_owned())).or_default() += 1;
-        self.change(|record| push_once(&mut record.doubted, image_id));
-    }
-
-    /// This image of its own is of no use, and could not be deleted.
-    pub fn left(&self, image_id: &str) {
-        self.change(|record| push_once(&mut record.left, image_id));
     }
 
     /// It is about to change this server, or has brought it back.
@@ -344,25 +282,9 @@ impl Found {
     /// What a dead run left is removed, and taken back: it holds nothing any more.
     pub fn cleaned(&self) -> io::Result<()> {
         self.change(|record| {
-            record.left.clear();
             record.server = None;
             record.cleaned = true;
         })
-    }
-
-    /// An image that a dead run left is about to be deleted.
-    pub fn deleting(&self, image_id: &str) -> io::Result<()> {
-        self.change(|record| record.deletes(image_id))
-    }
-
-    /// It was not asked for.
-    pub fn not_deleting(&self, image_id: &str) -> io::Result<()> {
-        self.change(|record| record.does_not_delete(image_id))
-    }
-
-    /// It is on its way no longer: it was answered.
-    pub fn settled(&self, image_id: &str) -> io::Result<()> {
-        self.change(|record| record.settles(image_id))
     }
 
     /// The server that a dead run held is as it was found.
@@ -436,6 +358,11 @@ pub fn is_dead(run: &str) -> bool {
     found(run).is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
 }
 
+/// The same, of this boot of the machine: what such a run has sent is answered, or lost.
+pub fn died_here(run: &str) -> bool {
+    is_dead(run) && found(run).is_some_and(|found| found.record.boot_id.is_some() && found.record.boot_id == boot_id())
+}
+
 /// Ids of images that runs of this machine from `source` to `destination` made, or worked on, in the project of `session`, the latest first.
 pub fn made_by(source: &str, destination: &str, session: &Session) -> Vec<String> {
     let same = |found: &Found| {
@@ -446,86 +373,19 @@ pub fn made_by(source: &str, destination: &str, session: &Session) -> Vec<String
     runs.flat_map(|found| found.record.images).collect()
 }
 
-/// Why an image may go yet.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Worry {
-    /// [`Run::deleting`]
-    Deleting,
-    /// The same, until it is [`Run::settled`].
-    Unanswered,
-    /// [`Run::doubted`]
-    Doubted,
-}
-
-/// What runs of this process wrote down of an image, and how often: it is known where it could not be written down, too.
-fn remembered() -> std::sync::MutexGuard<'static, BTreeMap<(Worry, String, String), u32>> {
-    static REMEMBERED: Mutex<BTreeMap<(Worry, String, String), u32>> = Mutex::new(BTreeMap::new());
-    REMEMBERED.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Did this run write that down, one of this process or the one of this record?
-fn was(worry: Worry, run: &str, image_id: &str, record: Option<&Record>) -> bool {
-    let written = |record: &Record| match worry {
-        Worry::Deleting => record.deleting.iter().any(|id| id == image_id),
-        Worry::Unanswered => record.unanswered.iter().any(|id| id == image_id),
-        Worry::Doubted => record.doubted.iter().any(|id| id == image_id),
-    };
-    remembered().get(&(worry, run.to_owned(), image_id.to_owned())).is_some_and(|times| *times > 0) || record.is_some_and(written)
-}
-
-fn record_of(run: &str) -> Option<Record> {
-    found(run).map(|found| found.record)
-}
-
-/// Was this run, one of this process or one of this machine that is over, about to delete that image? [`Run::deleting`].
-pub fn was_deleting(run: &str, image_id: &str) -> bool {
-    was(Worry::Deleting, run, image_id, record_of(run).as_ref())
-}
-
-/// May a DELETE of an image be on its way, as far as this machine's runs tell: did this run doubt it ([`Run::doubted`]), or was any about to delete
-/// it, or whoever cleaned up after one ([`Run::deleting`]), without an answer?
-pub fn was_doubted(run: &str, image_id: &str) -> bool {
-    was(Worry::Doubted, run, image_id, record_of(run).as_ref())
-        || remembered().iter().any(|((worry, _, id), times)| *worry == Worry::Unanswered && id == image_id && *times > 0)
-        || runs_folder().is_some_and(|folder| is_any_unanswered(&folder, image_id))
-}
-
-/// Was any run of this machine about to delete that image, and had no answer? A record that cannot be read may say so.
-fn is_any_unanswered(folder: &Path, image_id: &str) -> bool {
-    let not_there = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) => return !not_there(&error),
-    };
-    let says_so = |entry: io::Result<fs::DirEntry>| {
-        let Ok(entry) = entry else { return true };
-        if entry.path().extension().is_none_or(|extension| extension != "json") {
-            return false;
-        }
-        match fs::read(entry.path()) {
-            Ok(text) => {
-                serde_json::from_slice(&text).map_or(true, |record: Record| record.unanswered.iter().any(|id| id == image_id))
-            }
-            Err(error) => !not_there(&error),
-        }
-    };
-    entries.into_iter().any(says_so)
-}
-
-fn remove_one(ids: &mut Vec<String>, id: &str) {
-    if let Some(at) = ids.iter().position(|known| known == id) {
-        ids.remove(at);
-    }
-}
-
-fn push_once(ids: &mut Vec<String>, id: &str) {
-    if ids.iter().all(|known| known != id) {
-        ids.push(id.to_owned());
-    }
-}
-
 fn host() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// The engine's task that this program is a try at, if it is one: job and task, out of its environment.
+fn task() -> Option<String> {
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let named = |engine: &str, job: &str, task: &str| Some(format!("{engine}-{}-{}", set(job)?, set(task)?));
+    named("hq", "HQ_JOB_ID", "HQ_TASK_ID").or_else(|| named("slurm", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
+}
+
+fn boot_id() -> Option<String> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
 }
 
 /// Forgets the oldest of many runs; never one that lives, or whose images are still to be removed.
@@ -557,64 +417,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_made_anew_is_not_to_be_removed_any_more() {
-        let folder = tempfile::tempdir().unwrap();
-        let run = Run(Some(Arc::new(Mutex::new(Run::begin_in(folder.path().to_owned(), "a", "b").unwrap()))));
-        let id = run.id().unwrap();
-        run.making("one");
-        run.left("one");
-        run.left("two");
-        run.making("one");
-        run.end(0, "done");
-        let record = read(folder.path(), &id).unwrap().record;
-        assert_eq!((record.to_remove(), &record.images), (vec![&"two".to_owned()], &vec!["one".to_owned()]));
-    }
-
-    #[test]
-    fn whoever_was_about_to_delete_an_image_is_asked_about() {
+    fn what_a_run_has_made_is_its_leftover_until_it_is_done_or_cleaned() {
         let folder = tempfile::tempdir().unwrap();
         let begin = || Run(Some(Arc::new(Mutex::new(Run::begin_in(folder.path().to_owned(), "a", "b").unwrap()))));
-        let (maker, cleaner) = (begin(), begin());
-        let asked = |image: &str| is_any_unanswered(folder.path(), image);
-        assert!(!asked("one"));
-        // one that takes the image over
-        cleaner.deleting("one");
-        // and one that cleans up after a dead run, into whose record it writes
-        read(folder.path(), &maker.id().unwrap()).unwrap().deleting("two").unwrap();
-        assert!(asked("one") && asked("two") && !asked("three"));
-        // what was answered is not on its way; that it was asked for is remembered all the same
-        cleaner.deleting("one");
-        cleaner.settled("one");
-        assert!(asked("one"), "one of two was answered");
-        cleaner.settled("one");
-        read(folder.path(), &maker.id().unwrap()).unwrap().settled("two").unwrap();
-        assert!(!asked("one") && !asked("two"));
-        assert_eq!(read(folder.path(), &cleaner.id().unwrap()).unwrap().record.deleting, ["one", "one"]);
-        // what was not asked for after all is not even remembered
-        cleaner.deleting("four");
-        cleaner.not_deleting("four");
-        let record = read(folder.path(), &cleaner.id().unwrap()).unwrap().record;
-        assert!(!asked("four") && !was(Worry::Deleting, &record.run, "four", Some(&record)));
-        fs::write(folder.path().join("torn.json"), "{").unwrap();
-        assert!(asked("one"), "nobody can tell what it said");
+        let record = |run: &Run| read(folder.path(), &run.id().unwrap()).unwrap().record;
+        let (done, failed, left) = (begin(), begin(), begin());
+        for run in [&done, &failed, &left] {
+            run.making("one");
+            run.making("one");
+            assert_eq!(record(run).unfinished(), ["one"]);
+        }
+        done.end(0, "done");
+        failed.end(1, "failed, and cleaned up");
+        left.end_with(1, "failed, and could not clean up", true);
+        let unfinished = [&done, &failed, &left].map(|run| record(run).unfinished().len());
+        assert_eq!(unfinished, [0, 0, 1]);
+        assert_eq!(record(&left).boot_id, boot_id());
+        read(folder.path(), &left.id().unwrap()).unwrap().cleaned().unwrap();
+        assert!(!record(&left).left_anything());
     }
 
     #[test]
-    fn two_that_clean_up_at_once_lose_nothing_of_what_the_other_wrote_down() {
-        let folder = tempfile::tempdir().unwrap();
-        let run = Run(Some(Arc::new(Mutex::new(Run::begin_in(folder.path().to_owned(), "a", "b").unwrap()))));
-        let id = run.id().unwrap();
-        drop(run);
-        std::thread::scope(|scope| {
-            for cleaner in 0..4 {
-                let (id, folder) = (&id, folder.path());
-                scope.spawn(move || {
-                    for image in 0..25 {
-                        read(folder, id).unwrap().deleting(&format!("{cleaner}-{image}")).unwrap();
-                    }
-                });
-            }
-        });
-        assert_eq!(read(folder.path(), &id).unwrap().record.deleting.len(), 100);
+    fn records_of_earlier_releases_are_read() {
+        let old = r#"{ "run": "r", "host": "h", "pid": 1, "started_at": "x", "finished_at": null, "source": "a", "destination": "b", "cloud": null,
+            "project": null, "images": ["i"], "deleting": ["i"], "unanswered": [], "doubted": ["i"], "left": ["i"], "state": "killed", "exit_code": null,
+            "message": null }"#;
+        let record: Record = serde_json::from_str(old).unwrap();
+        assert_eq!((record.unfinished(), &record.boot_id), (["i".to_owned()].as_slice(), &None));
     }
 }

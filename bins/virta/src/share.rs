@@ -12,6 +12,7 @@ use stages::{
         image::{ImageError, SOURCE_ID},
         member::is_project_id,
     },
+    ownership::refuse_unmarked,
     text::{printable, shell_word},
 };
 
@@ -76,6 +77,7 @@ pub struct AnswerArgs {
 pub async fn share(arguments: ShareArgs) -> ExitCode {
     in_cloud(&arguments.cloud, async |session, display, _| {
         let image = own_image(session, &arguments.image).await?;
+        refuse_unmarked(session, &image)?;
         let projects = projects(session, &arguments.projects).await?;
         if image.status != "active" {
             display.warn(&format!("the image is {}: until it is active there is nothing to read", image.status));

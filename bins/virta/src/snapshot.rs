@@ -257,12 +257,12 @@ async fn convert(
 ) -> Result<Outcome, JobError> {
     let notices: Arc<dyn Notices> = Arc::new(display.clone());
     let verify = arguments.conversion.verify.map_or(Verify::Readback, Into::into);
-    let options = Options { after: After::Delete, verify, force: arguments.force, run: Some(run.name()), ..options };
+    let options = Options { after: After::Delete, verify, force: arguments.force, run: run.this(), ..options };
     let source = cancel.guard(Source::glance(session, &image.id)).await.map_err(|_| JobError::interrupted())??;
     let job = Job::new(source, options, progress, &notices, cancel);
     let checking = stages::convert::retire::check(&job, arguments.force);
     cancel.guard(checking).await.map_err(|_| JobError::interrupted())??;
-    into_glance(&job, session, None, name).await
+    into_glance(&job, session, name).await
 }
 
 /// What was made, and what to do with it.

@@ -8,12 +8,10 @@ use std::{
 
 use engine::CancelToken;
 use stages::{
-    convert::{JobError, Notices},
-    openstack::{
-        Compute, Image, Session,
-        config::Surroundings,
-        image::{BENCH, RUN, SOURCE_ID, VERIFIED},
-    },
+    batch::{Listing, plan::finish_replacements},
+    convert::{JobError, Notices, run_of},
+    openstack::{Compute, Image, Session, config::Surroundings, image::RUN},
+    ownership::leftover::{Leftover, leftovers},
     text::{causes, counted, printable},
 };
 
@@ -164,42 +162,60 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
     let mut dead = runs::dead();
-    if dead.is_empty() {
-        _ = exit::print("nothing to clean: no killed run of this machine has left an image or a server");
+    let surroundings = Surroundings::current();
+    // the cloud that is chosen, and those that dead runs worked in
+    let chosen = arguments.cloud.os_cloud.is_some() || surroundings.names_a_cloud();
+    if dead.is_empty() && !chosen {
+        _ = exit::print(
+            "nothing to clean: no killed run of this machine has left an image or a server, and no cloud is chosen to look into (--os-cloud)",
+        );
         return ExitCode::SUCCESS;
     }
     let mut code = ExitCode::SUCCESS;
-    let looked_at = counted(dead.len(), "run");
-    while let Some(first) = dead.first() {
-        let (cloud, project) = (first.record.cloud.clone(), first.record.project.clone());
+    let mut seen = Vec::new();
+    loop {
+        let first = dead.first().map(|found| (found.record.cloud.clone(), found.record.project.clone()));
+        if first.is_none() && (!chosen || !seen.is_empty()) {
+            break;
+        }
+        let (cloud, project) = first.unwrap_or_default();
         let (here, elsewhere): (Vec<Found>, Vec<Found>) =
             dead.into_iter().partition(|found| found.record.cloud == cloud && found.record.project == project);
         dead = elsewhere;
-        let chosen = arguments.cloud.os_cloud.clone().or_else(|| cloud.clone().filter(|name| name != "envvars"));
-        let flags = CloudArgs { os_cloud: chosen, ..arguments.cloud.clone() };
+        let flagged = arguments.cloud.os_cloud.clone().or_else(|| cloud.clone().filter(|name| name != "envvars"));
+        let flags = CloudArgs { os_cloud: flagged, ..arguments.cloud.clone() };
         let result = async {
-            let session = sign_in("cloud", &flags, &Surroundings::current(), &display, &cancel).await?;
+            let session = sign_in("cloud", &flags, &surroundings, &display, &cancel).await?;
             if project.is_some() && session.whoami().project_id != project {
                 return Err(JobError::Refused(format!(
                     "this is another project than that of the killed runs ({}): choose their cloud with --os-cloud",
-                    project.unwrap_or_default()
+                    project.clone().unwrap_or_default()
                 )));
             }
-            // what is held is brought back first: a server that stands still costs somebody more than an image does
+            // what is held is brought back first: a server that stands still costs more than an image does
             for found in &here {
                 if let Some(held) = &found.record.server {
                     let compute = Compute::connect(&session).await?;
                     restore_server(&session, &compute, held, found, &display).await?;
                 }
             }
-            interruptible(&cancel, remove_leftovers(&session, &here, &display)).await
+            let looking = async { Ok(Listing::of_project(&session).await?.images) };
+            let images = interruptible(&cancel, looking).await?;
+            interruptible(&cancel, remove_leftovers(&session, &images, &here, true, &display)).await
         };
-        if let Err(error) = result.await {
-            code = exit::failure(&error, error.exit_code());
+        match result.await {
+            Ok(left) => seen.push(left),
+            Err(error) => {
+                seen.push(0);
+                code = exit::failure(&error, error.exit_code());
+            }
         }
     }
     if code == ExitCode::SUCCESS {
-        _ = exit::print(&format!("looked after what {looked_at} of this machine may have left"));
+        _ = exit::print(&match seen.iter().sum::<usize>() {
+            0 => "clean: no unfinished image is left".to_owned(),
+            left => format!("{} left, which only you can judge", counted(left, "unfinished image")),
+        });
     }
     code
 }
@@ -208,7 +224,7 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
 pub async fn clean_up_before(session: &Session, display: &Display, cancel: &CancelToken) -> Result<(), JobError> {
     let mut dead = runs::dead();
     dead.retain(|found| found.record.project.is_some() && found.record.project == session.whoami().project_id);
-    // a server is brought back only by whoever asks for that
+    // a server is brought back only by who asks for that
     for held in dead.iter().filter_map(|found| found.record.server.as_ref()) {
         display.warn(&format!(
             "a killed run had found server {} {}, and nobody has looked since: virta clean brings it back",
@@ -217,115 +233,74 @@ pub async fn clean_up_before(session: &Session, display: &Display, cancel: &Canc
         ));
     }
     dead.retain(|found| found.record.server.is_none());
+    if dead.is_empty() {
+        return Ok(());
+    }
+    let cleaning = async {
+        let ids: Vec<&str> = dead.iter().flat_map(|found| found.record.unfinished()).map(String::as_str).collect();
+        let images = session.images_of_ids(&ids).await?;
+        remove_leftovers(session, &images, &dead, false, display).await
+    };
     // it is no reason not to begin
-    match interruptible(cancel, remove_leftovers(session, &dead, display)).await {
+    match interruptible(cancel, cleaning).await {
         Err(error @ JobError::Interrupted(_)) => Err(error),
         Err(error) => {
             display.warn(&format!("what killed runs left could not be looked at: {}", causes(&error)));
             Ok(())
         }
-        Ok(()) => Ok(()),
+        Ok(_) => Ok(()),
     }
 }
 
-/// Only what carries the dead run's name and is `queued` or `saving`, or the noise of a bench, is removed, and what a run that came to its end
-/// could not delete: any other image that is active may be wanted.
-async fn remove_leftovers(session: &Session, dead: &[Found], notices: &dyn Notices) -> Result<(), JobError> {
-    for found in dead {
-        let mut all_gone = true;
-        let finished = found.record.state == State::Done;
-        for id in found.record.to_remove() {
-            let Some(image) = session.image_if_there(id).await? else { continue };
-            let ours = image.property(RUN) == Some(found.record.run.as_str());
-            if ours && is_of_no_use(session, &image, finished).await? {
-                match remove_one(session, found, id, finished).await {
-                    Ok(true) => notices.note(&format!(
-                        "removed image {} ({id}, {}), which run {} {}",
-                        image.shown(),
-                        image.status,
-                        short(&found.record.run),
-                        if finished { "could not delete" } else { "left when it was killed" },
-                    )),
-                    Ok(false) => {}
-                    Err(error) => {
-                        all_gone = false;
-                        notices.warn(&format!(
-                            "image {id}, left by run {}, could not be removed: {}",
-                            short(&found.record.run),
-                            causes(&error)
-                        ));
-                    }
+/// Deletes the unfinished ones of `images` that may go, and tells of the others where `tells`. Returns how many are left.
+async fn remove_leftovers(
+    session: &Session,
+    images: &[Image],
+    dead: &[Found],
+    tells: bool,
+    notices: &dyn Notices,
+) -> Result<usize, JobError> {
+    let project = session.whoami().project_id.as_deref();
+    let found = leftovers(images, project, session.now(), &|run| runs::died_here(run_of(run)));
+    let (mut left, mut stuck) = (0, Vec::new());
+    for (image, leftover) in found {
+        let (id, name) = (image.shown_id(), image.shown());
+        let run = printable(image.property(RUN).map_or("unknown", run_of));
+        if leftover.may_go() {
+            match session.delete_image(&image.id).await {
+                Ok(()) => notices.note(&format!("removed image {name} ({id}, {}) of run {}", image.status, short(&run))),
+                Err(error) => {
+                    left += 1;
+                    stuck.push(image.id.as_str());
+                    notices.warn(&format!("image {id} of run {} could not be removed: {}", short(&run), causes(&error)));
                 }
-            } else if finished && ours && image.property(VERIFIED).is_none() {
-                notices.note(&format!(
-                    "image {} ({id}), which run {} could not delete, is {} by now and is left alone; to be rid of it: virta image delete {id}",
-                    image.shown(),
-                    short(&found.record.run),
-                    image.status
-                ));
-            } else if finished {
-                // somebody else's by now
-            } else if ours && image.property(SOURCE_ID).is_none() {
-                let shown = image.shown_id();
-                notices.note(&format!(
-                    "image {} ({shown}) of killed run {} is {}: it is whole. To go on with it: virta convert --delete-source glance:{shown} glance:NAME; \
-                     to be rid of it: virta image delete {shown}",
-                    image.shown(),
-                    short(&found.record.run),
-                    image.status
-                ));
-            } else if ours && image.property(VERIFIED).is_none() {
-                notices.note(&format!(
-                    "image {} ({id}) of killed run {} is {}, and was not verified: start the same command again to verify it, or remove it",
-                    image.shown(),
-                    short(&found.record.run),
-                    image.status
-                ));
             }
+            continue;
         }
-        if all_gone && let Err(error) = found.cleaned() {
+        left += 1;
+        if tells {
+            let since = image.property("updated_at").unwrap_or("?");
+            let claim = match leftover {
+                Leftover::Claimed(until) => format!("its run may be making it until {until}"),
+                _ => "no run claims it any more".to_owned(),
+            };
+            notices.note(&format!(
+                "image {name} ({id}) is {} and unfinished since {}, of run {}: {claim}. If no run is making it: virta image delete {id}",
+                image.status,
+                printable(since),
+                short(&run)
+            ));
+        }
+    }
+    if tells {
+        // as an earlier release may have left them
+        finish_replacements(session, images).await?;
+    }
+    let is_clean = |found: &&Found| !found.record.unfinished().iter().any(|id| stuck.contains(&id.as_str()));
+    for found in dead.iter().filter(|found| found.record.server.is_none()).filter(is_clean) {
+        if let Err(error) = found.cleaned() {
             notices.warn(&format!("the record of run {} could not be written: {error}", short(&found.record.run)));
         }
     }
-    Ok(())
-}
-
-/// Nobody has a use for it, whatever became of its run.
-fn is_half_made(image: &Image) -> bool {
-    matches!(image.status.as_str(), "queued" | "saving") || image.property(BENCH).is_some()
-}
-
-/// May it go without being asked for? Of a run that came to its end with another image even what has become whole since, as long as the source is
-/// there. What carries a mark of verification, of whatever strength, somebody has finished and may want: conversions inherit none.
-async fn is_of_no_use(session: &Session, image: &Image, finished: bool) -> Result<bool, JobError> {
-    if is_half_made(image) {
-        return Ok(true);
-    }
-    if !finished || image.protected == Some(true) || image.property(VERIFIED).is_some() {
-        return Ok(false);
-    }
-    match image.property(SOURCE_ID) {
-        Some(source) => Ok(session.image_if_there(source).await?.is_some()),
-        None => Ok(false),
-    }
-}
-
-/// Deletes an image that a dead run left, unless somebody has come to depend on it meanwhile: that is looked at last. It is written down
-/// before, and asked for once: a request that lands late is what others have to reckon with.
-async fn remove_one(session: &Session, found: &Found, id: &str, finished: bool) -> Result<bool, JobError> {
-    let refused = |error| JobError::Refused(format!("the record of run {} cannot be written: {error}", short(&found.record.run)));
-    found.deleting(id).map_err(refused)?;
-    let looking = session.image_now(id).await;
-    let goes = matches!(&looking, Ok(Some(image)) if image.property(RUN) == Some(found.record.run.as_str())
-        && (is_half_made(image) || (finished && image.property(VERIFIED).is_none())));
-    if !goes {
-        found.not_deleting(id).map_err(refused)?;
-        return looking.map(|_| false).map_err(JobError::from);
-    }
-    let deleted = session.delete_image_once(id).await;
-    if deleted.as_ref().err().is_none_or(|error| !error.may_have_been_heard()) {
-        found.settled(id).map_err(refused)?;
-    }
-    deleted?;
-    Ok(true)
+    Ok(left)
 }

@@ -8,7 +8,6 @@ use stages::{
     convert::{
         Job, JobError, Notices, Options, Source,
         as_is::{self, Opened, Upload, UploadReport, retry_as_is},
-        names::images_of_name,
     },
     disk::SourceError,
     glance::Patience,
@@ -98,7 +97,7 @@ pub async fn run(arguments: UploadArgs) -> ExitCode {
     display.finish().await;
     match &result {
         Ok(_) => run.end(0, &format!("made image {}", printable(&arguments.name))),
-        Err(error) => run.end_with(error.exit_code(), &printable(&causes(error)), matches!(error, JobError::LeftBehind { .. })),
+        Err(error) => run.end_with(error.exit_code(), &printable(&causes(error)), error.leaves_an_image()),
     }
     match result {
         Ok(Made::AsIs(report)) => tell(*report, &arguments, &display),
@@ -149,10 +148,10 @@ async fn upload(
     match what {
         What::Convert => {
             let properties = properties(arguments);
-            let options = Options { properties, force: arguments.force, run: Some(run.name()), ..options };
+            let options = Options { properties, force: arguments.force, run: run.this(), ..options };
             let notices: Arc<dyn Notices> = Arc::new(display.clone());
             let job = Job::new(Source::local(&arguments.file)?, options, progress, &notices, cancel);
-            Ok(Made::Converted(into_glance(&job, &session, None, name_of(arguments)).await?))
+            Ok(Made::Converted(into_glance(&job, &session, name_of(arguments)).await?))
         }
         What::AsIs { opened, disk_format, virtual_bytes } => {
             send(arguments, &session, opened, disk_format, virtual_bytes, progress, display, run, cancel).await
@@ -249,11 +248,10 @@ async fn send(
     run: &Run,
     cancel: &CancelToken,
 ) -> Result<Made, JobError> {
-    let checking = async {
-        images_of_name(session, name_of(arguments)).await?;
-        check_free(session, name_of(arguments), arguments.force).await
-    };
-    cancel.guard(checking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+    cancel
+        .guard(check_free(session, name_of(arguments), arguments.force))
+        .await
+        .unwrap_or_else(|_| Err(JobError::interrupted()))?;
     display.note(&format!(
         "source: {}, {} {disk_format}; destination: new image {}, as it is",
         printable(&arguments.file.display().to_string()),
@@ -266,7 +264,7 @@ async fn send(
         disk_format,
         virtual_bytes,
         properties: properties(arguments),
-        run: Some(run.name()),
+        run: run.this(),
         patience: Patience::default(),
     };
     let notices: Arc<dyn Notices> = Arc::new(display.clone());

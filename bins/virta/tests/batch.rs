@@ -9,14 +9,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{MIB, Run, seen, seen_behind, signal};
+use common::{MIB, Run, seen, signal};
 use jiff::{SignedDuration, Timestamp};
 use mini_glance::{
     Config, Faults, MiniGlance,
     identity::{OTHER_PROJECT_ID, PROJECT_ID},
 };
 use serde_json::{Value, json};
-use stages::qcow2::{Qcow2, verify};
+use stages::{
+    ownership::{Content, Family},
+    qcow2::{Qcow2, verify},
+};
 use tokio::process::Command;
 
 /// A snapshot of this user's, whose bytes follow from its name and size.
@@ -66,13 +69,14 @@ impl Place {
         id
     }
 
-    /// An image under a source's claimed id that was never sent, and whose claim is over.
-    fn leave_queued(&self, source: &str, name: &str, run: &Value) -> String {
-        let mut left = record(name);
-        left["id"] = json!(stages::convert::claim::claimed_id(source, PROJECT_ID, 0));
+    /// What a run on another machine has begun: the first of the family, `queued`, with a claim of so many seconds from now on.
+    fn leave_queued(&self, source: &str, name: &str, run: &Value, claim_s: u64) -> String {
+        let mut left = record(&format!("{name} (unfinished)"));
+        left["id"] = json!(member(source, name, 0));
+        left["disk_format"] = json!("qcow2");
         left["virta_source_id"] = json!(source);
         left["virta_run"] = run.clone();
-        left["virta_claim_until"] = json!("2020-01-01T00:00:00Z");
+        left["virta_claim_s"] = json!(claim_s.to_string());
         let left = self.service.add_image(&left, |storing| storing.write(b"")).unwrap();
         self.service.set(&left, "status", json!("queued"));
         self.service.set(&left, "size", Value::Null);
@@ -120,7 +124,7 @@ impl Place {
                 assert!(twice.is_none(), "two images of {source}: {twice:?} {image}");
                 assert_eq!(image["status"], "active", "{image}");
                 assert!(image["virta_verified"].is_string(), "{image}");
-                assert!(image["virta_claim_until"].is_null() && image["protected"] == false, "a mark is left: {image}");
+                assert!(image["virta_claim_s"].is_null() && image["protected"] == false, "a claim is left: {image}");
             }
         }
         found
@@ -156,6 +160,14 @@ impl Place {
         serde_json::from_slice(&std::fs::read(self.folder.path().join("report.json")).unwrap()).unwrap()
     }
 }
+
+/// The id of a generation of a conversion's family.
+fn member(source: &str, name: &str, generation: u8) -> String {
+    Family::of_image(source, PROJECT_ID, name, Content::Exact).id(generation)
+}
+
+/// A run of another machine.
+const ELSEWHERE: &str = "0a0a0a0a-0000-0000-0000-000000000000";
 
 fn outcomes(report: &Value) -> BTreeMap<String, String> {
     let items = report["items"].as_array().unwrap().iter();
@@ -353,181 +365,138 @@ async fn a_full_quota_stops_the_batch_and_deleted_sources_make_room_for_the_next
 async fn an_image_that_another_run_has_claimed_is_left_alone_until_the_claim_is_over() {
     let mut place = Place::start(Config::default(), |_| {}).await;
     let web = place.add("web", 1, 3 * MIB);
-    // what another machine's run makes just now
-    let claim = |generation: u32, until: &str, status: &str| {
-        let id = stages::convert::claim::claimed_id(&web, PROJECT_ID, generation);
-        let record = json!({
-            "id": id, "name": "web-qcow2", "disk_format": "qcow2", "container_format": "bare", "visibility": "private",
-            "virta_source_id": web, "virta_run": "0a0a0a0a-0000-0000-0000-000000000000", "virta_claim_until": until,
-        });
-        place.service.add_image(&record, |storing| storing.write(b"")).unwrap();
-        place.service.set(&id, "status", json!(status));
-        place.service.set(&id, "size", Value::Null);
-        let hash = place.image(&web).unwrap()["os_hash_value"].as_str().unwrap().to_owned();
-        place.service.set(&id, "virta_source_hash", json!(format!("sha512:{hash}")));
-        id
-    };
-    let held = claim(0, "2099-01-01T00:00:00Z", "saving");
+    let held = place.leave_queued(&web, "web-qcow2", &json!(ELSEWHERE), 3600);
     let run = place.run(&["web", "--no-wait", "--report", "report.json"]).await;
-    run.ends(4, &["held by", "0a0a0a0a", "2099-01-01"]);
+    run.ends(4, &["held by", "0a0a0a0a", "--take-over"]);
     assert_eq!(outcomes(&place.report())["web"], "held");
     assert!(place.image(&held).is_some(), "it is not ours to remove");
     // convert respects it, too
     let convert =
         place.clean(env!("CARGO_BIN_EXE_virta")).args(["convert", "glance:web", "glance:web-qcow2"]).output().await.unwrap();
-    Run::new(convert, Duration::ZERO).ends(1, &["converts this source just now"]);
-    // the claim runs out: whoever waited takes it over
+    Run::new(convert, Duration::ZERO).ends(75, &["is converting this source", &held]);
+    // to another name: another image, as asked
+    let other = place.clean(env!("CARGO_BIN_EXE_virta")).args(["convert", "glance:web", "glance:other"]).output().await.unwrap();
+    Run::new(other, Duration::ZERO).ends(0, &["made glance:"]);
+    place.service.remove(&member(&web, "other", 0));
+    // the claim runs out: who waited begins, and removes what it has overtaken
     let mut waiting = place.command("here", &["web"]).spawn().unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(waiting.try_wait().unwrap().is_none(), "it waits");
-    place.service.set(&held, "virta_claim_until", json!("2020-01-01T00:00:00Z"));
+    place.service.set(&held, "virta_claim_s", json!("0"));
     let output = tokio::time::timeout(Duration::from_secs(60), waiting.wait_with_output()).await.unwrap().unwrap();
     Run::new(output, Duration::ZERO).ends(0, &["1 converted"]);
-    assert!(place.image(&held).is_none());
+    assert!(place.image(&held).is_none(), "what was overtaken is deleted");
     place.assert_all_converted(false);
-    assert_eq!(place.conversions()[&web]["id"], stages::convert::claim::claimed_id(&web, PROJECT_ID, 1));
+    assert_eq!(place.conversions()[&web]["id"], member(&web, "web-qcow2", 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_proof_that_another_run_set_is_not_written_over_by_one_whose_claim_was_over() {
-    let mut place = Place::start(Config::default(), |faults| {
-        faults.stalling_puts = 1;
-        faults.stall = Duration::from_secs(3);
-    })
-    .await;
-    let source = place.add("web", 1, 12 * MIB);
-    let slow = place.command("here", &["web", "--verify", "none", "--no-wait", "--tries", "1"]).spawn().unwrap();
-    seen(&place.service, "PUT /v2/images").await;
-    // what a run on another machine does when the claim is over: it adopts the image, and proves it
-    let made = stages::convert::claim::claimed_id(&source, PROJECT_ID, 0);
-    let (proof, over) = (json!("hash:sha512:0123"), json!("2020-01-01T00:00:00Z"));
-    place.service.set(&made, "virta_claim_until", over.clone());
-    place.service.set(&made, "virta_run", json!("0a0a0a0a-0000-0000-0000-000000000000"));
-    place.service.set(&made, "virta_verified", proof.clone());
-    let output = tokio::time::timeout(Duration::from_secs(60), slow.wait_with_output()).await.unwrap().unwrap();
-    Run::new(output, Duration::ZERO).ends(4, &["0a0a0a0a"]);
-    let image = place.image(&made).expect("it is the other run's, and stays");
-    assert_eq!((&image["virta_verified"], &image["status"]), (&proof, &json!("active")));
-    assert_eq!(image["virta_claim_until"], over, "nor is a claim put on it");
-    assert!(place.image(&source).is_some());
+async fn what_an_earlier_release_made_or_claims_is_known() {
+    let mut place = Place::start(Config::default(), |_| {}).await;
+    let web = place.add("web", 1, 3 * MIB);
+    let hash = format!("sha512:{}", place.image(&web).unwrap()["os_hash_value"].as_str().unwrap());
+    let mut old = record("web-qcow2");
+    old["disk_format"] = json!("qcow2");
+    old["virta_source_id"] = json!(web);
+    old["virta_source_hash"] = json!(hash);
+    old["virta_run"] = json!(ELSEWHERE);
+    old["virta_claim_until"] = json!("2099-01-01T00:00:00Z");
+    let old = place.service.add_image(&old, |storing| storing.write(b"QFI\xfb")).unwrap();
+    place.service.set(&old, "status", json!("saving"));
+    place.run(&["web", "--no-wait"]).await.ends(4, &["held by", "0a0a0a0a", "2099-01-01"]);
+    place.run(&["web", "--name-template", "{name}-small", "--no-wait"]).await.ends(4, &["held by"]);
+    // over, and never finished: it is never touched, and takes the name where it is active
+    place.service.set(&old, "virta_claim_until", json!("2020-01-01T00:00:00Z"));
+    place.service.set(&old, "status", json!("active"));
+    place.run(&["web"]).await.ends(4, &["an image called web-qcow2 is there already", &old]);
+    // marked: it is the conversion, whatever its name where none was asked for
+    let own = place.image(&old).unwrap()["os_hash_value"].as_str().unwrap().to_owned();
+    place.service.set(&old, "virta_verified", json!(format!("hash:sha512:{own}")));
+    place.run(&["web"]).await.ends(0, &["1 done before"]);
+    place.run(&["web", "--name-template", "{name}-small"]).await.ends(0, &["1 done before"]);
+    let convert =
+        place.clean(env!("CARGO_BIN_EXE_virta")).args(["convert", "glance:web", "glance:web-qcow2"]).output().await.unwrap();
+    Run::new(convert, Duration::ZERO).ends(0, &["already done", &old]);
+    assert_eq!(place.service.images().len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_slept_before_its_mark_looks_whose_the_image_is() {
+async fn who_takes_over_from_a_run_that_lives_wins_and_one_image_is_left() {
+    for flags in [&[][..], &["--delete-source", "--yes"]] {
+        let mut place = Place::start(Config::default(), |faults| {
+            faults.stalling_puts = 1;
+            faults.stall = Duration::from_secs(4);
+        })
+        .await;
+        let web = place.add("web", 1, 12 * MIB);
+        let slow = place.command("one", &[&["web", "--tries", "1"], flags].concat()).spawn().unwrap();
+        seen(&place.service, "PUT /v2/images").await;
+        place.run(&[&["web", "--no-wait"], flags].concat()).await.ends(4, &["held by"]);
+        place.run(&[&["web", "--take-over"], flags].concat()).await.ends(0, &["1 converted"]);
+        let output = tokio::time::timeout(Duration::from_secs(60), slow.wait_with_output()).await.unwrap().unwrap();
+        Run::new(output, Duration::ZERO).ends(0, &["1 done before"]);
+        place.assert_all_converted(!flags.is_empty());
+        assert_eq!(place.conversions()[&web]["id"], member(&web, "web-qcow2", 1));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mark_that_was_set_meanwhile_is_what_a_slow_run_reports() {
     let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(150)).await;
-    let source = place.add("web", 1, 3 * MIB);
-    let made = stages::convert::claim::claimed_id(&source, PROJECT_ID, 0);
-    let slow = place.command("here", &["web", "--verify", "none", "--no-wait", "--tries", "1"]).spawn().unwrap();
+    let web = place.add("web", 1, 3 * MIB);
+    let made = member(&web, "web-qcow2", 0);
+    let slow = place.command("one", &["web", "--verify", "readback"]).spawn().unwrap();
     while place.image(&made).is_none_or(|image| image["status"] != "active") {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    // it has yet to look at it, or has just done so: the one or the other by turns
     signal(&slow, rustix::process::Signal::STOP);
-    let theirs = [("virta_run", json!("another")), ("virta_verified", json!("hash:sha512:0123"))];
-    for (key, value) in &theirs {
-        place.service.set(&made, key, value.clone());
-    }
-    tokio::time::sleep(Duration::from_millis(2500)).await;
+    place.service.faults(|faults| faults.latency = Duration::ZERO);
+    place.run(&["web", "--take-over", "--delete-source", "--yes"]).await.ends(0, &["1 converted"]);
+    assert!(place.image(&web).is_none() && place.image(&made).is_none(), "overtaken, and deleted");
     signal(&slow, rustix::process::Signal::CONT);
     let output = tokio::time::timeout(Duration::from_secs(60), slow.wait_with_output()).await.unwrap().unwrap();
-    Run::new(output, Duration::ZERO).ends(4, &["another"]);
-    let image = place.image(&made).unwrap();
-    assert!(theirs.iter().all(|(key, value)| image[key] == *value), "{image}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_run_whose_claim_was_over_while_it_sent_keeps_its_image_protected_for_a_while() {
-    let mut place = Place::start(Config::default(), |faults| {
-        faults.stalling_puts = 1;
-        faults.stall = Duration::from_secs(2);
-    })
-    .await;
-    let web = place.add("web", 1, 12 * MIB);
-    let run = place.command("here", &["web", "--delete-source", "--yes"]).spawn().unwrap();
-    seen(&place.service, "PUT /v2/images").await;
-    let made = stages::convert::claim::claimed_id(&web, PROJECT_ID, 0);
-    place.service.set(&made, "virta_claim_until", json!("2020-01-01T00:00:00Z"));
-    while place.image(&web).is_some() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    let protected = |place: &Place| place.image(&made).unwrap()["protected"].clone();
-    assert_eq!(protected(&place), true, "whoever found the claim over may be about to delete it");
-    signal(&run, rustix::process::Signal::INT);
-    let ended = Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO);
-    ended.ends(130, &["stays protected for 90 s", "virta image set --unprotected", "1 converted"]);
-    let image = place.image(&made).unwrap();
-    assert_eq!(image["protected"], true);
-    assert!(image["virta_verified"].as_str().unwrap().starts_with("hash:"), "{image}");
-    // whoever goes on knows of it, too
-    place.add("other", 2, MIB);
-    place.run(&["--all-snapshots", "--delete-source", "--yes"]).await.ends(0, &["1 converted", "stays protected for now"]);
-    assert_eq!(protected(&place), true, "before its claim is over");
-    place.service.set(&made, "virta_claim_until", json!("2020-01-01T00:00:00Z"));
-    place.add("another", 3, MIB);
-    place.run(&["--all-snapshots", "--delete-source", "--yes"]).await.ends(0, &["1 converted"]);
-    assert_eq!(protected(&place), false);
+    Run::new(output, Duration::ZERO).ends(0, &["1 done before"]);
+    place.assert_all_converted(true);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn claims_are_in_the_time_of_the_cloud_whatever_a_machines_clock_says() {
     let mut place = Place::start(Config::default(), |faults| faults.clock_ahead = SignedDuration::from_mins(-75)).await;
-    let in_minutes = |minutes: i64| Timestamp::now() + SignedDuration::from_mins(minutes);
-    let web = place.add("web", 1, 12 * MIB);
-    let theirs = place.leave_queued(&web, "web-qcow2", &json!("0a0a0a0a-0000-0000-0000-000000000000"));
-    // in ten minutes, there
-    place.service.set(&theirs, "virta_claim_until", json!(in_minutes(-65).to_string()));
+    let web = place.add("web", 1, 3 * MIB);
+    // made 80 minutes ago by this clock, five by the cloud's
+    let theirs = place.leave_queued(&web, "web-qcow2", &json!(ELSEWHERE), 3600);
+    let ago = (Timestamp::now() - SignedDuration::from_mins(80)).strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    place.service.set(&theirs, "updated_at", json!(ago));
     place.run(&["web", "--no-wait"]).await.ends(4, &["held by", "0a0a0a0a"]);
     assert!(place.image(&theirs).is_some());
-    place.service.faults(|faults| {
-        faults.clock_ahead = SignedDuration::from_mins(75);
-        faults.stalling_puts = 1;
-        faults.stall = Duration::from_secs(1);
-    });
-    // a quarter of an hour ago, there
-    place.service.set(&theirs, "virta_claim_until", json!(in_minutes(60).to_string()));
-    let run = place.command("here", &["web", "--no-wait"]).spawn().unwrap();
-    seen(&place.service, "PUT /v2/images").await;
-    let made = stages::convert::claim::claimed_id(&web, PROJECT_ID, 1);
-    let until: Timestamp = place.image(&made).unwrap()["virta_claim_until"].as_str().unwrap().parse().unwrap();
-    assert!((in_minutes(75 + 60)..in_minutes(75 + 71)).contains(&until), "{until}");
-    Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(0, &["1 converted"]);
-    assert!(place.image(&theirs).is_none());
+    // made ten minutes ago by this clock, 85 by the cloud's
+    place.service.faults(|faults| faults.clock_ahead = SignedDuration::from_mins(75));
+    let ago = (Timestamp::now() - SignedDuration::from_mins(10)).strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    place.service.set(&theirs, "updated_at", json!(ago));
+    place.run(&["web", "--no-wait"]).await.ends(0, &["1 converted"]);
     place.assert_all_converted(false);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deletion_that_was_not_heard_is_repeated_after_another_look_only() {
-    // both are there; what happens before the DELETE is sent again: it came to another run, or somebody else was given the source
+    // both are there; before the DELETE is sent again, the source was shared, or protected
     for shared in [false, true] {
         let mut place = Place::start(Config::default(), |faults| faults.failing_deletes = 1).await;
         let web = place.add("web", 1, 3 * MIB);
         place.service.set(&web, "visibility", json!("shared"));
         let run = place.command("here", &["web", "--delete-source", "--yes", "--tries", "1"]).spawn().unwrap();
         seen(&place.service, "DELETE /v2/images").await;
-        let made = stages::convert::claim::claimed_id(&web, PROJECT_ID, 0);
         if shared {
             place.service.add_member(&web, "late");
         } else {
-            place.service.set(&made, "virta_run", json!("0a0a0a0a-0000-0000-0000-000000000000"));
+            place.service.set(&web, "protected", json!(true));
         }
-        let why = if shared { "shared with 1 project meanwhile" } else { "another run (0a0a0a0a" };
-        Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(4, &[why]);
-        assert!(place.image(&web).is_some() && place.image(&made).is_some(), "{why}: both are there");
+        let why = if shared { "shared with 1 project meanwhile" } else { "protection has changed" };
+        Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(4, &[why, "is there and verified"]);
+        assert!(place.image(&web).is_some() && place.image(&member(&web, "web-qcow2", 0)).is_some(), "{why}: both are there");
         let deletions = place.service.requests().iter().filter(|request| request.starts_with("DELETE")).count();
         assert_eq!(deletions, 1, "{why}");
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_new_image_that_goes_with_its_source_is_told_as_no_success() {
-    let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(300)).await;
-    let web = place.add("web", 1, 3 * MIB);
-    let run = place.command("here", &["web", "--delete-source", "--yes", "--tries", "1"]).spawn().unwrap();
-    seen(&place.service, &format!("DELETE /v2/images/{web}")).await;
-    let made = stages::convert::claim::claimed_id(&web, PROJECT_ID, 0);
-    place.service.remove(&made);
-    Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(4, &["was deleted by somebody else", &made]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -548,94 +517,41 @@ async fn a_deletion_that_was_heard_and_not_answered_is_gone_on_with() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_for_a_claim_waits_until_it_may_take_over() {
-    let mut place = Place::start(Config::default(), |_| {}).await;
+async fn a_post_that_was_not_answered_is_looked_for_and_sent_again() {
+    let mut place = Place::start(Config::default(), |faults| faults.failing_posts = 3).await;
     let web = place.add("web", 1, 3 * MIB);
-    let theirs = place.leave_queued(&web, "web-qcow2", &json!("0a0a0a0a-0000-0000-0000-000000000000"));
-    // over, and still respected for a while, since clocks differ: for more looks than there are tries
-    let ended = Timestamp::now() - SignedDuration::from_secs(45);
-    place.service.set(&theirs, "virta_claim_until", json!(ended.to_string()));
-    place.run(&["web"]).await.ends(0, &["1 converted"]);
-    assert!(place.image(&theirs).is_none());
+    place.run(&["web", "--tries", "1"]).await.ends(0, &["1 converted"]);
+    place.service.faults(|faults| assert_eq!(faults.failing_posts, 0));
     place.assert_all_converted(false);
+    assert_eq!(place.conversions()[&web]["id"], member(&web, "web-qcow2", 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_takeover_lets_go_of_an_image_whose_run_is_seen_to_live() {
-    let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(500)).await;
-    let web = place.add("web", 1, 3 * MIB);
-    let theirs = place.leave_queued(&web, "web-qcow2", &json!("0a0a0a0a-0000-0000-0000-000000000000"));
-    let run = place.command("here", &["web", "--no-wait"]).spawn().unwrap();
-    seen(&place.service, "DELETE /v2/images").await;
-    place.service.set(&theirs, "protected", json!(true));
-    place.service.set(&theirs, "virta_claim_until", json!("2100-01-01T00:00:00Z"));
-    let ended = Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO);
-    ended.ends(4, &["held by", "0a0a0a0a", "2100-01-01"]);
-    assert!(place.image(&theirs).is_some());
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_takeover_stops_at_a_claim_that_was_renewed_between_its_looks() {
-    let mut place = Place::start(Config::default(), |faults| faults.latency = Duration::from_millis(500)).await;
-    let web = place.add("web", 1, 3 * MIB);
-    let theirs = place.leave_queued(&web, "web-qcow2", &json!("0a0a0a0a-0000-0000-0000-000000000000"));
-    let run = place.command("here", &["web", "--no-wait"]).spawn().unwrap();
-    // its POST is refused; the first look finds a claim that is over, and the second one is on its way
-    seen(&place.service, "POST /v2/images").await;
-    let posted = place.service.requests().iter().position(|request| request.starts_with("POST /v2/images")).unwrap();
-    let look = format!("GET /v2/images/{theirs}");
-    seen_behind(&place.service, posted, &look, 2, Duration::from_secs(60)).await;
-    place.service.set(&theirs, "virta_claim_until", json!("2100-01-01T00:00:00Z"));
-    let ended = Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO);
-    ended.ends(4, &["held by", "0a0a0a0a", "2100-01-01"]);
-    assert!(place.image(&theirs).is_some());
-    let requests = place.service.requests();
-    assert!(!requests.iter().any(|request| request.starts_with("DELETE")), "{requests:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_an_earlier_try_left_is_not_taken_for_the_image_that_an_unanswered_post_made() {
-    let mut place = Place::start(Config::default(), |faults| {
-        faults.stalling_puts = 1;
-        faults.stall = Duration::from_secs(3);
-    })
-    .await;
-    let (first, second) = (place.add("first", 1, 12 * MIB), place.add("second", 2, 3 * MIB));
-    let run = place.command("here", &["first", "second", "--jobs", "1"]).spawn().unwrap();
-    seen(&place.service, "PUT /v2/images").await;
-    // as an earlier try of this run would leave it: its claim is over
-    let claimed = |source: &str, generation| stages::convert::claim::claimed_id(source, PROJECT_ID, generation);
-    let run_id = place.image(&claimed(&first, 0)).unwrap()["virta_run"].clone();
-    let left = place.leave_queued(&second, "second-qcow2", &run_id);
-    place.service.faults(|faults| faults.failing_posts = 1);
-    let output = tokio::time::timeout(Duration::from_secs(60), run.wait_with_output()).await.unwrap().unwrap();
-    Run::new(output, Duration::ZERO).ends(0, &["2 converted"]);
-    place.assert_all_converted(false);
-    place.service.faults(|faults| assert_eq!(faults.failing_posts, 0, "one was not answered"));
-    assert!(place.image(&left).is_none());
-    assert_eq!(place.conversions()[&second]["id"], claimed(&second, 1), "made anew, and claimed from then on");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_a_try_that_failed_took_on_from_another_run_is_not_removed_by_the_next() {
+async fn what_was_proven_less_strictly_is_read_and_compared() {
     let mut place = Place::start(Config::default(), |_| {}).await;
     let source = place.add("web", 1, 3 * MIB);
     place.run(&["web", "--verify", "none"]).await.ends(0, &["1 converted"]);
-    let made = place.conversions()[&source]["id"].clone();
-    // under another name it is known by its id alone; it cannot be read at first
-    place.service.faults(|faults| faults.failing_gets = 1000);
-    let before = place.service.requests().len();
-    let other = place.command("there", &["web", "--name-template", "{name}-small", "--tries", "2"]).spawn().unwrap();
-    // taken on by its first try, and by its second
-    seen_behind(&place.service, before, "PATCH", 2, Duration::from_secs(90)).await;
-    place.service.faults(|faults| faults.failing_gets = 0);
-    let output = tokio::time::timeout(Duration::from_secs(60), other.wait_with_output()).await.unwrap().unwrap();
-    Run::new(output, Duration::ZERO).ends(0, &["0 converted, 1 done before"]);
-    let requests = place.service.requests();
-    assert!(!requests.iter().any(|request| request.starts_with("DELETE")), "{requests:?}");
-    let image = place.conversions()[&source].clone();
-    assert_eq!(image["id"], made);
-    assert!(image["virta_verified"].as_str().unwrap().starts_with("hash:"), "{image}");
+    let before = place.conversions()[&source].clone();
+    assert!(before["virta_verified"].as_str().unwrap().starts_with("sent:sha512:"), "{before}");
+    place.run(&["web", "--verify", "none"]).await.ends(0, &["0 converted, 1 done before"]);
+    let convert = ["convert", "glance:web", "glance:web-qcow2"];
+    let convert = place.clean(env!("CARGO_BIN_EXE_virta")).args(convert).output().await.unwrap();
+    Run::new(convert, Duration::ZERO).ends(0, &["not proven as strictly as this one asks", "already done"]);
+    place.run(&["web"]).await.ends(0, &["0 converted, 1 done before"]);
+    // a stronger proof is in no PATCH
+    assert_eq!(place.conversions()[&source], before);
+    // and where it shows something else, nothing is deleted
+    let path = place.service.data_path(before["id"].as_str().unwrap()).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 40_000;
+    bytes[last] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    place
+        .run(&["web", "--delete-source", "--yes", "--report", "report.json"])
+        .await
+        .ends(4, &["does not show what the source shows"]);
+    assert!(place.image(&source).is_some());
+    assert_eq!(place.report()["items"][0]["exit_code"], 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -686,7 +602,7 @@ async fn a_source_that_was_shared_since_the_plan_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_that_was_taken_since_the_plan_is_not_given_twice() {
+async fn a_name_that_was_taken_since_the_plan_is_told() {
     let mut place = Place::start(Config::default(), |_| {}).await;
     place.add("large", 1, 12 * MIB);
     place.add("small", 2, 3 * MIB);
@@ -694,20 +610,24 @@ async fn a_name_that_was_taken_since_the_plan_is_not_given_twice() {
         place.service.add_image(&record("small-qcow2"), |storing| storing.write(&[1; 512])).unwrap();
     };
     let run = changed_behind_the_plan(&mut place, &["large", "small"], take).await;
-    run.ends(4, &["an image called small-qcow2 is there already"]);
-    assert_eq!(place.service.images().iter().filter(|image| image["name"] == "small-qcow2").count(), 1);
+    run.ends(0, &["2 converted", "is called small-qcow2, too, since this run began"]);
+    assert_eq!(place.service.images().iter().filter(|image| image["name"] == "small-qcow2").count(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replacement_has_the_name_that_its_source_had_at_last() {
+async fn a_source_that_was_renamed_meanwhile_stays_and_the_next_replacement_has_its_new_name() {
     let mut place = Place::start(Config::default(), |_| {}).await;
     place.add("large", 1, 12 * MIB);
     let small = place.add("small", 2, 3 * MIB);
     let rename = async |place: &Place| place.service.set(&small, "name", json!("small-of-today"));
     let run = changed_behind_the_plan(&mut place, &["large", "small", "--replace", "--yes"], rename).await;
-    run.ends(0, &["2 converted"]);
+    run.ends(4, &["1 converted", "the source's name has changed", "start the same command again"]);
+    assert!(place.image(&small).is_some());
+    assert_eq!(place.conversions()[&small]["name"], "small");
+    place.run(&[&small, "--replace", "--yes"]).await.ends(0, &["1 converted"]);
     assert!(place.image(&small).is_none());
-    assert_eq!(place.conversions()[&small]["name"], "small-of-today");
+    let named = |name: &str| place.service.images().iter().filter(|image| image["name"] == name).count();
+    assert_eq!((named("small-of-today"), named("small")), (1, 1), "the first one stays: it may be wanted");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -720,8 +640,8 @@ async fn what_the_plan_has_seen_is_not_asked_again() {
     let requests = place.service.requests();
     assert_eq!(
         requests.iter().filter(|request| *request == "GET /v2/images").count(),
-        1 + 3,
-        "one list, and who has each name: {requests:?}"
+        2 + 3 * 6,
+        "the project, visible and hidden; then of each image, before its mark and after: {requests:?}"
     );
     // what is there by now is looked at as it is
     place.run(&["a", "b", "c"]).await.ends(0, &["0 converted, 3 done before"]);
@@ -739,10 +659,9 @@ async fn a_conversion_that_was_never_verified_is_known_after_its_source_has_gone
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mark_whose_answer_was_lost_is_set_once_and_one_that_was_not_heard_is_set_again() {
+async fn a_mark_whose_answer_was_lost_is_confirmed_and_one_that_was_not_heard_is_sent_again() {
     let patches = |place: &Place| place.service.requests().iter().filter(|request| request.starts_with("PATCH")).count();
-    // the mark that takes the claim off; or the mark unheard, the mark, the claim off. None for the claim: on a small source it is made to last
-    for (acted_upon, expected) in [(true, 1), (false, 3)] {
+    for acted_upon in [true, false] {
         let mut place = Place::start(Config::default(), |faults: &mut Faults| {
             faults.lost_patch_of = Some(("virta_verified".to_owned(), acted_upon));
         })
@@ -750,7 +669,7 @@ async fn a_mark_whose_answer_was_lost_is_set_once_and_one_that_was_not_heard_is_
         place.add("web", 1, 3 * MIB);
         place.run(&["web"]).await.ends(0, &["1 converted"]);
         place.assert_all_converted(false);
-        assert_eq!(patches(&place), expected, "{:?}", place.service.requests());
+        assert_eq!(patches(&place), 2, "{:?}", place.service.requests());
     }
 }
 

@@ -323,7 +323,7 @@ async fn a_quota_that_cannot_hold_the_new_image_is_seen_before_a_byte_is_sent() 
     let cloud = Cloud::start(|faults| faults.quota_left_bytes = Some(4 << 20)).await;
     cloud.convert(&[]).await.ends(1, &["the quota for images has 4.0 MiB left", "convert to a local file"]);
     cloud.assert_nothing_made();
-    assert!(!cloud.service.requests().iter().any(|request| request.starts_with("POST /v2/images")));
+    assert!(!cloud.service.requests().iter().any(|request| request.starts_with("PUT /v2/images")));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -454,20 +454,9 @@ async fn an_image_that_was_never_verified_is_not_taken_as_done() {
     cloud.convert(&[]).await.ends(0, &[]);
     let id = cloud.assert_converted()["id"].as_str().unwrap().to_owned();
     cloud.service.set(&id, "virta_verified", Value::Null);
-    // it is read and compared, and gets its mark
-    cloud.convert(&[]).await.ends(0, &["it is read and compared now", "already done"]);
-    assert!(cloud.assert_converted()["virta_verified"].as_str().unwrap().starts_with("hash:sha512:"));
-    // one that shows a guest something else is refused, and left to its owner
-    cloud.service.set(&id, "virta_verified", Value::Null);
-    let path = cloud.service.data_path(&id).unwrap();
-    let mut bytes = std::fs::read(&path).unwrap();
-    let end = bytes.len() - 100_000;
-    bytes[end] ^= 1;
-    std::fs::write(&path, bytes).unwrap();
-    cloud
-        .convert(&[])
-        .await
-        .ends(2, &["the images differ: first at guest offset 0x", "may have died", &format!("virta image delete {id}")]);
+    // another one is made, and the one that is not proven goes, whatever it shows
+    cloud.convert(&[]).await.ends(0, &["deleted image", "made glance:"]);
+    assert_ne!(cloud.assert_converted()["id"], id.as_str());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -524,12 +513,13 @@ async fn a_snapshot_that_inherited_the_marks_of_a_conversion_is_not_taken_for_on
         }
         record["disk_format"] = json!(format);
         let heir = cloud.service.add_image(&record, |storing| storing.write(b"QFI\xfb something else")).unwrap();
-        cloud.run(&["convert", "glance:snap", "glance:web"]).await.ends(2, &["may have died", &heir]);
+        cloud.run(&["convert", "glance:snap", "glance:web"]).await.ends(2, &["is there already", &heir]);
         cloud.service.set(&heir, "name", json!("elsewhere"));
     }
+    // an image of another project under this family's first id: it is passed by
     cloud.service.set(&id, "owner", json!("another-project"));
     cloud.service.set(&id, "visibility", json!("public")); // else it would not be seen at all
-    cloud.convert(&[]).await.ends(2, &["may have died"]);
+    cloud.convert(&[]).await.ends(0, &["made glance:"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

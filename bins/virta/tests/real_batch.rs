@@ -11,6 +11,7 @@ use std::{
 
 use real::{Images, openstack, ready, run, state_folder};
 use serde_json::Value;
+use stages::ownership::{Content, Family};
 
 const VIRTA: &str = env!("CARGO_BIN_EXE_virta");
 const MIB: usize = 1 << 20;
@@ -87,7 +88,13 @@ fn claims_hold_on_a_real_glance_and_a_batch_goes_on_after_a_kill() {
     let project = openstack("donor", &["token", "issue", "-f", "value", "-c", "project_id"]);
     let a = place.upload("batch-a", 1, 12);
     let b = place.upload("batch-b", 2, 12);
-    let claimed = |source: &str, generation| stages::convert::claim::claimed_id(source, &project, generation);
+    let claimed = |source: &str, generation| {
+        let name = [(&a, "batch-a-qcow2"), (&b, "batch-b-qcow2")]
+            .iter()
+            .find(|(id, _)| **id == source)
+            .map_or("batch-c-qcow2", |(_, name)| *name);
+        Family::of_image(source, &project, name, Content::Exact).id(generation)
+    };
     place.images.ids.extend((0..4).flat_map(|generation| [claimed(&a, generation), claimed(&b, generation)]));
 
     // the id is the claim's, and no mark of it is left
@@ -102,7 +109,7 @@ fn claims_hold_on_a_real_glance_and_a_batch_goes_on_after_a_kill() {
     let first = generation(&a, &report["items"][0]);
     let made = show(&claimed(&a, first));
     assert_eq!((&made["status"], &made["name"]), (&Value::from("active"), &Value::from("batch-a-qcow2")));
-    assert!(made["properties"]["virta_claim_until"].is_null() && made["protected"] == false, "{made}");
+    assert!(made["properties"]["virta_claim_s"].is_null() && made["protected"] == false, "{made}");
 
     // an id that was deleted stays taken: the next one is made; the other image is known to be done
     openstack("donor", &["image", "delete", &claimed(&a, first)]);
@@ -113,7 +120,7 @@ fn claims_hold_on_a_real_glance_and_a_batch_goes_on_after_a_kill() {
     let second = generation(&a, &report["items"][0]);
     assert!(second > first && is_there(&claimed(&a, second)) && !is_there(&claimed(&a, first)));
 
-    // a run that is killed leaves its claim; another machine keeps away, its own takes it over
+    // a run that is killed leaves its claim; another machine keeps away, its own passes it by, and deletes it
     let c = place.upload("batch-c", 3, 150);
     place.images.ids.extend((0..4).map(|generation| claimed(&c, generation)));
     let mut slow = place
@@ -127,8 +134,9 @@ fn claims_hold_on_a_real_glance_and_a_batch_goes_on_after_a_kill() {
     }
     slow.kill().unwrap();
     slow.wait().unwrap();
-    let until = show(&claimed(&c, 0))["properties"]["virta_claim_until"].as_str().unwrap().to_owned();
-    assert!(until.ends_with('Z'), "{until}");
+    let left = show(&claimed(&c, 0));
+    assert_eq!(left["name"], "batch-c-qcow2 (unfinished)", "{left}");
+    assert!(left["properties"]["virta_claim_s"].as_str().unwrap().parse::<u64>().unwrap() >= 3600, "{left}");
     let (code, report, _) = place.batch("two", &["batch-c", "--no-wait"]);
     assert_eq!((code, &report["items"][0]["outcome"]), (Some(4), &Value::from("held")), "{report}");
     let (code, report, stderr) = place.batch("one", &["batch-c", "--delete-source", "--yes"]);
@@ -137,7 +145,8 @@ fn claims_hold_on_a_real_glance_and_a_batch_goes_on_after_a_kill() {
     let taken_over = generation(&c, &report["items"][0]);
     assert!(taken_over > 0);
     let made = claimed(&c, taken_over);
+    assert!(!is_there(&claimed(&c, 0)), "what was overtaken is deleted");
     place.assert_is(&made, "batch-c");
     let shown = show(&made);
-    assert!(shown["properties"]["virta_claim_until"].is_null() && shown["protected"] == false, "{shown}");
+    assert!(shown["properties"]["virta_claim_s"].is_null() && shown["protected"] == false, "{shown}");
 }

@@ -37,7 +37,14 @@ async fn a_source_is_deleted_only_after_it_was_read_back_and_only_when_asked() {
     assert_eq!(cloud.gets_of_data(), (0, 0));
     cloud.assert_nothing_made();
     let run = cloud.convert(&["--delete-source", "--yes"]).await;
-    run.ends(0, &["proven: what Glance serves of the new image", "is deleted", "after verification will be deleted: image snap"]);
+    run.ends(
+        0,
+        &[
+            "proven: what Glance serves of the new image",
+            "deleted the source image",
+            "after verification will be deleted: image snap",
+        ],
+    );
     assert!(cloud.is_gone(&cloud.snapshot));
     let made = cloud.others().remove(0);
     cloud.assert_is_the_disk(&cloud.service.data_path(made["id"].as_str().unwrap()).unwrap());
@@ -76,8 +83,9 @@ async fn a_source_that_others_use_stays_and_so_does_the_new_image() {
         let cloud = Cloud::start(|_| {}).await;
         cloud.service.set_in_use(&cloud.snapshot);
         cloud.convert(&[flag, "--yes"]).await.ends(1, &["409", "in use", "is there and verified"]);
-        assert_eq!(cloud.named("snap").len(), 1);
-        assert_eq!(cloud.named("compact").len(), 1);
+        // a replacement has the name at once
+        let names = (cloud.named("snap").len(), cloud.named("compact").len());
+        assert_eq!(names, if flag == "--replace" { (2, 0) } else { (1, 1) });
         cloud.assert_converted();
     }
 }
@@ -112,12 +120,12 @@ async fn a_replacement_takes_name_and_visibility() {
     cloud
         .run(&["convert", "glance:snap", "glance:snap", "--replace", "--yes"])
         .await
-        .ends(0, &["the new image is called snap now", "pinned"].map(|text| if text == "pinned" { "its id is" } else { text }));
+        .ends(0, &["deleted the source image snap", "its id has changed"]);
     assert!(cloud.is_gone(&cloud.snapshot));
     let images = cloud.named("snap");
     assert_eq!(images.len(), 1);
     assert_eq!((&images[0]["visibility"], &images[0]["disk_format"]), (&json!("shared"), &json!("qcow2")));
-    assert!(images[0].get("virta_replaces").is_none() && images[0].get("virta_replaces_name").is_none());
+    assert_eq!(images[0]["virta_replaces"], cloud.snapshot.as_str());
     // once more: it is done
     cloud.run(&["convert", "glance:snap", "glance:snap", "--replace", "--yes"]).await.ends(0, &["already done"]);
 }
@@ -149,7 +157,7 @@ async fn killed_at_every_request(command: impl Fn(&Cloud) -> Vec<String>, name: 
             assert_eq!(images.len(), 1, "{told}: {images:?}");
             let image = &images[0];
             assert_eq!((&image["name"], &image["protected"]), (&json!(name), &json!(false)), "{told}");
-            for mark in ["virta_replaces", "virta_replaces_name", "virta_claim_until"] {
+            for mark in ["virta_replaces_name", "virta_claim_s", "virta_claim_until"] {
                 assert!(image.get(mark).is_none(), "{told}: {image}");
             }
             cloud.assert_is_the_disk(&cloud.service.data_path(image["id"].as_str().unwrap()).unwrap());
@@ -189,43 +197,16 @@ async fn a_source_that_an_earlier_run_deleted_is_known_by_its_id_and_a_wrong_nam
     // as somebody else's run, on a machine that knows nothing of it
     std::fs::remove_dir_all(cloud.folder.path().join("state")).unwrap();
     let by_id = format!("glance:{}", cloud.snapshot);
-    cloud.run(&["convert", &by_id, "glance:compact"]).await.ends(0, &["is gone, deleted after an earlier run", "already done"]);
+    cloud
+        .run(&["convert", &by_id, "glance:compact"])
+        .await
+        .ends(0, &["is gone: an earlier run converted and deleted it", "already done"]);
     cloud.run(&["convert", &by_id, "glance:another"]).await.ends(2, &["there is no image"]);
     cloud.run(&["convert", "glance:snapp", "glance:compact"]).await.ends(2, &["there is no image snapp"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_was_overtaken_while_it_read_back_leaves_the_only_copy_alone() {
-    let cloud = Cloud::start_with(8, Config::default(), |faults| faults.latency = Duration::from_millis(150)).await;
-    let first = cloud.command(&["convert", "glance:snap", "glance:compact", "--verify", "readback"]).spawn().unwrap();
-    while !cloud.others().iter().any(|image| image["status"] == "active") {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    signal(&first, Signal::STOP);
-    assert!(cloud.others()[0].get("virta_verified").is_none(), "stopped too late");
-    cloud.service.faults(|faults| faults.latency = Duration::ZERO);
-    // another machine, which cannot know that the first run lives
-    let mut second = cloud.command(&["convert", "glance:snap", "glance:compact", "--delete-source", "--yes"]);
-    let second = second.env("XDG_STATE_HOME", cloud.folder.path().join("elsewhere")).spawn().unwrap();
-    seen(&cloud.service, &format!("DELETE /v2/images/{}", cloud.snapshot)).await;
-    // it keeps the image protected for a while, and is not waited for
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    signal(&second, Signal::INT);
-    Run::new(second.wait_with_output().await.unwrap(), Duration::ZERO).ends(0, &["stays protected", "--unprotected"]);
-    let made = cloud.others().remove(0);
-    assert_eq!(made["protected"], true);
-    cloud.service.set(made["id"].as_str().unwrap(), "protected", json!(false));
-    // now the first goes on, and is told to clean up
-    signal(&first, Signal::INT);
-    signal(&first, Signal::CONT);
-    let _ = first.wait_with_output().await.unwrap();
-    assert!(cloud.is_gone(&cloud.snapshot));
-    let made = cloud.others().remove(0);
-    cloud.assert_is_the_disk(&cloud.service.data_path(made["id"].as_str().unwrap()).unwrap());
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_image_that_fails_its_proof_can_be_deleted_as_the_error_says() {
+async fn an_unmarked_image_of_the_wanted_name_is_in_the_way() {
     let cloud = Cloud::start_with(8, Config::default(), |_| {}).await;
     cloud.convert(&[]).await.ends(0, &[]);
     let made = cloud.assert_converted();
@@ -240,7 +221,8 @@ async fn an_image_that_fails_its_proof_can_be_deleted_as_the_error_says() {
     bytes[last] ^= 1;
     let other = cloud.service.add_image(&Value::Object(record), |storing| storing.write(&bytes)).unwrap();
     let run = cloud.run(&["convert", "glance:snap", "glance:other", "--delete-source", "--yes"]).await;
-    run.ends(2, &["it is not its verified conversion", &format!("virta image delete {other}")]);
+    // unmarked, it is an image of that name like any other
+    run.ends(2, &["an image called other is there already", &other]);
     assert!(!cloud.is_gone(&cloud.snapshot));
     cloud.run(&["image", "delete", "--yes", &other]).await.ends(0, &[]);
     assert!(cloud.is_gone(&other));
@@ -253,62 +235,29 @@ async fn an_image_of_a_try_that_failed_is_removed_later_when_it_could_not_be_at_
         faults.failing_deletes = 1000;
     };
     let cloud = Cloud::start_with(8, Config::default(), spoiled).await;
-    cloud.convert(&[]).await.ends(0, &["half made, and deleting it failed", "virta clean removes it"]);
+    cloud.convert(&[]).await.ends(0, &["is an unfinished conversion of the same source, and deleting it failed", "virta clean"]);
     assert_eq!(cloud.others().len(), 2);
     cloud.service.faults(|faults| faults.failing_deletes = 0);
-    cloud.run(&["clean"]).await.ends(0, &["removed image compact", "could not delete"]);
+    cloud
+        .run(&["clean", "--os-cloud", "mini"])
+        .await
+        .ends(0, &["removed image compact (unfinished)", "no unfinished image is left"]);
     cloud.assert_converted();
     cloud.run(&["clean"]).await.ends(0, &["nothing to clean"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_run_could_not_delete_stays_when_somebody_has_finished_it_since() {
-    let spoiled = |faults: &mut mini_glance::Faults| {
-        faults.erring_puts = 1;
-        faults.failing_deletes = 1000;
-    };
-    for (mark, stays) in [(Some("sha512 of what was sent"), true), (Some("size:1"), true), (None, false)] {
-        let cloud = Cloud::start_with(8, Config::default(), spoiled).await;
-        cloud.convert(&[]).await.ends(0, &["half made, and deleting it failed"]);
-        cloud.service.faults(|faults| faults.failing_deletes = 0);
-        let is_left = |image: &&Value| image["status"] == "saving";
-        let left = cloud.others().iter().find(is_left).unwrap()["id"].as_str().unwrap().to_owned();
-        cloud.service.set(&left, "status", json!("active"));
-        if let Some(mark) = mark {
-            cloud.service.set(&left, "virta_verified", json!(mark));
-        }
-        cloud.run(&["clean"]).await.ends(0, if stays { &[] } else { &["removed image compact"] });
-        assert_eq!(cloud.is_gone(&left), !stays, "{mark:?}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_was_overtaken_takes_neither_claim_nor_protection_off() {
-    let cloud = Cloud::start_with(8, Config::default(), |_| {}).await;
-    cloud.convert(&[]).await.ends(0, &[]);
-    let made = cloud.assert_converted()["id"].as_str().unwrap().to_owned();
-    // as a run on another machine leaves it that died before its mark
-    for (key, value) in [("virta_verified", "size:1"), ("virta_run", "dead"), ("virta_claim_until", "2020-01-01T00:00:00Z")] {
-        cloud.service.set(&made, key, json!(value));
-    }
-    cloud.service.faults(|faults| faults.latency = Duration::from_millis(150));
-    let first = cloud.command(&["convert", "glance:snap", "glance:compact"]).spawn().unwrap();
-    while cloud.others()[0]["virta_run"] == "dead" {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    signal(&first, Signal::STOP);
-    let claim = cloud.others()[0]["virta_claim_until"].clone();
-    assert!(claim.as_str().unwrap() > "2021", "whoever takes it on claims it: {claim}");
-    let theirs =
-        [("virta_run", json!("another")), ("virta_claim_until", json!("2099-01-01T00:00:00Z")), ("protected", json!(true))];
-    for (key, value) in &theirs {
-        cloud.service.set(&made, key, value.clone());
-    }
-    cloud.service.faults(|faults| faults.latency = Duration::ZERO);
-    signal(&first, Signal::CONT);
-    Run::new(first.wait_with_output().await.unwrap(), Duration::ZERO).ends(0, &[]);
-    let image = cloud.others().remove(0);
-    assert!(theirs.iter().all(|(key, value)| image[key] == *value), "{image}");
+async fn an_unfinished_image_is_changed_by_nobody_else() {
+    let cloud = Cloud::start(|faults| faults.stuck_saving = true).await;
+    let run = cloud.command(&["convert", "glance:snap", "glance:compact"]).spawn().unwrap();
+    seen(&cloud.service, "PUT ").await;
+    let made = cloud.others()[0]["id"].as_str().unwrap().to_owned();
+    assert_eq!(cloud.others()[0]["name"], "compact (unfinished)");
+    cloud.run(&["image", "set", &made, "--name", "mine"]).await.ends(1, &["is unfinished: a run is making it"]);
+    cloud.run(&["share", &made, "0123456789abcdef0123456789abcdef"]).await.ends(1, &["is unfinished"]);
+    cloud.run(&["image", "delete", "--yes", &made]).await.ends(0, &["a run may be making it until"]);
+    signal(&run, Signal::INT);
+    Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(130, &["interrupted"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -341,7 +290,7 @@ async fn what_a_killed_run_left_is_cleaned_and_what_a_live_one_holds_is_not() {
     seen(&cloud.service, "PUT ").await;
     let mut dead = cloud.command(&["convert", "glance:snap", "glance:dead"]).spawn().unwrap();
     for _ in 0..400 {
-        if cloud.named("dead").iter().any(|image| image["status"] == "saving") {
+        if cloud.named("dead (unfinished)").iter().any(|image| image["status"] == "saving") {
             break;
         }
         tokio::time::sleep(Duration::from_millis(25)).await;
@@ -353,20 +302,20 @@ async fn what_a_killed_run_left_is_cleaned_and_what_a_live_one_holds_is_not() {
     // somebody else's image of the same name and state is nobody's business
     let foreign = cloud.service.add_image(&snapshot_record("dead"), |storing| storing.write(b"x")).unwrap();
     cloud.service.set(&foreign, "status", json!("queued"));
-    cloud.run(&["clean"]).await.ends(0, &["removed image dead"]);
-    assert_eq!(cloud.named("dead").len(), 1);
-    assert_eq!(cloud.named("live").len(), 1, "a live run holds it");
-    cloud.run(&["clean"]).await.ends(0, &["nothing to clean"]);
-    // the same conversion a second time, while one runs: it is refused, and told where to look
     cloud
-        .run(&["convert", "glance:snap", "glance:live"])
+        .run(&["clean"])
         .await
-        .ends(2, &["makes that very image just now", "virta status --follow"]);
+        .ends(0, &["removed image dead (unfinished)", "live (unfinished)", "its run may be making it until"]);
+    assert_eq!((cloud.named("dead").len(), cloud.named("dead (unfinished)").len()), (1, 0));
+    assert_eq!(cloud.named("live (unfinished)").len(), 1, "a live run holds it");
+    cloud.run(&["clean"]).await.ends(0, &["nothing to clean"]);
+    // the same conversion a second time, while one runs: it is told who has it
+    cloud.run(&["convert", "glance:snap", "glance:live"]).await.ends(75, &["is converting this source"]);
     let asked = Instant::now();
     signal(&live, Signal::INT);
     Run::new(live.wait_with_output().await.unwrap(), asked.elapsed()).ends(130, &["interrupted"]);
     assert!(asked.elapsed() < Duration::from_secs(5));
-    assert_eq!(cloud.named("live").len(), 0);
+    assert_eq!(cloud.named("live (unfinished)").len(), 0);
     let runs: Value = serde_json::from_str(&cloud.run(&["status", "-f", "json"]).await.stdout).unwrap();
     let mut states: Vec<&str> = runs.as_array().unwrap().iter().map(|run| run["state"].as_str().unwrap()).collect();
     states.sort_unstable(); // they began within a second
@@ -421,10 +370,10 @@ async fn one_cloud_streams_into_another_with_its_own_sign_in() {
     assert_eq!((&made["name"], &made["os_distro"]), (&json!("there"), &json!("debian")));
     assert!(made.get("instance_uuid").is_none() && made.get("hw_disk_bus").is_none());
     cloud.assert_is_the_disk(&other.service.data_path(made["id"].as_str().unwrap()).unwrap());
-    // again: it is there already; and with the source to go, it is compared once more first
+    // again: it is there already, read back; the source may go
     cloud.run(&arguments).await.ends(0, &["already done"]);
     arguments.extend(["--delete-source", "--yes"]);
-    cloud.run(&arguments).await.ends(0, &["it is compared with the source before that is deleted", "already done"]);
+    cloud.run(&arguments).await.ends(0, &["deleted the source image", "already done"]);
     assert!(cloud.is_gone(&cloud.snapshot));
     cloud.run(&["convert", "x", "y.qcow2", "--to-os-cloud", "other"]).await.ends(2, &["has to be glance:NAME"]);
 }
@@ -501,18 +450,11 @@ async fn a_new_image_without_a_hash_is_read_back_before_the_source_goes() {
     let cloud = Cloud::start(|_| {}).await;
     cloud.service.faults(|faults| faults.null_hashes = true);
     let run = cloud.convert(&["--delete-source", "--yes", "--verify", "hash"]).await;
-    // what cannot be marked as verified is not enough to delete a source for
-    run.ends(
-        1,
-        &[
-            "the source will stay",
-            "reading",
-            "back and comparing it",
-            "deletion is asked for no further",
-            "Glance computed no hash",
-        ],
-    );
-    assert!(!cloud.is_gone(&cloud.snapshot));
+    // a size proves nothing: it is read back, and the mark says so
+    run.ends(0, &["reading", "back and comparing it", "deleted the source image"]);
+    assert!(cloud.is_gone(&cloud.snapshot));
+    let made = cloud.others().remove(0);
+    assert_eq!(made["virta_verified"], format!("readback:id:{}", made["id"].as_str().unwrap()));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,9 +8,8 @@ use std::time::Duration;
 
 use super::Entry;
 use crate::{
-    clock::Moment,
     convert::JobError,
-    openstack::{Image, Session, image::SOURCE_ID},
+    openstack::{Image, Moment, Session, image::SOURCE_ID},
 };
 
 /// The largest page that Glance gives (`api_limit_max`).
@@ -21,19 +20,19 @@ const RECENT: Duration = Duration::from_secs(30);
 /// All images that a project may see, and when that was.
 #[derive(Clone, Debug)]
 pub struct Listing {
-    /// As Glance listed them; hidden ones are not among them.
+    /// As Glance listed them, hidden ones too.
     pub images: Vec<Image>,
     taken: Moment,
 }
 
 impl Listing {
-    /// Asks Glance: one request for each thousand images.
+    /// Asks Glance: one request for each thousand images, and one for those that are hidden.
     ///
     /// # Errors
     /// [`JobError::Api`].
     pub async fn of_project(session: &Session) -> Result<Self, JobError> {
         let taken = Moment::now();
-        Ok(Self { images: session.images_matching(&[("limit", PAGE)]).await?, taken })
+        Ok(Self { images: session.images_and_hidden(&[("limit", PAGE)]).await?, taken })
     }
 
     /// Is it from just now?
@@ -46,8 +45,7 @@ impl Listing {
     pub(super) fn untouched(&self, entry: &Entry) -> Option<Image> {
         let source = entry.image.as_ref()?;
         let listed = self.images.iter().find(|image| image.id == source.id)?;
-        // lists leave the conversions of hidden images out
-        if !self.is_recent() || listed.os_hidden == Some(true) {
+        if !self.is_recent() {
             return None;
         }
         let touches = |image: &&Image| {

@@ -21,7 +21,7 @@
 //!
 //! # Words
 //! - *Wish*: what the user typed. *Entry*: a wish with its image and a verdict. *Outcome*: what became of it.
-//! - *Held*: another run, here or elsewhere, has claimed the source ([`crate::convert::claim`]).
+//! - *Held*: another run, here or elsewhere, has claimed the source ([`crate::ownership`]).
 //!
 //! # Invariants
 //! - B1 The grants of all that run are never more than the budgets, and each has at least what a conversion needs.

@@ -7,13 +7,15 @@ use std::collections::HashMap;
 use super::{Journal, Listing, Wish};
 use crate::{
     convert::{
-        After, JobError, Notices, Options, claim, finishing,
-        names::{carries_its_own_proof, is_finished_conversion},
+        After, JobError, Options, Verify,
+        names::{finish_rename, in_the_way, sole_source},
+        to_glance::family_of,
     },
     openstack::{
         Image, Session,
-        image::{REPLACES, SOURCE_ID, VERIFIED},
+        image::{REPLACES, REPLACES_NAME, SOURCE_ID},
     },
+    ownership::{Lookout, Member, Proof, look, proof_of},
     text::{counted, printable},
 };
 
@@ -90,20 +92,20 @@ pub struct Plan {
     pub listing: Listing,
 }
 
-/// Replacements that a dead run left between the deletion of the source and the new name: they are finished.
+/// Replacements that an earlier release left between the deletion of the source and the new name: they are finished.
 ///
 /// Returns whether there were any.
 ///
 /// # Errors
 /// [`JobError`].
-pub async fn finish_replacements(session: &Session, images: &[Image], notices: &dyn Notices) -> Result<bool, JobError> {
-    let own = |image: &&Image| image.owner == session.whoami().project_id && image.status == "active";
+pub async fn finish_replacements(session: &Session, images: &[Image]) -> Result<bool, JobError> {
+    let project = session.whoami().project_id.as_deref();
+    let done = |image: &&Image| image.status == "active" && proof_of(image, project).is_some();
     let mut any = false;
-    for image in images.iter().filter(own) {
-        let Some(replaced) = image.property(REPLACES) else { continue };
-        let there = images.iter().any(|image| image.id == replaced);
-        if !there && carries_its_own_proof(image) && claim::held(image, session.now(), notices).is_none() {
-            any |= finishing::finish_replacing(session, replaced, notices).await?.is_some();
+    for image in images.iter().filter(done).filter(|image| image.property(REPLACES_NAME).is_some()) {
+        let replaced = image.property(REPLACES).or(image.property(SOURCE_ID)).unwrap_or_default();
+        if !images.iter().any(|image| image.id == replaced) {
+            any |= finish_rename(session, image).await?;
         }
     }
     Ok(any)
@@ -187,6 +189,8 @@ impl Plan {
                 Err(verdict) => (None, Some(verdict)),
             };
             let new_name = match (&wish.name, image) {
+                // the mark gives it the source's name at once
+                (_, Some(image)) if own.after == After::Replace => image.name.clone().unwrap_or_default(),
                 (Some(name), _) => name.clone(),
                 (None, Some(image)) => fill_template(template, image).map_err(usage)?,
                 (None, None) => String::new(),
@@ -196,7 +200,7 @@ impl Plan {
                     ids.insert(image.id.clone(), first);
                     verdict = Some(skip("it is in the list twice"));
                 }
-                let judged = || project.judge(image, &new_name, &own);
+                let judged = || project.judge(image, &new_name, &own, wish.name.is_none());
                 let judged = verdict.unwrap_or_else(judged);
                 verdict = Some(match judged {
                     Verdict::Convert => match new_names.get(&new_name) {
@@ -218,7 +222,8 @@ impl Plan {
                 });
             }
             let verdict = verdict.unwrap_or(Verdict::Fail { reason: "there is no such image".to_owned() });
-            entries.push(Entry { wish, image: image.cloned(), new_name, options: own, verdict });
+            let options = Options { any_name: wish.name.is_none(), ..own };
+            entries.push(Entry { wish, image: image.cloned(), new_name, options, verdict });
         }
         Ok(Self { entries, notes, listing })
     }
@@ -304,11 +309,11 @@ impl<'a> Project<'a> {
                 return Err(gone);
             }
         }
-        // of two of one name, one that was made of another is not what was meant
+        // of two of one name, one that takes the place of the other is not what was meant
         let mut named = self.by_name.get(word).cloned().unwrap_or_default();
-        if named.len() > 1 {
-            let all = named.clone();
-            named.retain(|image| !carries_its_own_proof(image) && !all.iter().any(|source| image.looks_made_of(source)));
+        let owned: Vec<Image> = named.iter().map(|image| (*image).clone()).collect();
+        if let Some(source) = sole_source(&owned) {
+            named.retain(|image| image.id == source.id);
         }
         // the journal has what was typed
         let before = journal.map(|journal| journal.meanings(&wish.image)).unwrap_or_default();
@@ -359,9 +364,7 @@ impl<'a> Project<'a> {
         let new_name = wish.name.clone().unwrap_or_else(|| template.replace("{name}", word));
         let made = self.by_name.get(new_name.as_str()).into_iter().flatten().find(|made| {
             let source = made.property(SOURCE_ID);
-            source.is_some_and(|source| !self.by_id.contains_key(source))
-                && carries_its_own_proof(made)
-                && self.session.owns(made)
+            source.is_some_and(|source| !self.by_id.contains_key(source)) && self.is_proven(made)
         });
         match made {
             Some(made) => Err(Verdict::Done { made: made.id.clone() }),
@@ -369,8 +372,13 @@ impl<'a> Project<'a> {
         }
     }
 
+    /// Is it active, with a valid mark?
+    fn is_proven(&self, image: &Image) -> bool {
+        image.status == "active" && proof_of(image, self.session.whoami().project_id.as_deref()).is_some()
+    }
+
     fn is_converted(&self, source: &Image) -> bool {
-        self.conversions(&source.id).any(|made| is_finished_conversion(self.session, made, source))
+        self.conversions(&source.id).any(|made| self.is_proven(made))
     }
 
     fn tell_renamed(&self, image: &Image, journal: Option<&Journal>, notes: &mut Vec<String>) {
@@ -388,12 +396,9 @@ impl<'a> Project<'a> {
     /// An image that is not there: was it converted, or did somebody delete it? `None`: nobody knows of it.
     fn gone(&self, id: &str, journal: Option<&Journal>) -> Option<Verdict> {
         let known = journal.and_then(|journal| journal.known(id));
-        // what another project shares, it can take away again
-        let proven = |made: &&Image| made.status == "active" && carries_its_own_proof(made) && self.session.owns(made);
+        let proven = |made: &&Image| self.is_proven(made);
         let by_journal = known.and_then(|known| self.by_id.get(known.made.as_deref()?)).copied();
-        // this batch itself has finished it: a mark of any strength will do
-        let finished = |made: &&Image| made.status == "active" && made.property(VERIFIED).is_some() && self.session.owns(made);
-        if let Some(made) = self.conversions(id).find(proven).or(by_journal.filter(finished)) {
+        if let Some(made) = self.conversions(id).find(proven).or(by_journal.filter(proven)) {
             return Some(Verdict::Done { made: made.id.clone() });
         }
         if let Some(made) = by_journal {
@@ -412,7 +417,7 @@ impl<'a> Project<'a> {
         Some(Verdict::Fail { reason: format!("it is gone; when this batch began it was called {}", printable(&name)) })
     }
 
-    fn judge(&self, image: &Image, new_name: &str, options: &Options) -> Verdict {
+    fn judge(&self, image: &Image, new_name: &str, options: &Options, any_name: bool) -> Verdict {
         let fail = |reason: String| Verdict::Fail { reason };
         if image.is_volume_backed() {
             return skip("the snapshot of a volume-backed server: it has no bytes of its own");
@@ -436,10 +441,13 @@ impl<'a> Project<'a> {
             return skip("it is empty");
         }
         let goes = options.after != After::Keep;
-        if let Some(made) = self.conversions(&image.id).find(|made| is_finished_conversion(self.session, made, image)) {
-            let made = made.id.clone();
+        if image.property(REPLACES).is_some_and(|replaced| !self.by_id.contains_key(replaced)) && self.is_proven(image) {
+            return Verdict::Done { made: image.id.clone() };
+        }
+        if let Some((made, proven)) = self.made_earlier(image, new_name, options, any_name) {
             return match (goes, image.protected) {
-                (false, _) => Verdict::Done { made },
+                (false, _) if proven => Verdict::Done { made },
+                (false, _) => Verdict::Finish { made },
                 (true, Some(true)) => skip(&format!(
                     "converted already ({made}), but the source is protected and stays; if it may go: virta image set --unprotected {}",
                     image.shown_id()
@@ -460,16 +468,40 @@ impl<'a> Project<'a> {
         if new_name.is_empty() || new_name.chars().count() > 255 || uuid::Uuid::parse_str(new_name).is_ok() {
             return fail(format!("{:?} cannot be the new image's name", printable(new_name)));
         }
-        let own = |other: &&&Image| project.is_none() || other.owner == *project;
-        let taken = self.by_name.get(new_name).map(Vec::as_slice).unwrap_or_default();
-        let mut others =
-            taken.iter().filter(own).filter(|other| other.status == "active" && other.property(SOURCE_ID) != Some(&image.id));
-        let replaced = |other: &&&Image| options.after == After::Replace && other.id == image.id;
-        if let Some(other) = others.find(|other| !replaced(other))
+        let named: Vec<Image> = self.by_name.get(new_name).into_iter().flatten().map(|image| (*image).clone()).collect();
+        let family = family_of(Some(image), self.session, new_name, options.force);
+        if let Some(other) = in_the_way(&named, &family, Some(image), options.after).first()
             && !options.force
         {
             return fail(format!("an image called {} is there already ({})", printable(new_name), other.shown_id()));
         }
         Verdict::Convert
+    }
+
+    /// The finished conversion that answers a wish, and whether it is proven as strictly as asked: by the look that the conversion itself would begin with.
+    fn made_earlier(&self, image: &Image, new_name: &str, options: &Options, any_name: bool) -> Option<(String, bool)> {
+        let family = family_of(Some(image), self.session, new_name, options.force);
+        let asked = match options.verify {
+            Verify::None => Proof::Sent,
+            Verify::Hash => Proof::Hash,
+            Verify::Readback => Proof::Readback,
+        };
+        let hash = image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
+        let lookout = Lookout {
+            family: &family,
+            project: self.session.whoami().project_id.as_deref(),
+            now: self.session.now(),
+            is_over: &|_| false,
+            source_hash: hash.as_deref(),
+            any_name: (any_name && options.after != After::Replace).then_some(asked),
+        };
+        let made: Vec<Image> = self.conversions(&image.id).cloned().collect();
+        let of_source: &[Image] = if options.force { &[] } else { &made };
+        let sighting = look(&lookout, &made, of_source);
+        match (sighting.highest(), sighting.other) {
+            (Some((generation, proof)), _) => Some((family.id(generation), proof >= asked)),
+            (None, Some((id, Member::Marked(proof)))) => Some((id, proof >= asked)),
+            _ => None,
+        }
     }
 }

@@ -10,30 +10,25 @@ use std::{
 };
 
 use engine::CancelToken;
-use jiff::Timestamp;
 use reqwest::StatusCode;
 use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::{
-    Entry, Journal, Listing, Outcome, Plan, Summary, Verdict,
+    Entry, Journal, Outcome, Plan, Summary, Verdict,
     outcome::{Line, is_transient},
     shares::{Grant, Shares, TooSmall},
 };
 use crate::{
     convert::{
-        After, FoundServer, Job, JobError, Notices, Options, Report, Source, claim,
+        After, Conversion, FoundServer, Job, JobError, Notices, Options, Report, Source,
         error::Nature,
-        finishing,
-        names::{NameCheck, carries_its_own_proof, check_name, finish_earlier, go_on_with_finished, images_of_name},
+        names::conversion_of_gone,
         report::rss_peak_bytes,
         retire,
-        to_glance::to_glance,
+        to_glance::{Known, to_glance_knowing},
     },
-    openstack::{
-        Image, Session,
-        image::{CLAIM_UNTIL, RUN, SOURCE_ID},
-    },
+    openstack::{Image, Session, image::ImageError},
     progress::Progress,
     text::{causes, printable},
 };
@@ -172,34 +167,6 @@ impl Notices for ItemNotices {
         self.notices.making(image_id);
     }
 
-    fn deleting(&self, image_id: &str) {
-        self.notices.deleting(image_id);
-    }
-
-    fn left(&self, image_id: &str) {
-        self.notices.left(image_id);
-    }
-
-    fn was_deleting(&self, run: &str, image_id: &str) -> bool {
-        self.notices.was_deleting(run, image_id)
-    }
-
-    fn settled(&self, image_id: &str) {
-        self.notices.settled(image_id);
-    }
-
-    fn not_deleting(&self, image_id: &str) {
-        self.notices.not_deleting(image_id);
-    }
-
-    fn doubted(&self, image_id: &str) {
-        self.notices.doubted(image_id);
-    }
-
-    fn was_doubted(&self, run: &str, image_id: &str) -> bool {
-        self.notices.was_doubted(run, image_id)
-    }
-
     fn is_dead(&self, run: &str) -> bool {
         self.notices.is_dead(run)
     }
@@ -278,7 +245,6 @@ impl Batch {
             uploaded_bytes: 0,
         };
         runner.begin();
-        runner.tidy().await;
         runner.stop_at_max_failures();
         runner.until_done().await;
         Ok(runner.summary(started))
@@ -316,53 +282,6 @@ impl Runner {
             }
         }
         self.tell(&self.shares.describe());
-    }
-
-    /// Finished images whose claim a dead run could not take off any more.
-    async fn tidy(&self) {
-        let session = &self.batch.session;
-        let listed = &self.batch.plan.listing;
-        let anew = match listed.is_recent() {
-            true => None,
-            false => match Listing::of_project(session).await {
-                Ok(anew) => Some(anew),
-                Err(_) => return,
-            },
-        };
-        let images = &anew.as_ref().unwrap_or(listed).images;
-        let own = |image: &&Image| image.owner == session.whoami().project_id;
-        for image in images.iter().filter(own).filter(|image| image.status == "active" && image.property(CLAIM_UNTIL).is_some()) {
-            // while the source is there, whoever is at it still needs the protection
-            let own_claim_only = image.protected != Some(true);
-            let source_there = images.iter().any(|source| image.property(SOURCE_ID) == Some(&source.id) && source.id != image.id);
-            if (source_there && !own_claim_only) || !carries_its_own_proof(image) {
-                continue;
-            }
-            if let Some(why) = claim::protects(image, session.now(), None, &*self.batch.notices) {
-                // one of another run is that run's to tell
-                if image.property(RUN).is_some_and(|run| self.batch.notices.is_dead(run)) {
-                    let state = if own_claim_only { "claimed" } else { "protected" };
-                    self.tell(&format!("image {} stays {state} for now: {why}", image.shown_id()));
-                }
-                continue;
-            }
-            // as it is now: the claim may be another run's by now, or the protection the user's
-            let as_listed = |now: &Image| {
-                let same = |key: &str| now.property(key) == image.property(key);
-                same(CLAIM_UNTIL) && same(RUN) && now.protected == image.protected
-            };
-            match session.image_if_there(&image.id).await {
-                Ok(Some(now)) if as_listed(&now) => {}
-                _ => continue,
-            }
-            if let Err(error) = finishing::release(session, &image.id, image.property(RUN)).await {
-                self.tell(&format!(
-                    "warning: image {} keeps the mark of a run that is over: {}",
-                    image.shown_id(),
-                    causes(&error)
-                ));
-            }
-        }
     }
 
     async fn until_done(&mut self) {
@@ -428,7 +347,8 @@ impl Runner {
             notices: Arc::clone(&batch.notices),
             warnings: std::sync::Mutex::default(),
         });
-        let options = Options { claim: true, run: batch.options.run.clone(), ..self.shares.applied(&grant, &entry.options) };
+        let jobs = batch.limits.jobs;
+        let options = Options { run: batch.options.run.clone(), jobs, ..self.shares.applied(&grant, &entry.options) };
         let goes = options.after != After::Keep;
         let (session, entry, cancel) = (batch.session.clone(), entry.clone(), batch.cancel.child());
         // what failed once, or was held, is looked at again
@@ -488,12 +408,12 @@ impl Runner {
         let limits = self.batch.limits;
         let freed_later = self.under_way.values().any(|(_, _, goes)| *goes);
         let last_try = tries >= limits.tries;
-        let is_no_try = waits_for_others(error, self.batch.session.now());
         let again = match nature {
             Nature::Transient => !last_try,
             // room may come from what still runs and deletes its source
             Nature::Quota => freed_later,
-            Nature::Held => limits.wait && (is_no_try || !last_try),
+            // it ends: with the other run's work, or with its claim
+            Nature::Held => limits.wait,
             Nature::Permanent | Nature::Credentials | Nature::Interrupted => false,
         };
         if self.batch.cancel.is_cancelled() {
@@ -505,7 +425,7 @@ impl Runner {
                 _ => limits.pause * (1 << (tries - 1).min(4)),
             };
             (self.batch.listener)(&Event::Later { index, error: &text });
-            let tries = if nature == Nature::Transient || !is_no_try { tries } else { tries - 1 };
+            let tries = if nature == Nature::Transient { tries } else { tries - 1 };
             // what fails for the moment counts, too: where nothing works any more, the rest is not even begun
             let failing = 1 + self.failures + self.later.iter().filter(|later| later.nature == Nature::Transient).count();
             if nature == Nature::Transient && limits.max_failures.is_some_and(|most| failing >= most) {
@@ -605,7 +525,7 @@ impl Runner {
             })
             .collect();
         let summary = Summary {
-            run: self.batch.options.run.clone().unwrap_or_default(),
+            run: self.batch.options.run.text(),
             items,
             stopped: self.stopped.clone(),
             interrupted,
@@ -622,16 +542,6 @@ impl Runner {
     }
 }
 
-/// Is a try that ended so none, because it waits for others, or for room? A claim that is over may be found once, when its image has just been finished.
-fn waits_for_others(error: &JobError, now: Timestamp) -> bool {
-    match error {
-        JobError::Held { until, .. } => claim::holds(until, now),
-        JobError::GoneOnWith { .. } | JobError::JustEnded { .. } => false,
-        JobError::LeftBehind { error, .. } | JobError::SourceGoing { error, .. } => waits_for_others(error, now),
-        _ => true,
-    }
-}
-
 /// One try at one entry. `untouched`: its source, if it is known that nothing is made of it.
 async fn convert_one(
     session: &Session,
@@ -643,155 +553,42 @@ async fn convert_one(
     cancel: &CancelToken,
 ) -> Result<Ended, JobError> {
     let Some(image) = &entry.image else { return Err(JobError::bug("an entry without an image was begun")) };
-    let converting = async |untouched: Option<Image>| {
-        let found = async {
-            // no claim keeps others from giving an image the new name
-            if let Some(source) = untouched {
-                let taken = images_of_name(session, &entry.new_name).await?;
-                if taken.iter().all(|taken| taken.id == source.id) {
-                    return Ok(Found { source: Source::image(session, source)?, made: Vec::new(), taken });
-                }
-            }
-            Found::look(session, &image.id, &entry.new_name).await
+    let converting = async {
+        // the list told already that nothing is made of it, and that the name is free
+        let known = match &untouched {
+            Some(_) => Known { named: Some(Vec::new()), made: Some(Vec::new()) },
+            None => Known::default(),
         };
-        let found = cancel.guard(found).await.map_err(|_| JobError::interrupted())??;
-        convert_found(session, found, &entry.new_name, options.clone(), progress, notices, cancel).await
-    };
-    let believed = untouched.is_some();
-    let result = match converting(untouched).await {
-        Err(JobError::JustEnded { .. }) if believed => converting(None).await,
-        other => other,
-    };
-    let gone = |error: &JobError| {
-        error.api().is_some_and(|api| api.status() == Some(StatusCode::NOT_FOUND))
-            || matches!(error, JobError::Image(crate::openstack::image::ImageError::NotFound { .. }))
-    };
-    match result {
-        Err(error) if gone(&error) => match session.image(&image.id).await {
-            Err(missing) if missing.status() == Some(StatusCode::NOT_FOUND) => {
-                // another run may have converted and deleted it meanwhile
-                let made = session.images_where(SOURCE_ID, &image.id).await?;
-                let done = made.into_iter().find(|made| {
-                    made.property(SOURCE_ID) == Some(&image.id)
-                        && made.status == "active"
-                        && session.owns(made)
-                        && carries_its_own_proof(made)
-                });
-                // this run's DELETE may have been heard, and not answered: what is left is done now
-                let own = options.run.as_deref();
-                let is_own = |done: &Image| own.is_some() && done.property(RUN) == own;
-                if let Some(done) = &done
-                    && (is_own(done) || claim::held(done, session.now(), &**notices).is_none())
-                {
-                    finishing::finish_marks(session, done, own, &**notices).await?;
-                }
-                done.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
-                    JobError::Refused(format!(
-                        "image {} ({}) is gone: somebody deleted it meanwhile",
-                        image.shown(),
-                        image.shown_id()
-                    ))
-                })
+        let finding = async {
+            match untouched {
+                Some(source) => Source::image(session, source),
+                None => Source::glance(session, &image.id).await,
             }
-            _ => Err(error),
-        },
-        other => other,
-    }
-}
-
-/// A source, and what has to do with it.
-struct Found {
-    source: Source,
-    /// Images that say that they were made of it.
-    made: Vec<Image>,
-    /// Images that have the new name.
-    taken: Vec<Image>,
-}
-
-impl Found {
-    async fn look(session: &Session, id: &str, new_name: &str) -> Result<Self, JobError> {
-        // three questions at once: each may wait behind somebody's transfer
-        let (source, made, taken) =
-            tokio::join!(Source::glance(session, id), session.images_where(SOURCE_ID, id), images_of_name(session, new_name));
-        let (source, mut made, taken) = (source?, made?, taken?);
-        if matches!(&source, Source::Glance { image, .. } if image.os_hidden == Some(true)) {
-            // its conversion is hidden, too, and lists leave such out unless they are asked for
-            made.extend(session.images_matching(&[(SOURCE_ID, id), ("os_hidden", "true")]).await?);
-        }
-        Ok(Self { source, made, taken })
-    }
-}
-
-async fn convert_found(
-    session: &Session,
-    found: Found,
-    new_name: &str,
-    options: Options,
-    progress: &Progress,
-    notices: &Arc<dyn Notices>,
-    cancel: &CancelToken,
-) -> Result<Ended, JobError> {
-    let Found { source, made, taken } = found;
-    let job = Job::new(source, options, progress, notices, cancel);
-    // not broken off as a whole: a source may be on its way out
-    let checking = cancel.guard(retire::check(&job, job.options.force)).await;
-    checking.unwrap_or_else(|_| Err(JobError::interrupted()))?;
-    let run = job.options.run.as_deref();
-    let is_own = |image: &Image| run.is_some() && image.property(RUN) == run;
-    let looking = async {
-        if let Some(done) = finish_earlier(&job, session, made, new_name).await? {
-            return Ok(Some(Ended::Earlier(done.id)));
-        }
-        match check_name(session, taken, new_name, &job.source, job.options.force, job.options.after)? {
-            NameCheck::AlreadyDone(done) => {
-                if !is_own(&done)
-                    && let Some(held) = claim::held(&done, session.now(), &*job.notices)
-                {
-                    return Err(held);
-                }
-                go_on_with_finished(&job, session, &done).await?;
-                Ok(Some(Ended::Earlier(done.id)))
-            }
-            // an earlier try of this run made it, and it may be on its way out: it is made anew
-            NameCheck::Unproven(image) if is_own(&image) => Ok(None),
-            NameCheck::Unproven(image) => Err(crate::convert::names::unproven(&image)),
-            NameCheck::Free { unfinished } => {
-                for image in unfinished.iter().filter(|image| image.property(CLAIM_UNTIL).is_none()) {
-                    job.notices.warn(&format!(
-                        "image {} is an unfinished conversion of this source by virta convert: it runs elsewhere, or left it. If none runs: \
-                         virta image delete {}",
-                        image.shown_id(),
-                        image.shown_id()
-                    ));
-                }
-                Ok(None)
-            }
-        }
+        };
+        let source = cancel.guard(finding).await.map_err(|_| JobError::interrupted())??;
+        let job = Job::new(source, options, progress, notices, cancel);
+        let checking = cancel.guard(retire::check(&job, job.options.force)).await;
+        checking.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+        to_glance_knowing(&job, session, &entry.new_name, known).await
     };
-    if let Some(ended) = looking.await? {
-        return Ok(ended);
+    match converting.await {
+        Ok(Conversion::Made(report)) => {
+            notices.note(&format!("made {}", printable(&report.destination)));
+            Ok(Ended::Made(report))
+        }
+        Ok(Conversion::Earlier(image)) => Ok(Ended::Earlier(image.id)),
+        Err(error) if is_gone(&error) && session.image_if_there(&image.id).await?.is_none() => {
+            // another run may have converted and deleted it meanwhile
+            let found = conversion_of_gone(session, session, &image.id, &[], None).await?;
+            found.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
+                JobError::Refused(format!("image {} ({}) is gone: it was deleted meanwhile", image.shown(), image.shown_id()))
+            })
+        }
+        Err(error) => Err(error),
     }
-    let report = to_glance(&job, session, new_name).await?;
-    notices.note(&format!("made {}", printable(&report.destination)));
-    Ok(Ended::Made(Box::new(report)))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_waits_for_another_runs_claim_is_not_trying() {
-        let now = Timestamp::now();
-        let held = |until: Timestamp| JobError::Held { image: "i".to_owned(), run: "r".to_owned(), until: until.to_string() };
-        let hour = jiff::SignedDuration::from_hours(1);
-        assert!(waits_for_others(&held(now + hour), now));
-        assert!(!waits_for_others(&held(now - hour), now), "its image has just been finished: looked at once more");
-        let left = |error| JobError::LeftBehind { id: "i".to_owned(), error: Box::new(error), left: None };
-        assert!(!waits_for_others(&left(held(now - hour)), now));
-        assert!(waits_for_others(&left(held(now + hour)), now));
-        let other = JobError::GoneOnWith { image: "i".to_owned(), run: "r".to_owned() };
-        assert!(!waits_for_others(&left(other), now));
-        assert!(waits_for_others(&JobError::Quota("full".to_owned()), now), "nor is who waits for room");
-    }
+fn is_gone(error: &JobError) -> bool {
+    error.api().is_some_and(|api| api.status() == Some(StatusCode::NOT_FOUND))
+        || matches!(error, JobError::Image(ImageError::NotFound { .. }))
 }

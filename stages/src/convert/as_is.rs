@@ -14,18 +14,17 @@ use serde_json::{Map, Value, json};
 
 use super::{
     JobError, Notices,
-    making::Maker,
+    drive::{Both, Filled, Finished, Work, drive},
+    maker::{Maker, ThisRun},
     report::HashReport,
-    sending::{Content, Sending},
+    sending::{Content, Sending, Sent},
 };
 use crate::{
     disk::SourceError,
     glance::{Patience, Retries},
     hash::Hasher,
-    openstack::{
-        Session,
-        image::{RUN, check_properties},
-    },
+    openstack::{Image, Session, image::check_properties},
+    ownership::{self, Family, Goal, Mark, Proof, claim::Moves},
     progress::{Phase, Progress},
     read_at::ReadAt,
     store::{Chunk, EmitReport},
@@ -76,8 +75,8 @@ pub struct Upload {
     pub virtual_bytes: u64,
     /// More properties.
     pub properties: Vec<(String, String)>,
-    /// The run's name.
-    pub run: Option<String>,
+    /// The run, as the image names it.
+    pub run: ThisRun,
     /// When to give up.
     pub patience: Patience,
 }
@@ -220,20 +219,33 @@ pub async fn as_is(
     progress.set_image_bytes(identity.bytes);
     let told = Arc::clone(notices);
     let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
-    let run = upload.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
+    let rate_limit = session.rate_bytes_per_s();
+    let moves = Moves { source_bytes: identity.bytes, readings: 0, read_back: false, rate_limit, jobs: 1 };
+    let project = session.whoami().project_id.as_deref().unwrap_or_default();
+    let mut maker = Maker {
+        session,
+        family: Family::of_image("", project, &upload.name, ownership::Content::Exact).alone(),
+        run: upload.run.clone(),
+        record: record(upload),
+        droppable: Vec::new(),
+        claim: moves.claim(),
+        source: None,
+        any_name: None,
+        replaces: false,
+        protected: false,
+        take_over: false,
+        patience: upload.patience,
+        cancel,
+        notices,
+        retries: &retries,
+        seen: Vec::new(),
+        failed_posts: 0,
+    };
     let content = FileContent { file, shown: shown.clone(), identity };
-    let maker = Maker::new(session, record(upload, &run), upload.patience, cancel, notices, &retries);
-    let sending = Sending { maker: &maker, content, progress, first: None };
-    let sent = async {
-        let active = sending.until_active().await?;
-        let image_hash = sending.compare(&active.image, &active.emitted).await?;
-        Ok::<_, JobError>((active.image.id, image_hash))
-    };
-    let (id, image_hash) = match sent.await {
-        Ok(sent) => sent,
-        Err(error) => return Err(maker.clean_up(error).await),
-    };
-    maker.remove_all_but(&id).await;
+    let mut work = Sender { content, progress, tries: 0, image_hash: HashReport::none() };
+    let goal = Goal { proof: Proof::Sent, deletes_source: false };
+    let (Finished::Made(made) | Finished::Earlier(made)) = drive(&mut maker, &mut work, goal, None).await?;
+    let (id, image_hash) = (made.id, work.image_hash);
     progress.set_phase(Phase::Finishing);
     Ok(UploadReport {
         source: shown,
@@ -249,14 +261,45 @@ pub async fn as_is(
     })
 }
 
-fn record(upload: &Upload, run: &str) -> Map<String, Value> {
+/// A file's way into one image after the other, until one has it.
+struct Sender<'a> {
+    content: FileContent,
+    progress: &'a Progress,
+    tries: u32,
+    image_hash: HashReport,
+}
+
+impl Work for Sender<'_> {
+    async fn fill(&mut self, maker: &Maker<'_>, id: &str) -> Result<Filled, JobError> {
+        let sending = Sending { maker, content: &self.content, progress: self.progress };
+        let Sent::Active(active) = sending.until_active(id, &mut self.tries).await? else { return Ok(Filled::Useless) };
+        self.image_hash = sending.compare(&active.image, &active.emitted).await?;
+        Ok(Filled::Proven(Mark::of(&active.image, if self.image_hash.checked { Proof::Hash } else { Proof::Sent })))
+    }
+
+    async fn prove(&mut self, _: &Image) -> Result<bool, JobError> {
+        Ok(true)
+    }
+
+    async fn settle(&mut self, _: &Image) -> Result<(), JobError> {
+        Ok(())
+    }
+
+    async fn look_at_both(&mut self, _: &Image) -> Result<Both, JobError> {
+        Ok(Both::SourceGone)
+    }
+
+    fn source(&self) -> Option<(&Session, &Image)> {
+        None
+    }
+}
+
+fn record(upload: &Upload) -> Map<String, Value> {
     let mut record = Map::new();
-    record.insert("name".to_owned(), json!(upload.name));
     record.insert("disk_format".to_owned(), json!(upload.disk_format));
     record.insert("container_format".to_owned(), json!("bare"));
     record.insert("visibility".to_owned(), json!("private"));
     record.insert("min_disk".to_owned(), json!(upload.virtual_bytes.div_ceil(1 << 30)));
-    record.insert(RUN.to_owned(), json!(run));
     for (key, value) in &upload.properties {
         record.insert(key.clone(), json!(value));
     }

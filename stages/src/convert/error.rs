@@ -113,7 +113,9 @@ pub enum JobError {
     #[error("verification failed: {0}")]
     Verification(String),
     /// Another run converts this source just now.
-    #[error("run {run} converts this source just now (image {image}); others keep away until {until}")]
+    #[error(
+        "run {run} is converting this source (image {image}); its claim ends {until}. If that run is dead: the same command with --take-over"
+    )]
     Held {
         /// The image that it makes.
         image: String,
@@ -122,49 +124,36 @@ pub enum JobError {
         /// How long its claim is good, UTC.
         until: String,
     },
-    /// Another run has put its name into the image: it is that run's now.
-    #[error("another run ({run}) has gone on with image {image}: what it came to, the same command finds out")]
-    GoneOnWith {
-        /// The image.
-        image: String,
-        /// The run that has it now.
-        run: String,
-    },
-    /// Another run came to its end with this source after it was looked at: the next look finds out what it came to.
-    #[error(
-        "image {image} of run {run} is there already: it came to its end since this source was looked at, or does not say that it was made from it"
-    )]
-    JustEnded {
-        /// The image that it made.
-        image: String,
-        /// The run.
-        run: String,
-    },
-    /// The image under construction was deleted by somebody else.
-    #[error("image {image}, which this run was making, was deleted by somebody else")]
-    Lost {
-        /// Its id.
-        image: String,
-    },
     /// The new image does not fit beside the old one.
     #[error("{0}")]
     Quota(String),
-    /// Everything is proven, but the rest could not be done.
-    #[error("the new image {new_id} is there and verified, and this run has not deleted its source: {what}")]
+    /// The new image is proven and marked; something behind that failed.
+    #[error("the new image {new_id} is there and verified; {}", if *.deletes { "its source was not deleted" } else { "what was to follow was not done" })]
     SourceKept {
         /// The new image.
         new_id: String,
+        /// The source was to be deleted.
+        deletes: bool,
         /// What failed.
-        what: String,
-        /// What Glance said.
         #[source]
-        error: ApiError,
+        error: Box<JobError>,
     },
-    /// Everything is proven, and nobody knows what became of the source.
-    #[error("deleting the source was not confirmed, so it may be gone, or go yet; the new image {new_id} was verified before")]
+    /// The new image is proven and marked, and a DELETE of the source was not answered.
+    #[error(
+        "the new image {new_id} is there and verified; Glance did not confirm that the source is deleted: it may be gone, or go yet"
+    )]
     SourceGoing {
         /// The new image.
         new_id: String,
+        /// What came in between.
+        #[source]
+        error: Box<JobError>,
+    },
+    /// The mark was sent, and nobody knows whether it arrived.
+    #[error("Glance did not confirm the last change of image {image}, which is whole and proven: start the same command again")]
+    Unconfirmed {
+        /// The new image.
+        image: String,
         /// What came in between.
         #[source]
         error: Box<JobError>,
@@ -259,10 +248,13 @@ impl JobError {
     #[must_use]
     pub fn api(&self) -> Option<&ApiError> {
         match self {
-            Self::Api(error) | Self::Image(ImageError::Api(error)) | Self::SourceKept { error, .. } => Some(error),
+            Self::Api(error) | Self::Image(ImageError::Api(error)) => Some(error),
             Self::Fetch(FetchError::Api { source, .. } | FetchError::GaveUp { source, .. }) => Some(source),
             Self::SignIn(SignInError::Refused { source, .. } | SignInError::Call { source, .. }) => Some(source),
-            Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } => error.api(),
+            Self::LeftBehind { error, .. }
+            | Self::SourceGoing { error, .. }
+            | Self::SourceKept { error, .. }
+            | Self::Unconfirmed { error, .. } => error.api(),
             Self::Stage { source, .. } | Self::Compare { source } => api_below(&**source),
             _ => None,
         }
@@ -271,7 +263,7 @@ impl JobError {
     /// May an image of this run be there, half made or proven?
     #[must_use]
     pub fn leaves_an_image(&self) -> bool {
-        matches!(self, Self::LeftBehind { .. } | Self::SourceGoing { .. } | Self::SourceKept { .. })
+        matches!(self, Self::LeftBehind { .. } | Self::SourceGoing { .. } | Self::SourceKept { .. } | Self::Unconfirmed { .. })
     }
 
     /// What to do about it.
@@ -279,10 +271,19 @@ impl JobError {
     pub fn nature(&self) -> Nature {
         match self {
             Self::Interrupted(_) => return Nature::Interrupted,
-            Self::Held { .. } | Self::GoneOnWith { .. } | Self::JustEnded { .. } => return Nature::Held,
+            Self::Held { .. } => return Nature::Held,
             Self::Quota(_) => return Nature::Quota,
-            Self::Stuck { .. } | Self::Lost { .. } => return Nature::Transient,
-            Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } => return error.nature(),
+            Self::Stuck { .. } => return Nature::Transient,
+            // what was sent stays: the next try finds it marked, or makes another
+            Self::Unconfirmed { error, .. } => {
+                return match error.nature() {
+                    Nature::Interrupted => Nature::Interrupted,
+                    _ => Nature::Transient,
+                };
+            }
+            Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } | Self::SourceKept { error, .. } => {
+                return error.nature();
+            }
             _ => {}
         }
         let refused_to_sign_in = |error: &SignInError| matches!(error, SignInError::Refused { .. } | SignInError::Config(_));
@@ -320,7 +321,7 @@ impl JobError {
         }
     }
 
-    /// Exit code: 1 failed, 2 usage, 3 verification failed, 130 interrupted.
+    /// Exit code: 1 failed, 2 usage, 3 verification failed, 75 another run has the source, 130 interrupted.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -335,7 +336,11 @@ impl JobError {
             ) => 2,
             Self::Interrupted(_) => 130,
             Self::Verification(_) => 3,
-            Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } => error.exit_code(),
+            Self::Held { .. } => 75,
+            Self::LeftBehind { error, .. }
+            | Self::SourceGoing { error, .. }
+            | Self::SourceKept { error, .. }
+            | Self::Unconfirmed { error, .. } => error.exit_code(),
             Self::SignIn(SignInError::Config(_)) | Self::Image(ImageError::NotFound { .. } | ImageError::Ambiguous { .. }) => 2,
             Self::Server(ServerError::NotFound { .. } | ServerError::Ambiguous { .. } | ServerError::NoCompute) => 2,
             Self::Stage { kind: ErrorKind::InvalidData, source, .. }

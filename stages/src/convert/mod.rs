@@ -19,25 +19,23 @@
 //! | [`report`] | what is told afterwards: a contract |
 //! | [`error`] | why it failed, and the exit code that goes with it |
 //! | [`source`] | what is converted, checked before anything is made |
-//! | [`names`] | who has the new image's name already |
+//! | [`names`] | names of new images: who has them already |
 //! | [`job`] | a conversion under way: survey and emission |
 //! | [`to_file`] | a source becomes a local file |
 //! | [`to_glance`] | a source becomes a new image in Glance |
-//! | `making` | the record of a new image, made and removed |
-//! | [`claim`] | one run at a time converts a source |
+//! | `drive` | a conversion from its first look to its end |
+//! | `maker` | what ownership's rules say, carried out |
 //! | `sending` | an image's way into Glance, with its retries |
 //! | [`to_stream`] | a source becomes bytes on a pipe |
 //! | [`readback`] | what was made is read, decoded and compared |
-//! | [`retire`] | the source goes, or the new image takes its place |
-//! | [`finishing`] | the last steps behind that, by this run or a later one |
+//! | [`retire`] | the source goes |
 
 pub mod as_is;
 pub mod budget;
-pub mod claim;
+mod drive;
 pub mod error;
-pub mod finishing;
 pub mod job;
-mod making;
+mod maker;
 pub mod names;
 pub mod options;
 pub mod readback;
@@ -52,6 +50,8 @@ pub mod to_stream;
 pub use budget::Budget;
 pub use error::JobError;
 pub use job::Job;
+pub use maker::{ThisRun, run_of};
 pub use options::{After, FoundServer, Notices, Options, Verify};
 pub use report::Report;
 pub use source::Source;
+pub use to_glance::Conversion;

@@ -2,6 +2,7 @@
 
 use std::{num::NonZeroUsize, path::PathBuf};
 
+use super::maker::ThisRun;
 use crate::{compress::Compression, disk::IoMode, glance::Patience, store::FreeList, units::ClusterBits};
 
 /// How sure one wants to be.
@@ -65,10 +66,14 @@ pub struct Options {
     pub elsewhere: bool,
     /// All connections fetch from the start; otherwise only as many as make it faster.
     pub all_connections: bool,
-    /// The source is claimed before it is read, so that no other run converts it at the same time ([`super::claim`]).
-    pub claim: bool,
-    /// The run's name, by which a half-made image is recognised; a random one if there is none.
-    pub run: Option<String>,
+    /// The run, as images name it.
+    pub run: ThisRun,
+    /// Claims of other runs are passed by: for who knows that they are dead.
+    pub take_over: bool,
+    /// A conversion of this source under any name will do, if there is one.
+    pub any_name: bool,
+    /// Conversions that share the line, for the claim's length.
+    pub jobs: NonZeroUsize,
     /// When to give up.
     pub patience: Patience,
 }
@@ -95,8 +100,10 @@ impl Default for Options {
             copy_members: false,
             elsewhere: false,
             all_connections: false,
-            claim: false,
-            run: None,
+            run: ThisRun::default(),
+            take_over: false,
+            any_name: false,
+            jobs: NonZeroUsize::MIN,
             patience: Patience::default(),
         }
     }
@@ -117,45 +124,7 @@ pub trait Notices: Send + Sync {
         let _ = image_id;
     }
 
-    /// An image is about to be deleted: written down before the request leaves.
-    fn deleting(&self, image_id: &str) {
-        let _ = image_id;
-    }
-
-    /// The deletion that was written down is on its way no longer: it was answered.
-    fn settled(&self, image_id: &str) {
-        let _ = image_id;
-    }
-
-    /// The deletion that was written down was not asked for.
-    fn not_deleting(&self, image_id: &str) {
-        let _ = image_id;
-    }
-
-    /// An image that is of no use could not be deleted: whoever keeps a record of runs has it deleted later.
-    fn left(&self, image_id: &str) {
-        let _ = image_id;
-    }
-
-    /// Was this run, which is dead, about to delete that image ([`Self::deleting`])? Its request may still be on the way.
-    fn was_deleting(&self, run: &str, image_id: &str) -> bool {
-        let _ = (run, image_id);
-        false
-    }
-
-    /// The claim on an image was over for a while, so another run's DELETE of it may be on its way: written down for whoever goes on with it.
-    fn doubted(&self, image_id: &str) {
-        let _ = image_id;
-    }
-
-    /// Did this run write that down ([`Self::doubted`])? Or was any run, or whoever cleaned up after one, about to delete the image ([`Self::deleting`]), and had no
-    /// answer ([`Self::settled`])?
-    fn was_doubted(&self, run: &str, image_id: &str) -> bool {
-        let _ = (run, image_id);
-        false
-    }
-
-    /// Is this the name of a run that is known to be dead? Whoever keeps a record of this machine's runs knows; nobody knows of others.
+    /// Is this run known to be dead? A record of this machine's runs knows; nothing knows of other machines'.
     fn is_dead(&self, run: &str) -> bool {
         let _ = run;
         false

@@ -3,17 +3,16 @@
 use std::{io, path::PathBuf, sync::Arc};
 
 use engine::{BlockingStage, CancelToken, ErrorKind, Inlet, NoInput, NoOutput, Outlet, Pipeline, StageContext, StageError};
-use serde_json::json;
 use tokio::runtime::Handle;
 
-use super::{Job, JobError, names::verified_mark, report::Access};
+use super::{Job, JobError, report::Access};
 use crate::{
     compare::{Compare, Difference, GuestBytes, RawGuest, Sweep, read_padded},
     compress::encode::digest,
     disk::RawFile,
     glance::{ImageFile, Remote},
     magic::DiskFormat,
-    openstack::{Image, Session, image::VERIFIED},
+    openstack::{Image, Session},
     progress::{Phase, Progress},
     qcow2::{Qcow2, Qcow2Error},
     read_at::ReadAt,
@@ -193,31 +192,23 @@ fn difference(error: &StageError) -> Option<&Difference> {
     error.source.as_ref().and_then(|source| source.downcast_ref::<Difference>())
 }
 
-/// Is `image`, which claims to be made from the job's source, really its conversion? Both are read and compared; if they show a
-/// guest the same bytes, the image gets its mark.
+/// Is `image`, which claims to be made from the job's source, really its conversion? Both are read and compared.
 ///
 /// # Errors
 /// [`JobError`] if one of them cannot be read. A difference is no error.
 pub async fn prove(job: &Job, session: &Session, image: &Image) -> Result<bool, JobError> {
     let Some(source) = job.source.remote(job) else { return Ok(false) };
-    let Some(own) = image.expected_hash() else { return Ok(false) };
     let made = job.remote(session, image);
     let (source, made) = (Target::glance(source).await?, Target::glance(made).await?);
     match compare(&source, &made, job.options.connections.get(), &job.progress, &job.cancel).await {
-        Ok(_) => {}
+        Ok(_) => Ok(true),
         // different, or no image at all; what could not be asked is neither
-        Err(error) => {
-            if !is_about_content(&error) {
-                return Err(error);
-            }
+        Err(error) if is_about_content(&error) => {
             job.notices.note(&format!("image {}: {}", image.shown_id(), crate::text::causes(&error)));
-            return Ok(false);
+            Ok(false)
         }
+        Err(error) => Err(error),
     }
-    let mark = json!(verified_mark(&format!("{}:{}", own.algorithm, own.value)));
-    let marking = session.set_property(&image.id, VERIFIED, &mark);
-    job.cancel.guard(marking).await.map_err(|_| JobError::interrupted())??;
-    Ok(true)
 }
 
 /// [`Compare`], with the images opened on the worker's thread.

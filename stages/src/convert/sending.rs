@@ -1,10 +1,10 @@
-//! An image's way into Glance: made, sent as often as it takes, compared, and removed if it comes to nothing.
+//! An image's way into Glance: sent as often as it takes, and compared.
 //!
 //! # Uploads that fail
 //! | what happened | what is done |
 //! |---|---|
 //! | cut, silent, 5xx, 408, 429, 401; the image is `queued` again | sent again |
-//! | the image stays `saving` (a worker died), is gone, or got a 5xx of its own | deleted; a new one is made |
+//! | the image stays `saving` (a worker died), is gone, or got a 5xx of its own | it is useless: another one is made |
 //! | the answer alone was lost, and Glance has all bytes | success, if size and hash say so |
 //! | 400, 403, 409, 413, 415 | ends the run at once, with Glance's own words |
 
@@ -14,7 +14,7 @@ use engine::{CancelToken, Pipeline, ReportHandle};
 use reqwest::StatusCode;
 use tokio::runtime::Handle;
 
-use super::{JobError, making::Maker, report::HashReport};
+use super::{JobError, maker::Maker, report::HashReport};
 use crate::{
     glance::{Upload, upload::UploadError},
     hash::{ExpectedHash, Hasher},
@@ -38,12 +38,10 @@ pub(super) trait Content {
 }
 
 /// What is sent, and for whom.
-pub(super) struct Sending<'a, C> {
-    pub(super) maker: &'a Maker<'a>,
-    pub(super) content: C,
+pub(super) struct Sending<'a, 'b, C> {
+    pub(super) maker: &'a Maker<'b>,
+    pub(super) content: &'a C,
     pub(super) progress: &'a Progress,
-    /// An image that is made already: the first upload goes there.
-    pub(super) first: Option<String>,
 }
 
 pub(super) type Stages = Vec<engine::MetricsSnapshot>;
@@ -55,33 +53,26 @@ pub(super) struct Active {
     pub(super) stages: Stages,
 }
 
-/// What to do after an upload that failed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Next {
-    /// Send it again.
-    Again,
-    /// Send it again, into a new image.
-    New,
+/// What sending came to.
+pub(super) enum Sent {
+    /// Glance has all bytes.
+    Active(Box<Active>),
+    /// The image takes no data any more.
+    Useless,
 }
 
-impl<C: Content> Sending<'_, C> {
+impl<C: Content> Sending<'_, '_, C> {
     /// Work that the job's end ends.
     async fn guard<T>(&self, work: impl Future<Output = T>) -> Result<T, JobError> {
-        self.maker.cancel.guard(work).await.map_err(|_| JobError::interrupted())
+        self.maker.guard(work).await
     }
 
-    /// Makes an image and sends it, as often as it takes, until Glance has it.
-    pub(super) async fn until_active(&self) -> Result<Active, JobError> {
+    /// Sends the bytes into image `id`, as often as it takes, until Glance has them. `tries`: uploads so far, of all images.
+    pub(super) async fn until_active(&self, id: &str, tries: &mut u32) -> Result<Sent, JobError> {
         let patience = self.maker.patience;
-        let mut image = self.first.clone();
-        let mut tries = 0;
         loop {
-            tries += 1;
-            let id = match image.take() {
-                Some(id) => id,
-                None => self.maker.create_or_stop().await?,
-            };
-            let error = match self.send(&id).await {
+            *tries += 1;
+            let error = match self.send(id).await {
                 Ok((emitted, answered, stages)) => {
                     // without an answer Glance may still be at work on what it got
                     let within = if answered { patience.saving } else { patience.answer };
@@ -91,16 +82,8 @@ impl<C: Content> Sending<'_, C> {
                             time(within.as_secs_f64())
                         ));
                     }
-                    match self.wait_until_active(&id, within).await {
-                        Ok(image) => {
-                            if let Some(claim) = &self.maker.claim {
-                                self.guard(claim.go_on(self.maker.session, &image, self.maker.run(), &**self.maker.notices))
-                                    .await??;
-                                claim.write_doubts_down(&**self.maker.notices, &id);
-                                claim.keep_active(self.maker.session, &id, self.maker.cancel, self.maker.notices);
-                            }
-                            return Ok(Active { image, emitted, stages });
-                        }
+                    match self.wait_until_active(id, within).await {
+                        Ok(image) => return Ok(Sent::Active(Box::new(Active { image, emitted, stages }))),
                         Err(error) => error,
                     }
                 }
@@ -109,29 +92,23 @@ impl<C: Content> Sending<'_, C> {
             if self.maker.cancel.is_cancelled() {
                 return Err(JobError::interrupted());
             }
-            let next = self.what_next(&id, &error).await?;
-            let (Some(next), true) = (next, tries < patience.uploads) else { return Err(error) };
+            let again = self.takes_more(id, &error).await?;
+            let (Some(again), true) = (again, *tries < patience.uploads) else { return Err(error) };
             self.maker.retries.note(format!("upload tried again ({tries} of {}): {}", patience.uploads, causes(&error)));
             self.progress.restart_upload();
             self.progress.set_phase(Phase::Uploading);
-            if next == Next::New {
-                self.maker.retries.say(format!("image {id} cannot take the data any more: a new one is made"));
-                // looked at first: it may have become whole meanwhile, and somebody else's
-                if let Err(error) = self.guard(self.maker.remove(&id)).await? {
-                    self.maker.retries.say(format!("image {id} could not be deleted yet: {}", causes(&error)));
-                }
-            } else {
-                image = Some(id);
+            if !again {
+                return Ok(Sent::Useless);
             }
             let retry_after = api_error(&error).and_then(ApiError::retry_after_s);
-            self.guard(tokio::time::sleep(patience.pause_after(tries, retry_after))).await?;
+            self.guard(tokio::time::sleep(patience.pause_after(*tries, retry_after))).await?;
         }
     }
 
-    /// Is another try worth it, and into which image? `None`: it is not.
-    async fn what_next(&self, id: &str, error: &JobError) -> Result<Option<Next>, JobError> {
+    /// Is another try worth it (`None`: it is not), and does this image take it?
+    async fn takes_more(&self, id: &str, error: &JobError) -> Result<Option<bool>, JobError> {
         let stuck = matches!(error, JobError::Stuck { .. });
-        let Some(api) = api_error(error) else { return Ok(stuck.then_some(Next::New)) };
+        let Some(api) = api_error(error) else { return Ok(stuck.then_some(false)) };
         let retryable = api.is_retryable()
             || matches!(api, ApiError::Answer { .. })
             || matches!(api.status(), Some(StatusCode::UNAUTHORIZED | StatusCode::NOT_FOUND | StatusCode::GONE));
@@ -147,13 +124,13 @@ impl<C: Content> Sending<'_, C> {
             let found = self.guard(self.maker.session.image(id)).await?;
             match found.as_ref().map(|image| image.status.as_str()) {
                 // a 5xx to a PUT can be a file that a refused upload left behind: each further one would get it, too
-                Ok("queued") if api.status().is_some_and(|status| status.is_server_error()) => return Ok(Some(Next::New)),
-                Ok("queued") => return Ok(Some(Next::Again)),
-                Ok("active" | "deactivated" | "killed" | "deleted") => return Ok(Some(Next::New)),
-                Ok(_) if is_over || started.elapsed() > patience.saving / 4 => return Ok(Some(Next::New)),
+                Ok("queued") if api.status().is_some_and(|status| status.is_server_error()) => return Ok(Some(false)),
+                Ok("queued") => return Ok(Some(true)),
+                Ok("active" | "deactivated" | "killed" | "deleted") => return Ok(Some(false)),
+                Ok(_) if is_over || started.elapsed() > patience.saving / 4 => return Ok(Some(false)),
                 Ok(_) => {}
-                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(Some(Next::New)),
-                Err(_) if started.elapsed() > patience.saving => return Ok(Some(Next::New)),
+                Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => return Ok(Some(false)),
+                Err(_) if started.elapsed() > patience.saving => return Ok(Some(false)),
                 Err(_) => {}
             }
             self.guard(tokio::time::sleep(patience.pause)).await?;
@@ -164,10 +141,6 @@ impl<C: Content> Sending<'_, C> {
     async fn send(&self, id: &str) -> Result<(EmitReport, bool, Stages), JobError> {
         let progress = self.progress;
         progress.set_phase(Phase::Uploading);
-        if let Some(claim) = &self.maker.claim {
-            let (maker, bytes) = (self.maker, self.content.bytes());
-            self.guard(claim.set_ahead(maker.session, id, bytes, maker.generation(), &**maker.notices)).await??;
-        }
         let attempt = self.maker.cancel.child();
         let (pipeline, emitted) = self.content.emission(&attempt, Hasher::sha512()).await?;
         let upload = Upload {

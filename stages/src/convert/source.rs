@@ -18,7 +18,7 @@ use crate::{
     },
     hash::ExpectedHash,
     magic::DiskFormat,
-    openstack::{Image, Session, image::ImageError},
+    openstack::{Image, Session},
     text::{shell_word, size},
     watermark::Watermark,
     zero::classify::Classify,
@@ -48,20 +48,6 @@ pub(super) enum SourceHandle {
     Glance(ReportHandle<Access>),
 }
 
-/// The image with this id, or the only one of this name that is not made of another one of it: a replacement that was stopped on its way
-/// leaves both under one name.
-async fn find(session: &Session, name_or_id: &str) -> Result<Image, ImageError> {
-    let found = session.find_image(name_or_id).await;
-    let Err(ImageError::Ambiguous { .. }) = &found else { return found };
-    let images = session.images_named(name_or_id.strip_prefix("glance:").unwrap_or(name_or_id)).await?;
-    let is_made = |image: &Image| images.iter().any(|source| image.looks_made_of(source));
-    let mut sources = images.iter().filter(|image| !is_made(image));
-    match (sources.next(), sources.next()) {
-        (Some(source), None) => Ok(source.clone()),
-        _ => found,
-    }
-}
-
 impl Source {
     /// A local source.
     ///
@@ -76,7 +62,7 @@ impl Source {
     /// # Errors
     /// [`JobError`]: not there, two of one name, not active, not raw, without bytes; each says what to do.
     pub async fn glance(session: &Session, name_or_id: &str) -> Result<Self, JobError> {
-        Self::image(session, find(session, name_or_id).await?)
+        Self::image(session, super::names::find_source(session, name_or_id).await?)
     }
 
     /// An image whose record is known, if it can be converted.

@@ -1,103 +1,199 @@
 //! A source becomes a new image in Glance: survey, layout, emit.
 //!
-//! The image is made (POST) only after the survey, when its exact length is known and compared with the quota (before it where the source
-//! is claimed: `claim.rs`), and its id is chosen here, so that it can be removed even if the answer to the POST is lost. It counts as done, and gets
-//! `virta_verified`, only when the source's hash agreed, Glance's size and hash of it are ours, and, where asked for, what Glance
-//! serves decodes to the source's bytes. Anything else, an interrupt included, deletes it.
+//! The image is made (POST) before the source is read: that is the claim ([`crate::ownership`]). It gets its name and `virta_verified` when the source's hash agreed,
+//! Glance's size and hash of it are ours, and, where asked for, what Glance serves decodes to the source's bytes. Anything else, an interrupt included, deletes it.
 //!
 //! How uploads that fail are mended: `sending.rs`.
 
 use engine::{CancelToken, ErrorKind, Pipeline, ReportHandle, RunError};
-use reqwest::StatusCode;
-use serde_json::json;
 
 use super::{
     After, Job, JobError, Report, Source, Verify,
-    claim::{self, Claim},
-    finishing,
+    drive::{Both, Filled, Finished, Work, drive},
     job::{ReportOf, Surveyed, cause_of},
-    making::Maker,
-    names::{carries_its_own_proof, verified_mark},
-    readback::{Target, against_survey},
+    maker::Maker,
+    names::{image_of, images_of_name, in_the_way, taken},
+    readback::{Target, against_survey, prove},
     report::HashReport,
     retire,
-    sending::{Active, Content, Sending, Stages},
+    sending::{Active, Content, Sending, Sent, Stages},
 };
 use crate::{
     glance::ImageFile,
     hash::Hasher,
     openstack::{
-        Change, Image, Session,
-        error::ApiError,
-        image::{CLAIM_UNTIL, RUN, VERIFIED, check_properties, converted_record},
+        Image, Session,
+        image::{check_properties, converted_record},
     },
+    ownership::{self, Family, Goal, Mark, Proof, claim::Moves},
     qcow2::Geometry,
     store::{Chunk, EmitReport},
     text::{printable, shell_word, size},
 };
 
-/// Converts the job's source into a new image called `name`. Where the options say so, the source is claimed first.
+/// What a conversion came to.
+#[derive(Debug)]
+pub enum Conversion {
+    /// A new image.
+    Made(Box<Report>),
+    /// An image of an earlier run is the source's conversion. What was left to do with the source is done.
+    Earlier(Box<Image>),
+}
+
+/// What a run knows already, and need not ask again.
+#[derive(Clone, Debug, Default)]
+pub struct Known {
+    /// Images that have the new name, hidden ones too ([`images_of_name`]).
+    pub named: Option<Vec<Image>>,
+    /// Images that were made of the source, as a list from just now has them.
+    pub made: Option<Vec<Image>>,
+}
+
+/// Converts the job's source into a new image called `name`, or into one that takes its name where it is replaced.
 ///
 /// # Errors
-/// [`JobError`]; no image is left behind then, or the error says which. [`JobError::Held`]: another run has claimed the source;
-/// [`JobError::GoneOnWith`]: one has taken the image on.
+/// [`JobError`]; no image is left behind then, or the error says which. [`JobError::Held`]: another run converts this source.
 ///
 /// # Cancel safety
-/// Cancel with the job's token: the half-made image is deleted before this returns. If the future is dropped instead, the image
-/// stays, `queued` or `saving`, with `virta_run` in it.
-pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Report, JobError> {
+/// Cancel with the job's token: the unfinished image is deleted before this returns. If the future is dropped instead, the image stays, `queued`, `saving` or
+/// unmarked, with `virta_run` in it.
+pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Conversion, JobError> {
+    to_glance_knowing(job, session, name, Known::default()).await
+}
+
+/// [`to_glance`], with what was asked just now.
+///
+/// # Errors
+/// Those of [`to_glance`].
+///
+/// # Cancel safety
+/// That of [`to_glance`].
+pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: Known) -> Result<Conversion, JobError> {
     check_properties(&job.options.properties).map_err(JobError::Usage)?;
-    let Some((source_bytes, claim)) = claim_of(job, session)? else {
-        let surveyed = survey_within_quota(job, session, name).await?;
-        let maker = maker(job, session, name, surveyed.layout.placement().geometry.virtual_bytes());
-        return emit(job, &maker, None, surveyed).await;
+    let source = image_of(&job.source);
+    let name = match source {
+        Some(source) if job.options.after == After::Replace => source.name.as_deref().unwrap_or_default(),
+        _ => name,
     };
-    let virtual_bytes = Geometry::new(source_bytes, job.options.cluster_bits)?.virtual_bytes();
-    let mut maker = maker(job, session, name, virtual_bytes);
-    maker.claim = Some(claim);
-    let claiming = async {
-        let id = maker.create_or_stop().await?;
-        if let Some(claim) = &maker.claim {
-            claim.keep_queued(session, &id, &job.cancel, &job.notices);
+    let mut maker = maker(job, session, name)?;
+    let named = match known.named {
+        Some(named) => named,
+        None => maker.guard(images_of_name(session, name)).await??,
+    };
+    // the family is asked first: what has the name may be this source's own conversion of an earlier release
+    let others = in_the_way(&named, &maker.family, source, job.options.after);
+    if !others.is_empty() && !job.options.force {
+        let refusal = taken(name, &others, source);
+        let sighting = maker.look(true, None, known.made.clone()).await?;
+        if sighting.highest().is_none() && !matches!(sighting.other, Some((_, ownership::Member::Marked(_)))) {
+            return Err(refusal);
         }
-        Ok((id, survey_within_quota(job, session, name).await?))
+    }
+    let proof = match job.options.verify {
+        Verify::None => Proof::Sent,
+        Verify::Hash => Proof::Hash,
+        Verify::Readback => Proof::Readback,
     };
-    match claiming.await {
-        Ok((id, surveyed)) => emit(job, &maker, Some(id), surveyed).await,
-        Err(error) => Err(given_up(&maker, error).await),
+    let goal = Goal { proof, deletes_source: job.options.after != After::Keep && source.is_some() };
+    let mut work =
+        Converting { job, session, name: name.to_owned(), surveyed: None, tries: 0, proven: None, carried: Vec::new() };
+    if source.is_none() {
+        // nobody else is to be kept away, and a pipe's size is known at its end
+        let surveyed = survey_within_quota(&maker, job, session, name).await?;
+        maker.record = record(job, surveyed.layout.placement().geometry.virtual_bytes());
+        work.surveyed = Some(Survey { surveyed, stages: None });
+    }
+    let driven = drive(&mut maker, &mut work, goal, known.made).await;
+    if driven.is_err()
+        && let Some(running) = work.surveyed.as_mut().and_then(|survey| survey.surveyed.running.take())
+    {
+        job.cancel.cancel(engine::Cause::Requested("another part of the job failed".to_owned()));
+        let _ = running.join().await;
+    }
+    let finished = driven?;
+    if job.options.after == After::Replace {
+        job.notices.note(&format!(
+            "the new image is called {}; its id has changed: what names the old id has to be changed, too",
+            printable(name)
+        ));
+    }
+    match finished {
+        Finished::Earlier(image) => {
+            job.notices.note(&format!(
+                "made earlier, with the options of then ({}): for another one take another name, or --force",
+                image.line()
+            ));
+            Ok(Conversion::Earlier(Box::new(image)))
+        }
+        Finished::Made(image) => Ok(Conversion::Made(Box::new(work.report(&image)?))),
     }
 }
 
-/// The claim that the options ask for, and the source's size.
-fn claim_of(job: &Job, session: &Session) -> Result<Option<(u64, Claim)>, JobError> {
-    let Source::Glance { image, bytes, .. } = &job.source else { return Ok(None) };
-    if !job.options.claim {
-        return Ok(None);
+/// The family that a conversion ends in: what a plan asks, too.
+#[must_use]
+pub fn family_of(source: Option<&Image>, session: &Session, name: &str, force: bool) -> Family {
+    let project = session.whoami().project_id.as_deref().unwrap_or_default();
+    let family = Family::of_image(source.map_or("", |source| &source.id), project, name, ownership::Content::Exact);
+    match source {
+        Some(_) if !force => family,
+        _ => family.alone(),
     }
-    let Some(project) = &session.whoami().project_id else {
-        return Err(JobError::Refused("a source can only be claimed for a project, and this sign-in has none".to_owned()));
-    };
-    Ok(Some((*bytes, Claim::new(&image.id, project, *bytes, session.rate_bytes_per_s(), job.options.patience.claim))))
 }
 
-fn maker<'a>(job: &'a Job, session: &'a Session, name: &str, virtual_bytes: u64) -> Maker<'a> {
-    let source = match &job.source {
-        Source::Glance { image, .. } => Some(&**image),
-        Source::Local(_) | Source::Pipe(_) => None,
-    };
+fn record(job: &Job, virtual_bytes: u64) -> serde_json::Map<String, serde_json::Value> {
     let options = &job.options;
-    let run = options.run.clone().unwrap_or_else(|| uuid::Uuid::new_v4().hyphenated().to_string());
-    let record = converted_record(source, name, virtual_bytes, &run, &options.properties, options.elsewhere);
+    converted_record(image_of(&job.source), retire::wanted_visibility(job), virtual_bytes, &options.properties, options.elsewhere)
+}
+
+fn maker<'a>(job: &'a Job, session: &'a Session, name: &str) -> Result<Maker<'a>, JobError> {
+    let source = image_of(&job.source);
+    let options = &job.options;
+    let virtual_bytes = match job.source.bytes() {
+        Some(bytes) => Geometry::new(bytes, options.cluster_bits)?.virtual_bytes(),
+        None => 0,
+    };
+    let record = record(job, virtual_bytes);
     // policies differ between clouds: what a source has is not always ours to set
     let given = |key: &&String| options.properties.iter().any(|(name, _)| name == *key);
     let droppable = source.into_iter().flat_map(|image| image.properties.keys()).filter(|key| !given(key)).cloned().collect();
-    let mut maker = Maker::new(session, record, options.patience, &job.cancel, &job.notices, &job.retries);
-    maker.droppable = droppable;
-    maker
+    let goes = options.after != After::Keep;
+    let unhashed = job.source.expected_hash().is_none();
+    let moves = Moves {
+        source_bytes: job.source.bytes().unwrap_or(0),
+        // once, again for what no tier holds, and again where nothing else can be compared before it goes
+        readings: 2 + u64::from(goes && unhashed),
+        read_back: options.verify == Verify::Readback,
+        rate_limit: session.rate_bytes_per_s(),
+        jobs: u64::try_from(options.jobs.get()).unwrap_or(u64::MAX),
+    };
+    let hash = |image: &Image| image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
+    Ok(Maker {
+        session,
+        family: family_of(source, session, name, options.force),
+        run: options.run.clone(),
+        record,
+        droppable,
+        claim: moves.claim(),
+        source: source.map(|image| (image.id.clone(), hash(image))),
+        any_name: (options.any_name && options.after != After::Replace).then_some(match options.verify {
+            Verify::None => Proof::Sent,
+            Verify::Hash => Proof::Hash,
+            Verify::Readback => Proof::Readback,
+        }),
+        replaces: options.after == After::Replace,
+        protected: source.is_some_and(|image| image.protected == Some(true)),
+        take_over: options.take_over,
+        patience: options.patience,
+        cancel: &job.cancel,
+        notices: &job.notices,
+        retries: &job.retries,
+        seen: Vec::new(),
+        failed_posts: 0,
+    })
 }
 
 /// Surveys, and compares the exact length with what the quota has left.
-async fn survey_within_quota(job: &Job, session: &Session, name: &str) -> Result<Surveyed, JobError> {
+async fn survey_within_quota(maker: &Maker<'_>, job: &Job, session: &Session, name: &str) -> Result<Surveyed, JobError> {
     let quota = tokio::spawn({
         let session = session.clone();
         async move { session.quota_left_bytes().await }
@@ -114,8 +210,16 @@ async fn survey_within_quota(job: &Job, session: &Session, name: &str) -> Result
     if let Some(left) = quota_left
         && image_bytes > left
     {
+        let unfinished: Vec<String> = maker.seen.iter().map(Image::shown_id).collect();
+        let room = match unfinished.as_slice() {
+            [] => String::new(),
+            ids => format!(
+                ". Unfinished images of this conversion take room; if no run is making them: virta image delete {}",
+                ids.join(" ")
+            ),
+        };
         return Err(JobError::Quota(format!(
-            "the quota for images has {} left, and the new one needs {} beside the old. The way out: convert to a local file \
+            "the quota for images has {} left, and the new one needs {} beside the old{room}. The way out: convert to a local file \
              (virta convert {} {}.qcow2), check it, delete the raw image, then upload the file",
             size(left),
             size(image_bytes),
@@ -126,66 +230,30 @@ async fn survey_within_quota(job: &Job, session: &Session, name: &str) -> Result
     Ok(surveyed)
 }
 
-/// Sends what was surveyed, into `first` if that is made already, and proves it; then the source goes, if it shall.
-async fn emit(job: &Job, maker: &Maker<'_>, first: Option<String>, mut surveyed: Surveyed) -> Result<Report, JobError> {
-    let image_bytes = surveyed.layout.file_bytes();
-    let running = surveyed.running.take().ok_or_else(|| JobError::bug("a survey runs once"))?;
-    let content = SurveyedImage { job, surveyed: &surveyed };
-    let emission =
-        Emission { job, surveyed: &surveyed, maker, sending: Sending { maker, content, progress: &job.progress, first } };
-    let emitting = async {
-        let result = emission.sending.until_active().await;
-        // where the job is cancelled already, its own cause is on its way, and nothing may come before it
-        if result.is_err() && !job.cancel.is_cancelled() {
-            job.cancel.cancel(engine::Cause::Requested("another part of the job failed".to_owned()));
-        }
-        result
-    };
-    let (emitted, surveying) = tokio::join!(emitting, running.join());
-    let done = match (emitted, surveying) {
-        (Ok(made), Ok(stages)) => emission.prove(made, stages).await,
-        // what stopped the emission may be the hash lane: its error says more
-        (Err(JobError::Interrupted(_)), Err(failed @ RunError::Failed { .. })) | (Ok(_), Err(failed)) => Err(failed.into()),
-        (Err(JobError::Interrupted(_)), Err(RunError::Cancelled(why))) => Err(JobError::Interrupted(why)),
-        (Err(error), _) => Err(error),
-    };
-    let made = match done {
-        Ok(made) => made,
-        Err(error) => return Err(given_up(maker, error).await),
-    };
-    maker.remove_all_but(&made.id).await;
-    let retired = retire::after_conversion(job, maker.session, &made.id, false).await;
-    if let Some(claim) = maker.claim.as_ref().filter(|_| job.options.after != After::Keep) {
-        emission.release(claim, &made.id, &retired).await;
-    }
-    retired?;
-    Ok(job.report(ReportOf {
-        destination: format!("glance:{}", made.id),
-        virtual_bytes: surveyed.layout.placement().geometry.virtual_bytes(),
-        stored_bytes: surveyed.survey.index.stored_bytes(),
-        image_bytes,
-        access: surveyed.access,
-        read_back: made.read_back,
-        read_twice: made.read_twice,
-        tiers: surveyed.tiers,
-        expected: surveyed.expected.clone(),
-        image_hash: made.image_hash,
-        stages: made.stages,
-    }))
+/// A survey, and what became of its pipeline.
+struct Survey {
+    surveyed: Surveyed,
+    /// Once the hash lane came to its end.
+    stages: Option<Stages>,
 }
 
-/// Nothing comes of it: what was made goes. An image that somebody else deleted is the cause of whatever followed.
-async fn given_up(maker: &Maker<'_>, error: JobError) -> JobError {
-    let lost = maker.claim.as_ref().is_some_and(Claim::is_lost);
-    if let Some(claim) = &maker.claim {
-        let interrupted = matches!(error, JobError::Interrupted(_));
-        claim.leave_within(if interrupted { maker.patience.clean_up } else { maker.patience.silence }).await;
-    }
-    let error = maker.clean_up(error).await;
-    match error {
-        JobError::Interrupted(_) if lost => JobError::Lost { image: maker.last_made() },
-        error => error,
-    }
+/// An image that is what it should be.
+struct Proven {
+    image_hash: HashReport,
+    read_back: bool,
+    read_twice: bool,
+    stages: Stages,
+}
+
+/// A source's way into one image after the other, until one has it.
+struct Converting<'a> {
+    job: &'a Job,
+    session: &'a Session,
+    name: String,
+    surveyed: Option<Survey>,
+    tries: u32,
+    proven: Option<Proven>,
+    carried: Vec<String>,
 }
 
 /// A survey's image as something to send.
@@ -208,161 +276,145 @@ impl Content for SurveyedImage<'_> {
     }
 }
 
-/// The image's way into Glance.
-struct Emission<'a> {
-    job: &'a Job,
-    surveyed: &'a Surveyed,
-    maker: &'a Maker<'a>,
-    sending: Sending<'a, SurveyedImage<'a>>,
-}
-
-/// An image that is what it should be.
-struct Proven {
-    id: String,
-    image_hash: HashReport,
-    read_back: bool,
-    read_twice: bool,
-    stages: Stages,
-}
-
-impl Emission<'_> {
-    async fn guard<T>(&self, work: impl Future<Output = T>) -> Result<T, JobError> {
-        self.job.cancel.guard(work).await.map_err(|_| JobError::interrupted())
+impl Work for Converting<'_> {
+    async fn fill(&mut self, maker: &Maker<'_>, id: &str) -> Result<Filled, JobError> {
+        let job = self.job;
+        let mut survey = match self.surveyed.take() {
+            Some(survey) => survey,
+            None => Survey { surveyed: survey_within_quota(maker, job, self.session, &self.name).await?, stages: None },
+        };
+        let running = survey.surveyed.running.take();
+        let is_surveying = running.is_some();
+        let content = SurveyedImage { job, surveyed: &survey.surveyed };
+        let sending = Sending { maker, content: &content, progress: &job.progress };
+        let emitting = async {
+            let result = sending.until_active(id, &mut self.tries).await;
+            // where the job is cancelled already, its own cause is on its way, and nothing may come before it
+            if result.is_err() && is_surveying && !job.cancel.is_cancelled() {
+                job.cancel.cancel(engine::Cause::Requested("another part of the job failed".to_owned()));
+            }
+            result
+        };
+        let sent = match running {
+            None => emitting.await?,
+            Some(running) => match tokio::join!(emitting, running.join()) {
+                (Ok(sent), Ok(stages)) => {
+                    survey.stages = Some(stages);
+                    sent
+                }
+                // what stopped the emission may be the hash lane: its error says more
+                (Err(JobError::Interrupted(_)), Err(failed @ RunError::Failed { .. })) | (Ok(_), Err(failed)) => {
+                    return Err(failed.into());
+                }
+                (Err(JobError::Interrupted(_)), Err(RunError::Cancelled(why))) => return Err(JobError::Interrupted(why)),
+                (Err(error), _) => return Err(error),
+            },
+        };
+        let filled = match sent {
+            Sent::Useless => Ok(Filled::Useless),
+            Sent::Active(active) => {
+                let image_hash = sending.compare(&active.image, &active.emitted).await?;
+                self.proof(&survey, *active, image_hash).await.map(Filled::Proven)
+            }
+        };
+        self.surveyed = Some(survey);
+        filled
     }
 
-    /// Size, hash and, if asked for, content of the new image; then its mark.
-    async fn prove(&self, active: Active, surveyed_stages: Stages) -> Result<Proven, JobError> {
-        let Active { image, emitted, stages } = active;
-        let image_hash = self.sending.compare(&image, &emitted).await?;
-        // a source never goes on the strength of a size alone
-        let goes = self.job.options.after != After::Keep;
-        if goes && !image_hash.checked {
-            self.job.notices.warn(
-                "Glance computed no hash of the new image, so no later run could tell that it is the one that was verified: the source will stay",
-            );
+    async fn prove(&mut self, result: &Image) -> Result<bool, JobError> {
+        prove(self.job, self.session, result).await
+    }
+
+    async fn settle(&mut self, result: &Image) -> Result<(), JobError> {
+        self.carried = retire::carry_over(self.job, self.session, result).await?;
+        Ok(())
+    }
+
+    async fn look_at_both(&mut self, result: &Image) -> Result<Both, JobError> {
+        retire::look_at_both(self.job, self.session, result, &self.carried).await
+    }
+
+    fn source(&self) -> Option<(&Session, &Image)> {
+        match &self.job.source {
+            Source::Glance { session, image, .. } => Some((session, image)),
+            Source::Local(_) | Source::Pipe(_) => None,
         }
-        let read_back = self.job.options.verify == Verify::Readback || (goes && !image_hash.checked);
+    }
+}
+
+impl Converting<'_> {
+    /// Size, hash and, if asked for, content of the new image. Then, right before its mark, the name is looked at once more.
+    async fn proof(&mut self, survey: &Survey, active: Active, image_hash: HashReport) -> Result<Mark, JobError> {
+        let Active { image, stages, .. } = active;
+        let job = self.job;
+        // a source never goes on the strength of a size alone
+        let goes = job.options.after != After::Keep;
+        let read_back = job.options.verify == Verify::Readback || (goes && !image_hash.checked);
         if read_back {
-            self.read_back(&image).await?;
+            self.read_back(&image, survey).await?;
         }
         // before the mark: an image that is made of something else than the source has none
-        let read_twice = goes && retire::second_reading(self.job, &self.surveyed.survey).await?;
-        let hashed = self.job.options.verify > Verify::None || self.job.source.expected_hash().is_none() || read_back;
-        let verified = match (&image_hash.algorithm, &image_hash.value) {
-            (Some(algorithm), Some(value)) if image_hash.checked && hashed => verified_mark(&format!("{algorithm}:{value}")),
-            // what was read was compared with nothing: a later run does not take it for finished
-            (Some(algorithm), _) if image_hash.checked => format!("{algorithm} of what was sent"),
-            _ => format!("size:{}", emitted.bytes),
+        let read_twice = goes && retire::second_reading(job, &survey.surveyed.survey).await?;
+        let hashed = job.options.verify > Verify::None || job.source.expected_hash().is_none();
+        let proof = match (read_back, image_hash.checked && hashed) {
+            (true, _) => Proof::Readback,
+            (false, true) => Proof::Hash,
+            (false, false) => Proof::Sent,
         };
-        self.mark(&image.id, &verified).await?;
-        if !goes && self.maker.claim.as_ref().is_some_and(Claim::is_doubted) {
-            finishing::look_again_later(self.job, self.maker.session, &image.id).await?;
-        }
-        if let Source::Glance { image: source, .. } = &self.job.source
-            && source.protected == Some(true)
-            && let Err(error) = self.guard(self.maker.session.set_property(&image.id, "protected", &json!(true))).await?
-        {
-            self.job.notices.warn(&format!("the source is protected, the new image could not be: {error}"));
-        }
-        let stages = surveyed_stages.into_iter().chain(stages).collect();
-        Ok(Proven { id: image.id, image_hash, read_back, read_twice, stages })
+        self.warn_of_the_name(&image).await?;
+        let stages = survey.stages.iter().flatten().cloned().chain(stages).collect();
+        self.proven = Some(Proven { image_hash, read_back, read_twice, stages });
+        Ok(Mark::of(&image, proof))
     }
 
-    /// Marks the image as verified, and ends the claim, unless the source is still to go: then nobody may delete the image any more.
-    async fn mark(&self, image_id: &str, verified: &str) -> Result<(), JobError> {
-        let mut changes = vec![Change::Set(VERIFIED.to_owned(), json!(verified))];
-        let goes = self.job.options.after != After::Keep;
-        if let Some(claim) = &self.maker.claim {
-            // Glance reads an image, changes it and saves it: a renewal meanwhile would undo the mark
-            claim.leave().await;
-            self.guard(claim.assure(self.maker.session, image_id, self.maker.run(), &*self.job.notices)).await??;
-            claim.write_doubts_down(&*self.job.notices, image_id);
-            if goes {
-                changes.push(Change::Set("protected".to_owned(), json!(true)));
-                changes.push(Change::Set(CLAIM_UNTIL.to_owned(), json!(claim::last_end(self.maker.session.now()))));
-            } else if self.mark_and_unclaim(image_id, verified).await? {
-                return Ok(());
-            }
-        } else {
-            // nobody kept others away: one of them may have taken the image on, and its proof, which may be all that is left to show for a source
-            // that went, is not to be written over
-            let found = self.guard(self.maker.session.image_if_there(image_id)).await??;
-            let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
-            if let Some(other) = image.property(RUN).filter(|run| *run != self.maker.run()) {
-                if !goes && carries_its_own_proof(&image) {
-                    return Ok(());
-                }
-                if goes || !verified.starts_with("hash:") {
-                    return Err(JobError::GoneOnWith { image: image_id.to_owned(), run: other.to_owned() });
-                }
-            }
+    /// Another image may have got the name meanwhile: there are two of it then.
+    async fn warn_of_the_name(&self, image: &Image) -> Result<(), JobError> {
+        if self.job.options.force {
+            return Ok(());
         }
-        // not broken off: what cleans up has to see what became of it
-        let marking = self.maker.session.change_image(image_id, &changes);
-        let error = match self.job.options.patience.to_its_end(&self.job.cancel, marking).await {
-            Some(Ok(_)) => None,
-            Some(Err(gone)) if gone.status() == Some(StatusCode::NOT_FOUND) => {
-                return Err(JobError::Lost { image: image_id.to_owned() });
-            }
-            Some(Err(error)) => Some(Some(error)),
-            None => Some(None),
-        };
-        if let Some(error) = error {
-            if goes && self.maker.claim.is_some() && error.as_ref().is_none_or(ApiError::may_have_been_heard) {
-                self.job.notices.warn(&format!(
-                    "it may be that image {image_id} is verified and stays protected: virta image set --unprotected {image_id}"
-                ));
-            }
-            return Err(error.map_or_else(JobError::interrupted, JobError::from));
-        }
-        // by a request of its own: while the mark's answer was lost and it was sent again, others still kept away
-        if self.maker.claim.is_some() && !goes {
-            let removing = self.maker.session.remove_property(image_id, CLAIM_UNTIL);
-            if let Some(cause) = self.job.options.patience.failure_of(&self.job.cancel, removing).await {
-                self.job.notices.warn(&format!("the mark of this run's claim stays on image {image_id}: {cause}"));
-            }
+        let looking = self.job.cancel.guard(images_of_name(self.session, &self.name)).await;
+        let named = looking.map_err(|_| JobError::interrupted())??;
+        let source = image_of(&self.job.source);
+        let family = family_of(source, self.session, &self.name, false);
+        let others = in_the_way(&named, &family, source, self.job.options.after);
+        if let Some(other) = others.first().filter(|other| other.id != image.id) {
+            self.job.notices.warn(&format!(
+                "image {} is called {}, too, since this run began; the new one is {}",
+                other.shown_id(),
+                printable(&self.name),
+                image.shown_id()
+            ));
         }
         Ok(())
     }
 
-    /// The mark and the end of the claim in one request. `false`: it was not heard, and the image is claimed as before.
-    ///
-    /// It is not repeated: if it was heard, somebody else may have gone on with the image, and have proven it by more than this run did.
-    async fn mark_and_unclaim(&self, image_id: &str, verified: &str) -> Result<bool, JobError> {
-        let session = self.maker.session;
-        let changes = [Change::Set(VERIFIED.to_owned(), json!(verified)), Change::Remove(CLAIM_UNTIL.to_owned())];
-        // an interrupt waits for it: whoever cleans up afterwards has to see what became of it
-        let marking = session.change_image_once(image_id, &changes);
-        if matches!(self.job.options.patience.to_its_end(&self.job.cancel, marking).await, Some(Ok(()))) {
-            return Ok(true);
-        }
-        let found = self.guard(session.image_if_there(image_id)).await??;
-        let image = found.ok_or_else(|| JobError::Lost { image: image_id.to_owned() })?;
-        match image.property(RUN) {
-            Some(other) if other != self.maker.run() && !carries_its_own_proof(&image) => {
-                Err(JobError::GoneOnWith { image: image_id.to_owned(), run: other.to_owned() })
-            }
-            Some(other) if other != self.maker.run() => Ok(true),
-            _ => Ok(image.property(VERIFIED) == Some(verified) && image.property(CLAIM_UNTIL).is_none()),
-        }
-    }
-
-    /// The source is gone, or stays for good: the claim ends, and the image can be deleted again.
-    async fn release(&self, claim: &Claim, image_id: &str, retired: &Result<(), JobError>) {
-        let going = matches!(retired, Err(JobError::SourceGoing { .. }));
-        if !claim.is_doubted() || finishing::outlast_deletions(self.job, image_id, going).await {
-            finishing::release_or_warn(self.job, self.maker.session, image_id, Some(self.maker.run())).await;
-        }
-    }
-
-    async fn read_back(&self, image: &Image) -> Result<(), JobError> {
+    async fn read_back(&self, image: &Image, survey: &Survey) -> Result<(), JobError> {
         let job = self.job;
-        let remote = job.remote(self.maker.session, image);
+        let remote = job.remote(self.session, image);
         job.notices.note(&format!("reading {} back and comparing it with what was read of the source", size(remote.image_bytes)));
         let access = ImageFile::access(&remote).await?;
         let target = Target::Glance { remote, access };
         let workers = job.options.connections.get();
-        against_survey(&target, &self.surveyed.survey, workers, &job.progress, &job.cancel).await
+        against_survey(&target, &survey.surveyed.survey, workers, &job.progress, &job.cancel).await
+    }
+
+    fn report(self, image: &Image) -> Result<Report, JobError> {
+        let missing = || JobError::bug("an image without a survey");
+        let Survey { surveyed, .. } = self.surveyed.ok_or_else(missing)?;
+        let proven = self.proven.ok_or_else(missing)?;
+        Ok(self.job.report(ReportOf {
+            destination: format!("glance:{}", image.id),
+            virtual_bytes: surveyed.layout.placement().geometry.virtual_bytes(),
+            stored_bytes: surveyed.survey.index.stored_bytes(),
+            image_bytes: surveyed.layout.file_bytes(),
+            access: surveyed.access,
+            read_back: proven.read_back,
+            read_twice: proven.read_twice,
+            tiers: surveyed.tiers,
+            expected: surveyed.expected.clone(),
+            image_hash: proven.image_hash,
+            stages: proven.stages,
+        }))
     }
 }
 

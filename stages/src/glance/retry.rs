@@ -37,9 +37,6 @@ pub struct Patience {
     pub tries: u32,
     /// Uploads of one image.
     pub uploads: u32,
-    /// How long a claim on a source is good each time it is renewed; others wait so long after whoever made it died, or, behind an
-    /// upload and where the source is small, for an hour more.
-    pub claim: Duration,
     /// How long removing what is half made may take after an interrupt.
     pub clean_up: Duration,
 }
@@ -56,7 +53,6 @@ impl Default for Patience {
             pause: Duration::from_millis(500),
             tries: 6,
             uploads: 5,
-            claim: Duration::from_secs(600),
             clean_up: Duration::from_secs(4),
         }
     }
@@ -66,13 +62,6 @@ impl Default for Patience {
 pub const PROGRESS_BYTES: u64 = 1 << 20;
 
 impl Patience {
-    /// How long somebody's DELETE may be on its way after what it rests on has changed: its answer is waited for as long as a peer may be silent, and
-    /// the look before it may have taken half as long (`clock::LOOK_LASTS`).
-    #[must_use]
-    pub fn deletion_lasts(&self) -> Duration {
-        self.silence + self.silence / 2
-    }
-
     /// A request that is not broken off; after an interrupt it has [`Self::clean_up`] left. `None`: that is over.
     ///
     /// # Cancel safety
@@ -158,12 +147,6 @@ impl Retries {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{clock::LOOK_LASTS, openstack::http::CALL_TIMEOUT};
-
-    #[test]
-    fn a_deletion_lasts_as_long_as_its_look_and_its_request() {
-        assert_eq!(Patience::default().deletion_lasts(), LOOK_LASTS + CALL_TIMEOUT);
-    }
 
     #[test]
     fn waits_grow_are_bounded_and_a_services_wish_is_obeyed() {

@@ -9,7 +9,6 @@ use uuid::Uuid;
 
 use super::{Session, error::ApiError};
 use crate::{
-    clock::{LOOK_LASTS, LOOKS, seen_in_time},
     hash::ExpectedHash,
     text::{printable, size},
 };
@@ -153,19 +152,6 @@ impl Image {
         printable(self.name.as_deref().filter(|name| !name.is_empty()).unwrap_or(&self.id))
     }
 
-    /// Does it look like a conversion of `source`? Nova copies marks onto the snapshots of servers that were started from a conversion; such a
-    /// snapshot has a base image, or a server, of its own.
-    #[must_use]
-    pub fn looks_made_of(&self, source: &Self) -> bool {
-        let same = |key: &str| self.property(key) == source.property(key);
-        self.id != source.id
-            && self.property(SOURCE_ID) == Some(&source.id)
-            && self.disk_format.as_deref() == Some("qcow2")
-            && source.disk_format.as_deref() != Some("qcow2")
-            && same("base_image_ref")
-            && same("instance_uuid")
-    }
-
     /// The digest to check what is read against: os_hash_value, else checksum, else none.
     #[must_use]
     pub fn expected_hash(&self) -> Option<ExpectedHash> {
@@ -229,6 +215,8 @@ fn parse(value: Value, method: Method, path: &str) -> Result<Image, ApiError> {
     })
 }
 
+/// Ids in one question: an address of some kB is short enough for every proxy.
+const IDS_AT_ONCE: usize = 64;
 /// Pages of images that are asked for, each of up to 1000.
 const PAGES_MAX: usize = 1000;
 
@@ -252,24 +240,6 @@ impl Session {
             Err(gone) if gone.status() == Some(StatusCode::NOT_FOUND) => Ok(None),
             Err(error) => Err(error),
         }
-    }
-
-    /// [`Self::image_if_there`] right before a DELETE: looked at again where a look was so slow that what it has seen may be over.
-    ///
-    /// # Errors
-    /// [`ApiError`], but for a 404; also when Glance is too slow each time.
-    pub async fn image_now(&self, id: &str) -> Result<Option<Image>, ApiError> {
-        match seen_in_time(|| self.image_if_there(id)).await? {
-            Some(seen) => Ok(seen),
-            None => Err(self.too_slow(id)),
-        }
-    }
-
-    /// Each look at this image, and what goes with it, was slower than [`LOOK_LASTS`].
-    pub(crate) fn too_slow(&self, id: &str) -> ApiError {
-        let path = self.image_url(&["images", id]).path().to_owned();
-        let what = format!("each of {LOOKS} looks took more than {} s", LOOK_LASTS.as_secs());
-        ApiError::Answer { method: Method::GET, path, what }
     }
 
     /// Does the image belong to the project that one is signed in for? Without a project, as far as anybody can tell.
@@ -325,6 +295,33 @@ impl Session {
         Ok(images)
     }
 
+    /// [`Self::images_matching`], hidden images too: Glance lists one kind or the other. The second list, of visible ones, is what counts for an image that
+    /// changed sides in between.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn images_and_hidden(&self, filters: &[(&str, &str)]) -> Result<Vec<Image>, ApiError> {
+        let hidden: Vec<(&str, &str)> = filters.iter().copied().chain([("os_hidden", "true")]).collect();
+        let mut images = self.images_matching(&hidden).await?;
+        let visible = self.images_matching(filters).await?;
+        images.retain(|image| visible.iter().all(|seen| seen.id != image.id));
+        images.extend(visible);
+        Ok(images)
+    }
+
+    /// Those of these images that the project may see, hidden ones too.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub async fn images_of_ids(&self, ids: &[&str]) -> Result<Vec<Image>, ApiError> {
+        let mut images = Vec::new();
+        for some in ids.chunks(IDS_AT_ONCE) {
+            let (wanted, limit) = (format!("in:{}", some.join(",")), IDS_AT_ONCE.to_string());
+            images.extend(self.images_and_hidden(&[("id", &wanted), ("limit", &limit)]).await?);
+        }
+        Ok(images)
+    }
+
     /// The image with this id, or the only one of this name.
     ///
     /// # Errors
@@ -373,26 +370,6 @@ impl Session {
     pub async fn change_image(&self, id: &str, changes: &[Change]) -> Result<Image, ApiError> {
         let url = self.image_url(&["images", id]);
         parse(self.call(Method::PATCH, &url, Some((PATCH_TYPE, &patch(changes)))).await?, Method::PATCH, url.path())
-    }
-
-    /// [`Self::change_image`], asked once: a repetition might land when somebody else has gone on with the image.
-    ///
-    /// # Errors
-    /// [`ApiError`].
-    pub async fn change_image_once(&self, id: &str, changes: &[Change]) -> Result<(), ApiError> {
-        let url = self.image_url(&["images", id]);
-        self.call_once(Method::PATCH, &url, Some((PATCH_TYPE, &patch(changes)))).await.map(drop)
-    }
-
-    /// Takes a property off an image; one that is not there is off already.
-    ///
-    /// # Errors
-    /// [`ApiError`].
-    pub async fn remove_property(&self, id: &str, key: &str) -> Result<(), ApiError> {
-        match self.change_image(id, &[Change::Remove(key.to_owned())]).await {
-            Err(error) if error.status() == Some(StatusCode::CONFLICT) => Ok(()),
-            other => other.map(|_| ()),
-        }
     }
 
     /// Deletes an image. One that is gone already counts as deleted.
@@ -509,30 +486,25 @@ pub fn check_properties(properties: &[(String, String)]) -> Result<(), String> {
     Ok(())
 }
 
-/// The record of a converted image: private, bare, qcow2, with the source's properties, tags and requirements.
-/// `protected` is not in it: it is set last. `elsewhere`: it goes into another cloud, where the source's ids mean nothing.
+/// The record of a converted image: visible, bare, qcow2, with the source's properties, tags and requirements. Name, run and claim are its maker's; `protected` comes
+/// with the mark. `elsewhere`: it goes into another cloud, where the source's ids mean nothing.
 #[must_use]
 pub fn converted_record(
     source: Option<&Image>,
-    name: &str,
+    visibility: &str,
     virtual_bytes: u64,
-    run: &str,
     properties: &[(String, String)],
     elsewhere: bool,
 ) -> Map<String, Value> {
     let mut record = Map::new();
-    record.insert("name".to_owned(), json!(name));
     record.insert("disk_format".to_owned(), json!("qcow2"));
     record.insert("container_format".to_owned(), json!("bare"));
-    record.insert("visibility".to_owned(), json!("private"));
+    record.insert("visibility".to_owned(), json!(visibility));
     let virtual_gib = virtual_bytes.div_ceil(1 << 30);
     record.insert("min_disk".to_owned(), json!(source.and_then(|source| source.min_disk).unwrap_or(0).max(virtual_gib)));
     if let Some(source) = source {
         record.insert("min_ram".to_owned(), json!(source.min_ram.unwrap_or(0)));
         record.insert("tags".to_owned(), json!(source.tags));
-        if source.os_hidden == Some(true) {
-            record.insert("os_hidden".to_owned(), json!(true));
-        }
         for (key, value) in &source.properties {
             // values are strings; Nova leaves kernel_id and ramdisk_id null or empty, which a POST refuses
             if let Value::String(text) = value
@@ -548,7 +520,6 @@ pub fn converted_record(
             record.insert(SOURCE_HASH.to_owned(), json!(format!("{}:{}", hash.algorithm, hash.value)));
         }
     }
-    record.insert(RUN.to_owned(), json!(run));
     for (key, value) in properties {
         record.insert(key.clone(), json!(value));
     }
@@ -577,15 +548,13 @@ mod tests {
     fn a_converted_image_takes_over_what_describes_the_machine_and_nothing_that_describes_the_bytes() {
         let record = converted_record(
             Some(&snapshot()),
-            "compact",
+            "private",
             (80 << 30) + 1,
-            "r",
             &[("os_distro".to_owned(), "debian".to_owned())],
             false,
         );
         let keys: Vec<&str> = record.keys().map(String::as_str).collect();
         let mut expected = vec![
-            "name",
             "disk_format",
             "container_format",
             "visibility",
@@ -601,7 +570,6 @@ mod tests {
             "user_id",
             SOURCE_ID,
             SOURCE_HASH,
-            RUN,
         ];
         expected.sort_unstable();
         let mut sorted = keys.clone();

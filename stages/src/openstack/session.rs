@@ -17,7 +17,7 @@ use super::{
     http::{CALL_TIMEOUT, Clients},
     rate::RateLimit,
 };
-use crate::clock::Moment;
+use crate::openstack::Moment;
 
 /// A token with less than this left is renewed first (keystoneauth, `MIN_TOKEN_LIFE_SECONDS`).
 const MIN_TOKEN_LIFE_S: i64 = 120;

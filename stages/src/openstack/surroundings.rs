@@ -19,6 +19,12 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
+    /// Does the environment choose a cloud?
+    #[must_use]
+    pub fn names_a_cloud(&self) -> bool {
+        ["OS_CLOUD", "OS_AUTH_URL"].iter().any(|name| self.env.get(*name).is_some_and(|value| !value.is_empty()))
+    }
+
     /// The real ones.
     #[must_use]
     pub fn current() -> Self {

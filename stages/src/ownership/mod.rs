@@ -54,13 +54,34 @@
 
 pub mod claim;
 mod family;
+pub mod leftover;
 mod look;
 mod mark;
 #[cfg(test)]
 mod model;
 mod step;
 
+use crate::{
+    convert::JobError,
+    openstack::{Image, Session},
+};
+
 pub use family::{Content, Family, GENERATIONS, UNFINISHED};
 pub use look::{Lookout, Member, Sighting, look};
 pub use mark::{Mark, Proof, is_conversion, proof_of};
 pub use step::{Action, Answer, End, Goal, OTHER, State, Step, next_step};
+
+/// R1: an image that a run may be making is changed by nobody else.
+///
+/// # Errors
+/// [`JobError::Refused`].
+pub fn refuse_unmarked(session: &Session, image: &Image) -> Result<(), JobError> {
+    if !claim::is_claimed(image) || proof_of(image, session.whoami().project_id.as_deref()).is_some() {
+        return Ok(());
+    }
+    Err(JobError::Refused(format!(
+        "image {} ({id}) is unfinished: a run is making it, or has died. Wait for it (virta status), or: virta image delete {id}",
+        image.shown(),
+        id = image.shown_id()
+    )))
+}

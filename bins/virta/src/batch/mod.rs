@@ -101,6 +101,9 @@ pub struct BatchArgs {
     /// Begin no more once so many have failed
     #[arg(long, value_name = "N", value_parser = count)]
     pub max_failures: Option<NonZeroUsize>,
+    /// Begin although other runs' claims are still good: for who knows that they are dead. If one lives after all, there are two images
+    #[arg(long)]
+    pub take_over: bool,
     /// Do not wait for images that another run converts
     #[arg(long)]
     pub no_wait: bool,
@@ -165,7 +168,8 @@ impl BatchArgs {
             verify,
             force: self.force,
             copy_members: self.source_after.copy_members,
-            run: Some(run.name()),
+            run: run.this(),
+            take_over: self.take_over,
             ..usual
         })
     }
@@ -380,7 +384,7 @@ async fn prepare(
     }
     let mut listing = Listing::of_project(&session).await?;
     let replaces = options.after == After::Replace || wishes.iter().any(|wish| wish.replace == Some(true));
-    if changes && replaces && finish_replacements(&session, &listing.images, display).await? {
+    if changes && replaces && finish_replacements(&session, &listing.images).await? {
         listing = Listing::of_project(&session).await?;
     }
     let mut left_out = Vec::new();
