@@ -6,9 +6,10 @@ use std::{path::Path, sync::Arc};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use engine::CancelToken;
 use stages::{
-    convert::{Job, Notices, Options, Source, to_file::to_file},
+    convert::{Job, Options, Source, to_file::to_file},
     disk::IoMode,
     progress::Progress,
+    reporter::Notices,
 };
 use virta_benches::sparse_disk;
 

@@ -28,18 +28,18 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use crate::{
-    convert::{
-        JobError, Notices,
-        report::{Access, HashReport},
-        to_stream::write_part,
-    },
+    access::Access,
+    convert::{report::HashReport, to_stream::write_part},
     disk::{Left, OutputError, OutputFile, queue::WriteError},
+    error::JobError,
     extent::{EXTENT_BYTES, Extent, Home, Payload, Place, Placed, PlacedRun},
-    glance::{Fetch, ImageFile, Patience, Remote, Retries, fetch::Plan},
+    glance::{Fetch, ImageFile, Remote, fetch::Plan},
     hash::{ExpectedHash, HashLane, HashMismatch, Hasher},
     magic::DiskFormat,
     openstack::{Image, Session},
     progress::{Phase, Progress},
+    reporter::Notices,
+    retry::{Patience, Retries},
     text::{printable, size},
     units::{ClusterBits, GuestRange, to_u64, to_usize},
     watermark::Watermark,

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use engine::{Item, Lease, Slice};
 
-use crate::units::{ClusterBits, GuestRange, to_usize};
+use crate::units::{ClusterBits, GuestRange, to_u64, to_usize};
 
 /// Largest run of guest bytes that travels with data, and the size of a lease: 2 MiB, one cluster of the largest
 /// size. Smaller items would drown in channel cost, larger ones hold memory without speeding anything up; see
@@ -214,5 +214,14 @@ impl Placed {
             }
         }
         runs
+    }
+}
+/// The next bytes of an image's file.
+#[derive(Debug)]
+pub struct Chunk(pub Bytes);
+
+impl Item for Chunk {
+    fn bytes(&self) -> u64 {
+        to_u64(self.0.len())
     }
 }

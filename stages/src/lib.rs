@@ -26,12 +26,15 @@
 //!
 //! Formats and protocols have their sources where they are written down: [`qcow2`], [`glance`], [`openstack`].
 
+pub mod access;
 pub mod batch;
+pub mod budget;
 pub mod compare;
 pub mod compress;
 pub mod convert;
 pub mod disk;
 pub mod download;
+pub mod error;
 pub mod extent;
 pub mod glance;
 pub mod hash;
@@ -42,6 +45,9 @@ pub mod ownership;
 pub mod progress;
 pub mod qcow2;
 pub mod read_at;
+pub mod reporter;
+pub mod retry;
+pub mod run;
 pub mod snapshot;
 pub mod store;
 pub mod text;

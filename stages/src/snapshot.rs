@@ -20,12 +20,14 @@ use engine::CancelToken;
 use reqwest::StatusCode;
 
 use crate::{
-    convert::{FoundServer, JobError, Notices},
+    error::JobError,
     openstack::{
         Compute, Image, Server, Session,
         image::RUN,
         server::{Action, ServerError},
     },
+    reporter::Notices,
+    run::FoundServer,
     text::{causes, printable, shell_word, size},
 };
 
@@ -483,7 +485,7 @@ impl Snapshot<'_> {
 
 /// A call again, a few times, when the service stumbles: asking Nova twice to stop or start is asking once.
 async fn retrying<T, F: Future<Output = Result<T, ServerError>>>(call: impl Fn() -> F) -> Result<T, ServerError> {
-    let patience = crate::glance::Patience::default();
+    let patience = crate::retry::Patience::default();
     let mut tries = 0;
     loop {
         tries += 1;

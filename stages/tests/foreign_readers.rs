@@ -13,8 +13,9 @@ use std::{
 use engine::CancelToken;
 use stages::{
     compress::{Codec, Compression},
-    convert::{Job, Notices, Options, Source, to_file::to_file},
+    convert::{Job, Options, Source, to_file::to_file},
     progress::Progress,
+    reporter::Notices,
 };
 
 /// Every `qemu-img` that there is: the system's and the fetched ones.

@@ -4,9 +4,11 @@ use std::{io::IsTerminal, process::ExitCode};
 
 use engine::CancelToken;
 use stages::{
-    convert::{JobError, Notices, names::images_of_name},
+    convert::names::images_of_name,
+    error::JobError,
     openstack::{Session, config::Surroundings},
     progress::Progress,
+    reporter::Notices,
     text::{printable, shell_word},
 };
 

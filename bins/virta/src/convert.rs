@@ -5,15 +5,17 @@ use std::{io::IsTerminal, path::Path, process::ExitCode, sync::Arc};
 use engine::{CancelToken, Cause};
 use stages::{
     convert::{
-        self, After, Conversion, Job, JobError, Notices, Options, Report, Source, Verify,
-        names::{conversion_of_gone, find_source as find_source_image, has_replaced},
-        retire,
+        self, After, Conversion, Job, Options, Report, Source, Verify,
+        names::{conversion_of_gone, has_replaced},
+        retire, source,
         to_file::same_file,
         to_glance::to_glance,
     },
     disk::output::partial_of,
+    error::JobError,
     openstack::{Session, config::Surroundings, image::ImageError},
     progress::Progress,
+    reporter::Notices,
     text::{causes, printable, shell_word, size},
 };
 
@@ -253,7 +255,7 @@ async fn find_source(
     cancel: &CancelToken,
 ) -> Result<Result<Source, Outcome>, JobError> {
     let replace = arguments.source_after.replace;
-    let missing = match interruptible(cancel, async { Ok(find_source_image(session, name).await?) }).await {
+    let missing = match interruptible(cancel, async { Ok(source::find_source(session, name).await?) }).await {
         // a replacement that is done has the name already
         Ok(image) if replace && interruptible(cancel, has_replaced(session, &image)).await? => {
             return Ok(Err(Outcome::AlreadyDone(image.id)));

@@ -7,11 +7,13 @@ use mini_glance::{Config, MiniGlance, data::Storing};
 use serde_json::json;
 use stages::{
     convert::{
-        self, Job, JobError, Notices, Options, Report, Source,
+        self, Job, Options, Report, Source,
         readback::{Target, compare},
     },
+    error::JobError,
     openstack::{CloudConfig, CloudFlags, Image, Session, config::Surroundings},
     progress::Progress,
+    reporter::Notices,
     text::size,
 };
 

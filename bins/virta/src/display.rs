@@ -10,8 +10,9 @@ use std::{
 use engine::{CancelToken, Cause};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use stages::{
-    convert::{FoundServer, Notices},
     progress::{Phase, Progress},
+    reporter::Notices,
+    run::FoundServer,
     text::{printable, size},
 };
 

@@ -6,8 +6,9 @@ use clap::Args;
 use engine::CancelToken;
 use serde_json::{Value, json};
 use stages::{
-    convert::{JobError, budget},
+    budget,
     disk::{IoMode, choose_backend},
+    error::JobError,
     glance::ImageFile,
     openstack::{Compute, Image, Session, config::Surroundings},
     ownership::{Proof, is_conversion},

@@ -5,11 +5,13 @@ use std::{io::IsTerminal, path::Path, process::ExitCode, sync::Arc};
 use clap::Args;
 use engine::CancelToken;
 use stages::{
-    convert::{JobError, Notices, Options},
+    convert::Options,
     download::{Download, DownloadReport},
-    glance::Patience,
+    error::JobError,
     openstack::{Session, config::Surroundings},
     progress::Progress,
+    reporter::Notices,
+    retry::Patience,
     text::{causes, printable, size},
 };
 

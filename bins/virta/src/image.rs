@@ -5,9 +5,10 @@ use std::{collections::HashMap, process::ExitCode};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use stages::{
-    convert::{JobError, Notices},
+    error::JobError,
     openstack::{Change, Image, Session, image::SOURCE_ID},
     ownership::{Proof, claim, is_conversion, leftover::is_unfinished, refuse_unmarked},
+    reporter::Notices,
     text::{causes, printable, size},
 };
 

@@ -9,12 +9,13 @@ use rustix::{
     io::Errno,
 };
 use stages::{
-    convert::JobError,
-    glance::{Patience, Peek, Remote, Retries, connection::ReadError},
+    error::JobError,
+    glance::{Peek, Remote, connection::ReadError},
     inspect::{InspectError, Inspection, inspect, looking::Limits, partition::TableKind, readiness::Severity},
     openstack::{Image, Session, config::Surroundings},
     progress::Progress,
     read_at::ReadAt,
+    retry::{Patience, Retries},
     text::{causes, printable, shell_word, size},
 };
 

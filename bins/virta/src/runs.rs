@@ -13,8 +13,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use stages::{
-    convert::{FoundServer, ThisRun},
     openstack::{Session, error::now_utc},
+    run::{FoundServer, ThisRun},
 };
 
 /// Records of finished runs that are kept.

@@ -6,13 +6,14 @@ use clap::Args;
 use reqwest::StatusCode;
 use serde_json::json;
 use stages::{
-    convert::{JobError, Notices},
+    error::JobError,
     openstack::{
         Image, Session,
         image::{ImageError, SOURCE_ID},
         member::is_project_id,
     },
     ownership::refuse_unmarked,
+    reporter::Notices,
     text::{printable, shell_word},
 };
 

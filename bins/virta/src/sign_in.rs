@@ -4,8 +4,12 @@ use std::io::IsTerminal;
 
 use engine::CancelToken;
 use stages::{
-    convert::{JobError, Notices},
-    openstack::{CloudConfig, CloudFlags, Session, config::Secret, config::Surroundings},
+    error::JobError,
+    openstack::{
+        CloudConfig, CloudFlags, Session,
+        config::{Secret, Surroundings},
+    },
+    reporter::Notices,
     text::printable,
 };
 

@@ -6,9 +6,12 @@ use clap::Args;
 use engine::CancelToken;
 use serde_json::json;
 use stages::{
-    convert::{After, FoundServer, Job, JobError, Notices, Options, Source, Verify},
+    convert::{After, Job, Options, Source, Verify},
+    error::JobError,
     openstack::{Compute, Image, Session, config::Surroundings},
     progress::Progress,
+    reporter::Notices,
+    run::FoundServer,
     snapshot::{Plan, Snapshot, Waiting, restore},
     text::{causes, printable, shell_word, size},
 };

@@ -9,9 +9,11 @@ use std::{
 use engine::CancelToken;
 use stages::{
     batch::{Listing, plan::finish_replacements},
-    convert::{JobError, Notices, run_of},
+    error::JobError,
     openstack::{Compute, Image, Session, config::Surroundings, image::RUN},
     ownership::leftover::{Leftover, leftovers},
+    reporter::Notices,
+    run::run_of,
     text::{causes, counted, printable},
 };
 

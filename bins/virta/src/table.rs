@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
 use serde_json::{Map, Value};
-use stages::{convert::JobError, text::printable};
+use stages::{error::JobError, text::printable};
 
 use crate::exit;
 

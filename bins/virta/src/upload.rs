@@ -6,15 +6,17 @@ use clap::Args;
 use engine::CancelToken;
 use stages::{
     convert::{
-        Job, JobError, Notices, Options, Source,
+        Job, Options, Source,
         as_is::{self, Opened, Upload, UploadReport, retry_as_is},
     },
     disk::SourceError,
-    glance::Patience,
+    error::JobError,
     inspect::format::{Identified, check_qcow2, identify},
     magic::DiskFormat,
     openstack::{Session, config::Surroundings},
     progress::Progress,
+    reporter::Notices,
+    retry::Patience,
     text::{causes, printable, shell_word, size},
 };
 

@@ -4,13 +4,13 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
 
 use engine::CancelToken;
 use stages::{
-    convert::{
-        JobError, Notices,
-        readback::{Target, compare},
-    },
-    glance::{Patience, Remote, Retries},
+    convert::readback::{Target, compare},
+    error::JobError,
+    glance::Remote,
     openstack::{Session, config::Surroundings},
     progress::Progress,
+    reporter::Notices,
+    retry::{Patience, Retries},
     text::{printable, size},
 };
 

@@ -15,11 +15,13 @@ use mini_glance::{Config, Faults, MiniGlance, Ranges};
 use serde_json::{Value, json};
 use stages::{
     compress::{Codec, Compression},
-    convert::{Conversion, Job, JobError, Notices, Options, Report, Source, Verify, to_glance::to_glance},
-    glance::Patience,
+    convert::{Conversion, Job, Options, Report, Source, Verify, to_glance::to_glance},
+    error::JobError,
     openstack::{CloudConfig, CloudFlags, Session, config::Surroundings},
     progress::Progress,
     qcow2::{Qcow2, verify},
+    reporter::Notices,
+    retry::Patience,
 };
 
 const SEEDS: u64 = 500;

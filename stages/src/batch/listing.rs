@@ -6,9 +6,8 @@
 
 use std::time::Duration;
 
-use super::Entry;
 use crate::{
-    convert::JobError,
+    error::JobError,
     openstack::{Image, Moment, Session, image::SOURCE_ID},
 };
 
@@ -41,16 +40,11 @@ impl Listing {
         self.taken.elapsed() < RECENT
     }
 
-    /// The entry's source, if that is all there is to know before it is converted: nothing is made of it, and no other image has the new name.
-    pub(super) fn untouched(&self, entry: &Entry) -> Option<Image> {
-        let source = entry.image.as_ref()?;
-        let listed = self.images.iter().find(|image| image.id == source.id)?;
-        if !self.is_recent() {
-            return None;
-        }
+    /// The source, if that is all there is to know before it is converted: nothing is made of it, and no other image is called `new_name`.
+    pub(super) fn untouched(&self, source: &Image, new_name: &str) -> Option<Image> {
+        let listed = self.images.iter().find(|image| image.id == source.id).filter(|_| self.is_recent())?;
         let touches = |image: &&Image| {
-            image.id != source.id
-                && (image.property(SOURCE_ID) == Some(&source.id) || image.name.as_deref() == Some(&entry.new_name))
+            image.id != source.id && (image.property(SOURCE_ID) == Some(&source.id) || image.name.as_deref() == Some(new_name))
         };
         (!self.images.iter().any(|image| touches(&image))).then(|| listed.clone())
     }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::Wish;
-use crate::convert::{Report, error::Nature};
+use crate::{convert::Report, error::Nature};
 
 /// What became of one.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -7,10 +7,12 @@ use std::collections::HashMap;
 use super::{Journal, Listing, Wish};
 use crate::{
     convert::{
-        After, JobError, Options, Verify,
-        names::{finish_rename, in_the_way, sole_source},
+        After, Options, Verify,
+        names::{finish_rename, in_the_way},
+        source::sole_source,
         to_glance::family_of,
     },
+    error::JobError,
     openstack::{
         Image, Session,
         image::{REPLACES, REPLACES_NAME, SOURCE_ID},

@@ -21,15 +21,17 @@ use super::{
 };
 use crate::{
     convert::{
-        After, Conversion, FoundServer, Job, JobError, Notices, Options, Report, Source,
-        error::Nature,
+        After, Conversion, Job, Options, Report, Source,
         names::conversion_of_gone,
         report::rss_peak_bytes,
         retire,
         to_glance::{Known, to_glance_knowing},
     },
+    error::{JobError, Nature},
     openstack::{Image, Session, image::ImageError},
     progress::Progress,
+    reporter::Notices,
+    run::FoundServer,
     text::{causes, printable},
 };
 
@@ -352,7 +354,8 @@ impl Runner {
         let goes = options.after != After::Keep;
         let (session, entry, cancel) = (batch.session.clone(), entry.clone(), batch.cancel.child());
         // what failed once, or was held, is looked at again
-        let untouched = batch.plan.listing.untouched(&entry).filter(|_| !again);
+        let untouched = entry.image.as_ref().filter(|_| !again);
+        let untouched = untouched.and_then(|source| batch.plan.listing.untouched(source, &entry.new_name));
         let started = Instant::now();
         let task = async move {
             let told: Arc<dyn Notices> = Arc::clone(&notices) as Arc<dyn Notices>;

@@ -6,10 +6,8 @@
 use std::num::NonZeroUsize;
 
 use crate::{
-    convert::{
-        Options,
-        budget::{MEMORY_MIN_BYTES, free_list_bytes},
-    },
+    budget::{MEMORY_MIN_BYTES, free_list_bytes},
+    convert::Options,
     store::FreeList,
     text::size,
 };

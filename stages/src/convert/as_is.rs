@@ -13,21 +13,24 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    JobError, Notices,
     drive::{Both, Filled, Finished, Work, drive},
-    maker::{Maker, ThisRun},
+    maker::Maker,
     report::HashReport,
     sending::{Content, Sending, Sent},
 };
 use crate::{
     disk::SourceError,
-    glance::{Patience, Retries},
+    error::JobError,
+    extent::Chunk,
     hash::Hasher,
     openstack::{Image, Session, image::check_properties},
     ownership::{self, Family, Goal, Mark, Proof, claim::Moves},
     progress::{Phase, Progress},
     read_at::ReadAt,
-    store::{Chunk, EmitReport},
+    reporter::Notices,
+    retry::{Patience, Retries},
+    run::ThisRun,
+    store::EmitReport,
     text::{printable, shell_word, size},
     units::to_usize,
 };

@@ -1,12 +1,11 @@
 //! One conversion from its first look to its end: the loop around [`next_step`].
 
-use super::{
-    JobError,
-    maker::{Maker, run_of},
-};
+use super::maker::Maker;
 use crate::{
+    error::JobError,
     openstack::{ApiError, Image, Session, image::RUN},
     ownership::{Action, Answer, End, GENERATIONS, Goal, Mark, OTHER, Sighting, State, Step, claim, next_step},
+    run::run_of,
     text::{causes, counted},
 };
 

@@ -1,23 +1,21 @@
 //! What [`next_step`](crate::ownership::next_step) says, carried out: looks, POST, mark, deletions. The rules are on the page of [`crate::ownership`].
 
-use std::{
-    collections::HashSet,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use engine::CancelToken;
 use reqwest::StatusCode;
 use serde_json::{Map, Value, json};
 
-use super::{JobError, Notices};
 use crate::{
-    glance::{Patience, Retries},
+    error::JobError,
     openstack::{
         ApiError, Change, Image, Session,
         image::{CLAIM_S, REPLACES, RUN, SOURCE_ID, VERIFIED},
     },
     ownership::{Answer, Family, GENERATIONS, Lookout, Mark, Proof, Sighting, look},
+    reporter::Notices,
+    retry::{Patience, Retries},
+    run::{ThisRun, run_of},
     text::{causes, printable},
 };
 
@@ -25,66 +23,6 @@ use crate::{
 const DELETE_TRIES: u32 = 4;
 /// A POST that was not answered may land so much later.
 const LATE_POST: Duration = Duration::from_millis(300);
-
-/// This start of the program, as images name it (`virta_run`). Clones are the same run.
-#[derive(Clone, Debug)]
-pub struct ThisRun {
-    name: String,
-    task: Option<String>,
-    /// Ids of images that it has sent a DELETE for, or was about to: it does not take them up again (R2).
-    abandoned: Arc<Mutex<HashSet<String>>>,
-}
-
-impl Default for ThisRun {
-    fn default() -> Self {
-        Self::named(&uuid::Uuid::new_v4().hyphenated().to_string())
-    }
-}
-
-impl ThisRun {
-    /// The run of this id, which no other start of any program has.
-    #[must_use]
-    pub fn named(id: &str) -> Self {
-        Self { name: id.to_owned(), task: None, abandoned: Arc::default() }
-    }
-
-    /// The same, as a try at an engine's task: what earlier tries of the task left is passed by at once.
-    #[must_use]
-    pub fn of_task(self, task: Option<String>) -> Self {
-        Self { task, ..self }
-    }
-
-    /// `RUN`, or `TASK/RUN`.
-    #[must_use]
-    pub fn text(&self) -> String {
-        match &self.task {
-            Some(task) => format!("{task}/{}", self.name),
-            None => self.name.clone(),
-        }
-    }
-
-    /// Did this run, or an earlier try of its task, make the image?
-    fn made(&self, image: &Image) -> bool {
-        let text = image.property(RUN).unwrap_or_default();
-        let same_task =
-            self.task.as_ref().is_some_and(|task| text.strip_prefix(task.as_str()).is_some_and(|rest| rest.starts_with('/')));
-        text == self.text() || same_task
-    }
-
-    fn abandon(&self, id: &str) {
-        self.abandoned.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
-    }
-
-    fn has_abandoned(&self, id: &str) -> bool {
-        self.abandoned.lock().unwrap_or_else(PoisonError::into_inner).contains(id)
-    }
-}
-
-/// The run's id in a `virta_run`.
-#[must_use]
-pub fn run_of(text: &str) -> &str {
-    text.rsplit_once('/').map_or(text, |(_, run)| run)
-}
 
 /// Sends what a conversion's rules say.
 pub(super) struct Maker<'a> {

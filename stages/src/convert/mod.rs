@@ -14,13 +14,13 @@
 //! | module | noun |
 //! |---|---|
 //! | [`as_is`] | a local file becomes a new image, byte by byte |
-//! | [`budget`] | how `--memory` is split, and what the machine has |
 //! | [`options`] | what can be asked for |
 //! | [`report`] | what is told afterwards: a contract |
-//! | [`error`] | why it failed, and the exit code that goes with it |
 //! | [`source`] | what is converted, checked before anything is made |
 //! | [`names`] | names of new images: who has them already |
-//! | [`job`] | a conversion under way: survey and emission |
+//! | [`job`] | a conversion under way |
+//! | `reading` | the first part of every pipeline |
+//! | `survey` | the source read once, and the image emitted out of that |
 //! | [`to_file`] | a source becomes a local file |
 //! | [`to_glance`] | a source becomes a new image in Glance |
 //! | `drive` | a conversion from its first look to its end |
@@ -31,27 +31,24 @@
 //! | [`retire`] | the source goes |
 
 pub mod as_is;
-pub mod budget;
 mod drive;
-pub mod error;
 pub mod job;
 mod maker;
 pub mod names;
 pub mod options;
 pub mod readback;
+mod reading;
 pub mod report;
 pub mod retire;
 mod sending;
 pub mod source;
+mod survey;
 pub mod to_file;
 pub mod to_glance;
 pub mod to_stream;
 
-pub use budget::Budget;
-pub use error::JobError;
 pub use job::Job;
-pub use maker::{ThisRun, run_of};
-pub use options::{After, FoundServer, Notices, Options, Verify};
+pub use options::{After, Options, Verify};
 pub use report::Report;
 pub use source::Source;
 pub use to_glance::Conversion;

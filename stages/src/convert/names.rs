@@ -4,11 +4,12 @@ use std::collections::HashSet;
 
 use serde_json::json;
 
-use super::{After, JobError, Source};
+use super::After;
 use crate::{
+    error::JobError,
     openstack::{
         Change, Image, Session,
-        image::{ImageError, REPLACES, REPLACES_NAME, SOURCE_ID},
+        image::{REPLACES, REPLACES_NAME, SOURCE_ID},
     },
     ownership::{Family, proof_of},
     text::{printable, shell_word},
@@ -63,28 +64,6 @@ pub fn taken(name: &str, others: &[&Image], source: Option<&Image>) -> JobError 
         printable(name),
         lines.concat()
     ))
-}
-
-/// The image that a word means as a source: of several of one name the one that the others have replaced, or are about to.
-///
-/// # Errors
-/// [`ImageError`].
-pub async fn find_source(session: &Session, name_or_id: &str) -> Result<Image, ImageError> {
-    let found = session.find_image(name_or_id).await;
-    let Err(ImageError::Ambiguous { .. }) = &found else { return found };
-    let images = session.images_named(name_or_id.strip_prefix("glance:").unwrap_or(name_or_id)).await?;
-    sole_source(&images).cloned().map_or(found, Ok)
-}
-
-/// Of images of one name, the one that is left without those that take the place of another of them.
-#[must_use]
-pub fn sole_source(images: &[Image]) -> Option<&Image> {
-    let replaces = |image: &Image| images.iter().any(|other| other.id != image.id && image.property(REPLACES) == Some(&other.id));
-    let mut sources = images.iter().filter(|image| !replaces(image));
-    match (sources.next(), sources.next()) {
-        (Some(source), None) => Some(source),
-        _ => None,
-    }
 }
 
 /// Is this a finished conversion that has taken its source's name, with the source gone? Then the name means nothing to convert.
@@ -158,14 +137,6 @@ pub async fn finish_rename(session: &Session, image: &Image) -> Result<bool, Job
     }
 }
 
-/// The source's image, where it is one.
-pub(super) fn image_of(source: &Source) -> Option<&Image> {
-    match source {
-        Source::Glance { image, .. } => Some(image),
-        Source::Local(_) | Source::Pipe(_) => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,13 +154,5 @@ mod tests {
             |after| in_the_way(&named, &family, Some(&named[0]), after).iter().map(|image| image.id.as_str()).collect::<Vec<_>>();
         assert_eq!(ids(After::Keep), ["s"]);
         assert!(ids(After::Replace).is_empty());
-    }
-
-    #[test]
-    fn of_two_of_one_name_the_one_that_is_replaced_is_the_source() {
-        let (source, made) = (image("s", "active", None), image("m", "active", Some("s")));
-        assert_eq!(sole_source(&[made.clone(), source.clone()]).unwrap().id, "s");
-        assert_eq!(sole_source(&[source.clone(), image("t", "active", None)]), None);
-        assert_eq!(sole_source(std::slice::from_ref(&made)).unwrap().id, "m", "its source is gone");
     }
 }

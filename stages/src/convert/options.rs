@@ -2,8 +2,7 @@
 
 use std::{num::NonZeroUsize, path::PathBuf};
 
-use super::maker::ThisRun;
-use crate::{compress::Compression, disk::IoMode, glance::Patience, store::FreeList, units::ClusterBits};
+use crate::{compress::Compression, disk::IoMode, retry::Patience, run::ThisRun, store::FreeList, units::ClusterBits};
 
 /// How sure one wants to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -88,7 +87,7 @@ impl Default for Options {
             // four streams fill a 10 Gbit/s link and leave Glance's other users room
             connections: NonZeroUsize::new(4).unwrap_or(NonZeroUsize::MIN),
             workers: NonZeroUsize::new(cores.min(8)).unwrap_or(NonZeroUsize::MIN),
-            memory_bytes: super::budget::default_memory_bytes(),
+            memory_bytes: crate::budget::default_memory_bytes(),
             free_list: FreeList::default(),
             scratch: None,
             scratch_limit_bytes: u64::MAX,
@@ -107,53 +106,4 @@ impl Default for Options {
             patience: Patience::default(),
         }
     }
-}
-
-/// Who is told what is going on, a line at a time: decisions at the start, retries, warnings.
-pub trait Notices: Send + Sync {
-    /// Something worth a line.
-    fn note(&self, line: &str);
-
-    /// Something that goes into the report's `warnings`, too.
-    fn warn(&self, line: &str) {
-        self.note(line);
-    }
-
-    /// An image is made, or about to be: whoever keeps a record of runs writes its id down before the request leaves.
-    fn making(&self, image_id: &str) {
-        let _ = image_id;
-    }
-
-    /// Is this run known to be dead? A record of this machine's runs knows; nothing knows of other machines'.
-    fn is_dead(&self, run: &str) -> bool {
-        let _ = run;
-        false
-    }
-
-    /// A server is about to be changed; `None`: it is as it was found again. Whoever keeps a record of runs writes it down before the request
-    /// leaves, and can bring the server back when the run was killed.
-    /// `false`: it could not be written down.
-    fn holding(&self, server: Option<&FoundServer>) -> bool {
-        let _ = server;
-        true
-    }
-}
-
-/// A server as a run found it.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct FoundServer {
-    /// Its id.
-    pub id: String,
-    /// Its name, for people.
-    pub name: String,
-    /// Its status then: `ACTIVE`, `SHUTOFF`, …
-    pub status: String,
-    /// The run stopped it, or was about to: what somebody else stopped stays so.
-    #[serde(default)]
-    pub stopped: bool,
-}
-
-/// Tells nobody.
-impl Notices for () {
-    fn note(&self, _: &str) {}
 }

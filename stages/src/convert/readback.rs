@@ -5,11 +5,13 @@ use std::{io, path::PathBuf, sync::Arc};
 use engine::{BlockingStage, CancelToken, ErrorKind, Inlet, NoInput, NoOutput, Outlet, Pipeline, StageContext, StageError};
 use tokio::runtime::Handle;
 
-use super::{Job, JobError, report::Access};
+use super::Job;
 use crate::{
+    access::Access,
     compare::{Compare, Difference, GuestBytes, RawGuest, Sweep, read_padded},
     compress::encode::digest,
     disk::RawFile,
+    error::JobError,
     glance::{ImageFile, Remote},
     magic::DiskFormat,
     openstack::{Image, Session},
@@ -197,7 +199,7 @@ fn difference(error: &StageError) -> Option<&Difference> {
 /// # Errors
 /// [`JobError`] if one of them cannot be read. A difference is no error.
 pub async fn prove(job: &Job, session: &Session, image: &Image) -> Result<bool, JobError> {
-    let Some(source) = job.source.remote(job) else { return Ok(false) };
+    let Some(source) = job.source_remote() else { return Ok(false) };
     let made = job.remote(session, image);
     let (source, made) = (Target::glance(source).await?, Target::glance(made).await?);
     match compare(&source, &made, job.options.connections.get(), &job.progress, &job.cancel).await {

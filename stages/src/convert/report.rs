@@ -5,19 +5,7 @@ use std::time::Instant;
 use engine::MetricsSnapshot;
 use serde::Serialize;
 
-use crate::{hash::ExpectedHash, progress::Progress};
-
-/// How the source could be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Access {
-    /// At any offset.
-    Random,
-    /// From the start, as often as one likes.
-    Sequential,
-    /// From the start, once.
-    Once,
-}
+use crate::{access::Access, hash::ExpectedHash, progress::Progress};
 
 /// A digest and whether it was compared with one known before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

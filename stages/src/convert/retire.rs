@@ -8,11 +8,12 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::{
-    After, Job, JobError, Source, Verify,
+    After, Job, Source, Verify,
     drive::Both,
     readback::{Target, against_survey},
 };
 use crate::{
+    error::JobError,
     glance::Remote,
     openstack::{Image, Session},
     ownership::proof_of,
@@ -206,7 +207,7 @@ fn changed(job: &Job, before: &Image, now: &Image) -> Option<&'static str> {
 /// # Errors
 /// [`JobError::Verification`]; the new image is then not to be trusted.
 pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<bool, JobError> {
-    let (Some(remote), None) = (job.source.remote(job), job.source.expected_hash()) else { return Ok(false) };
+    let (Some(remote), None) = (job.source_remote(), job.source.expected_hash()) else { return Ok(false) };
     job.notices.note("reading the source a second time, since it has no hash");
     let target = Target::glance(Remote { again: true, ..remote }).await?;
     against_survey(&target, survey, job.options.connections.get(), &job.progress, &job.cancel).await.map_err(|error| match error {

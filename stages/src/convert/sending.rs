@@ -14,13 +14,15 @@ use engine::{CancelToken, Pipeline, ReportHandle};
 use reqwest::StatusCode;
 use tokio::runtime::Handle;
 
-use super::{JobError, maker::Maker, report::HashReport};
+use super::{maker::Maker, report::HashReport};
 use crate::{
+    error::JobError,
+    extent::Chunk,
     glance::{Upload, upload::UploadError},
     hash::{ExpectedHash, Hasher},
     openstack::{ApiError, Image},
     progress::{Phase, Progress},
-    store::{Chunk, EmitReport},
+    store::EmitReport,
     text::{causes, time},
 };
 

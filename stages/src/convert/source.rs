@@ -1,27 +1,19 @@
 //! What is converted: a local file or an image in Glance, checked before anything is made.
 
-use std::{num::NonZeroUsize, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
-use engine::{BufferPool, Pipeline, ReportHandle};
-
-use super::{Job, JobError, Options, report::Access};
+use super::Options;
 use crate::{
-    disk::{
-        PipeSource, RawFile,
-        pipe::ReadPipe,
-        read::{PlanReads, ReadExtents},
-    },
-    extent::Classified,
-    glance::{
-        Fetch, Remote,
-        fetch::{Plan, glance_advice},
-    },
+    disk::{PipeSource, RawFile},
+    error::JobError,
+    glance::fetch::glance_advice,
     hash::ExpectedHash,
     magic::DiskFormat,
-    openstack::{Image, Session},
+    openstack::{
+        Image, Session,
+        image::{ImageError, REPLACES},
+    },
     text::{shell_word, size},
-    watermark::Watermark,
-    zero::classify::Classify,
 };
 
 /// A checked source.
@@ -42,12 +34,6 @@ pub enum Source {
     Pipe(PipeSource),
 }
 
-/// How to learn how a source was read.
-pub(super) enum SourceHandle {
-    Known(Access),
-    Glance(ReportHandle<Access>),
-}
-
 impl Source {
     /// A local source.
     ///
@@ -62,7 +48,7 @@ impl Source {
     /// # Errors
     /// [`JobError`]: not there, two of one name, not active, not raw, without bytes; each says what to do.
     pub async fn glance(session: &Session, name_or_id: &str) -> Result<Self, JobError> {
-        Self::image(session, super::names::find_source(session, name_or_id).await?)
+        Self::image(session, find_source(session, name_or_id).await?)
     }
 
     /// An image whose record is known, if it can be converted.
@@ -200,50 +186,53 @@ impl Source {
         }
     }
 
-    /// The image, if it is one.
-    pub(super) fn remote(&self, job: &Job) -> Option<Remote> {
-        let Self::Glance { session, image, bytes } = self else { return None };
-        debug_assert_eq!(image.size, Some(*bytes));
-        Some(Remote { again: false, ..job.remote(session, image) })
-    }
-
-    /// The pipeline's first part: from the source to classified extents.
-    pub(super) fn pipeline(&self, job: &Job, pool: &BufferPool, watermark: &Watermark) -> (Pipeline<Classified>, SourceHandle) {
-        let (options, cancel, progress) = (&job.options, &job.cancel, &job.progress);
-        let cluster_bits = options.cluster_bits;
-        let workers = options.workers.get();
-        let classify = || Classify { cluster_bits, progress: progress.clone() };
+    /// The image's record, where it is one.
+    #[must_use]
+    pub fn record(&self) -> Option<&Image> {
         match self {
-            Self::Local(raw) => {
-                let plan = || PlanReads { source: Arc::clone(raw), cluster_bits, watermark: watermark.clone() };
-                let read =
-                    || ReadExtents { source: Arc::clone(raw), pool: pool.clone(), cluster_bits, progress: progress.clone() };
-                let pipeline = Pipeline::new(cancel).threads("plan", 1, plan).port(16).threads("read", workers, read);
-                (pipeline, SourceHandle::Known(Access::Random))
-            }
-            Self::Pipe(pipe) => {
-                let read = || ReadPipe { source: pipe.clone(), pool: pool.clone() };
-                let pipeline = Pipeline::new(cancel).threads("read", 1, read).cpu("classify", workers, classify);
-                (pipeline, SourceHandle::Known(Access::Once))
-            }
-            Self::Glance { .. } => {
-                let fetch = Fetch {
-                    remote: self.remote(job).expect("it is an image"),
-                    plan: Plan::All,
-                    only_raw: true,
-                    connections: connections_within(options.connections, pool),
-                    all_at_once: options.all_connections,
-                    pool: pool.clone(),
-                    watermark: watermark.clone(),
-                };
-                let (pipeline, report) = Pipeline::new(cancel).network_reporting("fetch", fetch);
-                (pipeline.cpu("classify", workers, classify), SourceHandle::Glance(report))
-            }
+            Self::Glance { image, .. } => Some(image),
+            Self::Local(_) | Self::Pipe(_) => None,
         }
     }
 }
 
-/// A connection without a lease could only wait.
-pub(super) fn connections_within(wanted: NonZeroUsize, pool: &BufferPool) -> NonZeroUsize {
-    wanted.min(NonZeroUsize::new(pool.count() / 2).unwrap_or(NonZeroUsize::MIN))
+/// The image that a word means as a source: of several of one name the one that the others have replaced, or are about to.
+///
+/// # Errors
+/// [`ImageError`].
+pub async fn find_source(session: &Session, name_or_id: &str) -> Result<Image, ImageError> {
+    let found = session.find_image(name_or_id).await;
+    let Err(ImageError::Ambiguous { .. }) = &found else { return found };
+    let images = session.images_named(name_or_id.strip_prefix("glance:").unwrap_or(name_or_id)).await?;
+    sole_source(&images).cloned().map_or(found, Ok)
+}
+
+/// Of images of one name, the one that is left without those that take the place of another of them.
+#[must_use]
+pub fn sole_source(images: &[Image]) -> Option<&Image> {
+    let replaces = |image: &Image| images.iter().any(|other| other.id != image.id && image.property(REPLACES) == Some(&other.id));
+    let mut sources = images.iter().filter(|image| !replaces(image));
+    match (sources.next(), sources.next()) {
+        (Some(source), None) => Some(source),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn image(id: &str, status: &str, replaces: Option<&str>) -> Image {
+        serde_json::from_value(json!({ "id": id, "status": status, "name": "n", REPLACES: replaces })).unwrap()
+    }
+
+    #[test]
+    fn of_two_of_one_name_the_one_that_is_replaced_is_the_source() {
+        let (source, made) = (image("s", "active", None), image("m", "active", Some("s")));
+        assert_eq!(sole_source(&[made.clone(), source.clone()]).unwrap().id, "s");
+        assert_eq!(sole_source(&[source.clone(), image("t", "active", None)]), None);
+        assert_eq!(sole_source(std::slice::from_ref(&made)).unwrap().id, "m", "its source is gone");
+    }
 }

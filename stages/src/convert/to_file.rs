@@ -6,12 +6,14 @@ use engine::{BufferPool, Pipeline, StageError, TokioLocal};
 use tokio::runtime::Handle;
 
 use super::{
-    Budget, Job, JobError, Report, Source, Verify,
-    job::{LEASE_ALIGN, ReportOf, access_of, collect_and_hash},
+    Job, Report, Source, Verify,
+    job::{LEASE_ALIGN, ReportOf},
     readback::{Target, against_survey},
     report::{HashReport, Tiers},
+    survey::collect_and_hash,
 };
 use crate::{
+    budget::Budget,
     disk::{
         Backend, OutputFile, choose_backend,
         output::partial_of,
@@ -19,6 +21,7 @@ use crate::{
         uring::{UringExecutor, UringQueue},
         write::WriteImage,
     },
+    error::JobError,
     extent::EXTENT_BYTES,
     hash::HashLane,
     progress::Phase,
@@ -71,7 +74,7 @@ pub async fn to_file(job: &Job, destination: &Path) -> Result<Report, JobError> 
     progress.set_hash_expected(expected.as_ref().and_then(|_| source.bytes()).unwrap_or(0));
     progress.set_phase(Phase::Reading);
     let pool = BufferPool::new(budget.leases, to_usize(EXTENT_BYTES), LEASE_ALIGN, cancel);
-    let (pipeline, source_handle) = source.pipeline(job, &pool, &Watermark::new(u64::MAX));
+    let (pipeline, source_handle) = job.read_source(&pool, &Watermark::new(u64::MAX));
     drop(pool);
     let survey = options.verify == Verify::Readback;
     let pipeline = if survey || options.compression.is_some() {
@@ -115,7 +118,7 @@ pub async fn to_file(job: &Job, destination: &Path) -> Result<Report, JobError> 
         virtual_bytes: written.virtual_bytes,
         stored_bytes: written.stored_bytes,
         image_bytes: written.image_bytes,
-        access: access_of(source_handle).await,
+        access: source_handle.access().await,
         read_back: survey,
         read_twice: false,
         tiers: Tiers::default(),

@@ -8,17 +8,20 @@
 use engine::{CancelToken, ErrorKind, Pipeline, ReportHandle, RunError};
 
 use super::{
-    After, Job, JobError, Report, Source, Verify,
+    After, Job, Report, Source, Verify,
     drive::{Both, Filled, Finished, Work, drive},
-    job::{ReportOf, Surveyed, cause_of},
+    job::ReportOf,
     maker::Maker,
-    names::{image_of, images_of_name, in_the_way, taken},
+    names::{images_of_name, in_the_way, taken},
     readback::{Target, against_survey, prove},
     report::HashReport,
     retire,
     sending::{Active, Content, Sending, Sent, Stages},
+    survey::{Surveyed, cause_of},
 };
 use crate::{
+    error::JobError,
+    extent::Chunk,
     glance::ImageFile,
     hash::Hasher,
     openstack::{
@@ -27,7 +30,7 @@ use crate::{
     },
     ownership::{self, Family, Goal, Mark, Proof, claim::Moves},
     qcow2::Geometry,
-    store::{Chunk, EmitReport},
+    store::EmitReport,
     text::{printable, shell_word, size},
 };
 
@@ -70,7 +73,7 @@ pub async fn to_glance(job: &Job, session: &Session, name: &str) -> Result<Conve
 /// That of [`to_glance`].
 pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: Known) -> Result<Conversion, JobError> {
     check_properties(&job.options.properties).map_err(JobError::Usage)?;
-    let source = image_of(&job.source);
+    let source = job.source.record();
     let name = match source {
         Some(source) if job.options.after == After::Replace => source.name.as_deref().unwrap_or_default(),
         _ => name,
@@ -142,11 +145,11 @@ pub fn family_of(source: Option<&Image>, session: &Session, name: &str, force: b
 
 fn record(job: &Job, virtual_bytes: u64) -> serde_json::Map<String, serde_json::Value> {
     let options = &job.options;
-    converted_record(image_of(&job.source), retire::wanted_visibility(job), virtual_bytes, &options.properties, options.elsewhere)
+    converted_record(job.source.record(), retire::wanted_visibility(job), virtual_bytes, &options.properties, options.elsewhere)
 }
 
 fn maker<'a>(job: &'a Job, session: &'a Session, name: &str) -> Result<Maker<'a>, JobError> {
-    let source = image_of(&job.source);
+    let source = job.source.record();
     let options = &job.options;
     let virtual_bytes = match job.source.bytes() {
         Some(bytes) => Geometry::new(bytes, options.cluster_bits)?.virtual_bytes(),
@@ -374,7 +377,7 @@ impl Converting<'_> {
         }
         let looking = self.job.cancel.guard(images_of_name(self.session, &self.name)).await;
         let named = looking.map_err(|_| JobError::interrupted())??;
-        let source = image_of(&self.job.source);
+        let source = self.job.source.record();
         let family = family_of(source, self.session, &self.name, false);
         let others = in_the_way(&named, &family, source, self.job.options.after);
         if let Some(other) = others.first().filter(|other| other.id != image.id) {

@@ -11,11 +11,12 @@ use engine::{BlockingStage, CancelToken, Cancelled, ErrorKind, Inlet, NoOutput, 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::runtime::Handle;
 
-use super::{Job, JobError, Report, job::ReportOf, report::HashReport};
+use super::{Job, Report, job::ReportOf, report::HashReport};
 use crate::{
+    error::JobError,
+    extent::Chunk,
     hash::Hasher,
     progress::{Phase, Progress},
-    store::Chunk,
     units::to_u64,
 };
 

@@ -13,11 +13,11 @@ use tokio::sync::watch;
 use super::{
     body::{Body, BodyError},
     range::ContentRange,
-    retry::{PROGRESS_BYTES, Patience, Retries},
 };
 use crate::{
     openstack::{ApiError, Image, Session, config::Secret},
     progress::Progress,
+    retry::{PROGRESS_BYTES, Patience, Retries},
     units::{to_u64, to_usize},
     zero::is_zero,
 };

@@ -25,7 +25,7 @@ use super::{
     range::{RangeWindow, range_bytes},
 };
 use crate::{
-    convert::report::Access,
+    access::Access,
     extent::{EXTENT_BYTES, Extent, Payload},
     magic::{DiskFormat, HEAD_BYTES},
     units::{GuestRange, to_u64, to_usize},

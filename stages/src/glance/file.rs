@@ -18,7 +18,7 @@ use super::{
     probe::{Probe, SAMPLE_BYTES, probe},
 };
 use crate::{
-    convert::report::Access,
+    access::Access,
     read_at::ReadAt,
     units::{to_u64, to_usize},
 };

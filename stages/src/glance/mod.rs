@@ -4,7 +4,6 @@
 //! |---|---|
 //! | [`range`] | Content-Range, and the window of ranges in flight |
 //! | [`crew`] | how many connections fetch at once |
-//! | [`retry`] | how long to wait, how often to try, and the record of it |
 //! | [`body`] | a response's body, read with a watch for silence |
 //! | [`connection`] | an image's bytes from any offset on, over connections that break |
 //! | [`probe`] | does this image store serve ranges, really? |
@@ -27,7 +26,6 @@ pub mod file;
 pub mod peek;
 pub mod probe;
 pub mod range;
-pub mod retry;
 pub mod trickle;
 pub mod upload;
 
@@ -35,6 +33,5 @@ pub use connection::Remote;
 pub use fetch::Fetch;
 pub use file::ImageFile;
 pub use peek::Peek;
-pub use retry::{Patience, Retries};
 pub use trickle::Trickle;
 pub use upload::{Upload, UploadReport};

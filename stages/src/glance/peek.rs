@@ -9,7 +9,7 @@ use super::{
     file::ImageFile,
 };
 use crate::{
-    convert::report::Access,
+    access::Access,
     read_at::ReadAt,
     units::{to_u64, to_usize},
 };

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use engine::{Inlet, Outlet, Stage, StageContext, StageError};
 
 use crate::{
-    store::Chunk,
+    extent::Chunk,
     units::{to_u64, to_usize},
 };
 

@@ -24,10 +24,10 @@ use reqwest::{
 use tokio::sync::mpsc;
 
 use crate::{
-    glance::Patience,
+    extent::Chunk,
     openstack::{ApiError, Session, session::SignInError},
     progress::Progress,
-    store::Chunk,
+    retry::Patience,
     units::to_u64,
 };
 

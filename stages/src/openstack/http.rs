@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use reqwest::{Certificate, Client, Identity, Url, redirect::Policy};
 
-use super::config::{CloudConfig, ConfigError};
+use super::config::CloudConfig;
+use crate::openstack::ConfigError;
 
 /// To open a connection, TLS included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);

@@ -23,6 +23,7 @@
 //!   `OS_PASSWORD` before what its file says, as python-openstackclient has it.
 
 pub mod config;
+mod config_error;
 pub mod error;
 pub mod http;
 pub mod image;
@@ -33,7 +34,8 @@ pub mod server;
 pub mod session;
 pub mod surroundings;
 
-pub use config::{CloudConfig, CloudFlags, ConfigError};
+pub use config::{CloudConfig, CloudFlags};
+pub use config_error::ConfigError;
 pub use error::ApiError;
 pub use image::{Change, Image};
 pub(crate) use moment::Moment;

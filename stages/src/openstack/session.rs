@@ -12,12 +12,12 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
 use super::{
-    config::{CloudConfig, ConfigError, Identity, Project, Secret, User},
+    config::{CloudConfig, Identity, Project, Secret, User},
     error::ApiError,
     http::{CALL_TIMEOUT, Clients},
     rate::RateLimit,
 };
-use crate::openstack::Moment;
+use crate::openstack::{ConfigError, Moment};
 
 /// A token with less than this left is renewed first (keystoneauth, `MIN_TOKEN_LIFE_SECONDS`).
 const MIN_TOKEN_LIFE_S: i64 = 120;
@@ -308,7 +308,7 @@ impl Session {
             if !repeatable || !error.is_retryable() || tries >= CALL_TRIES {
                 return Err(error);
             }
-            tokio::time::sleep(crate::glance::Patience::default().pause_after(tries, error.retry_after_s())).await;
+            tokio::time::sleep(crate::retry::Patience::default().pause_after(tries, error.retry_after_s())).await;
         }
     }
 
@@ -462,7 +462,7 @@ async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, Sig
             Err(error) => ApiError::connection(Method::POST, &url, error),
         };
         if error.is_retryable() && tries < CALL_TRIES {
-            tokio::time::sleep(crate::glance::Patience::default().pause_after(tries, error.retry_after_s())).await;
+            tokio::time::sleep(crate::retry::Patience::default().pause_after(tries, error.retry_after_s())).await;
             continue;
         }
         let cloud_name = cloud.name.clone();

@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::{Map, Value};
 
-use super::config::ConfigError;
+use super::ConfigError;
 
 /// The process's surroundings, as far as they matter here; a value, so that tests need not change the process.
 #[derive(Clone, Debug, Default)]

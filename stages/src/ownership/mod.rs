@@ -62,7 +62,7 @@ mod model;
 mod step;
 
 use crate::{
-    convert::JobError,
+    error::JobError,
     openstack::{Image, Session},
 };
 

@@ -3,27 +3,17 @@
 use std::{collections::HashMap, fs::File, sync::Arc};
 
 use bytes::Bytes;
-use engine::{BlockingStage, ErrorKind, Inlet, Item, Outlet, StageContext, StageError};
+use engine::{BlockingStage, ErrorKind, Inlet, Outlet, StageContext, StageError};
 
 use super::{KeptIn, Survey, collect::KeptExtent, reread::Rebuilt};
 use crate::{
     compress::{Decoder, encode::digest},
-    extent::Record,
+    extent::{Chunk, Record},
     hash::Hasher,
     qcow2::{Layout, StreamWriter, packing::InFileOrder},
     read_at::ReadAt,
     units::{GuestRange, to_u64, to_usize},
 };
-
-/// The next bytes of the file.
-#[derive(Debug)]
-pub struct Chunk(pub Bytes);
-
-impl Item for Chunk {
-    fn bytes(&self) -> u64 {
-        to_u64(self.0.len())
-    }
-}
 
 /// What was emitted.
 #[derive(Clone, Debug, PartialEq, Eq)]

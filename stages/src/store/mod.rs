@@ -40,7 +40,7 @@ pub mod reread;
 pub mod scratch;
 
 pub use collect::{Collect, KeptIn, Survey};
-pub use emit::{Chunk, Emit, EmitReport};
+pub use emit::{Emit, EmitReport};
 pub use free_list::FreeList;
 pub use keep::{Keep, MemoryStore};
 pub use reread::{ReadAgain, Rebuilt, Recheck};

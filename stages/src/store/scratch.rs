@@ -12,8 +12,8 @@ use engine::{Cancelled, ErrorKind, Inlet, LocalStage, Outlet, StageContext, Stag
 use crate::{
     disk::queue::{Completion, WriteBytes, WriteOp, WriteQueue},
     extent::{Home, Placed},
-    glance::Retries,
     progress::Progress,
+    retry::Retries,
     units::to_u64,
 };
 

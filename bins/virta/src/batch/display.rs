@@ -11,8 +11,8 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
 use stages::{
     batch::{Event, Outcome, Plan},
-    convert::Notices,
     progress::{Phase, Progress},
+    reporter::Notices,
     text::{printable, size},
 };
 

@@ -10,7 +10,9 @@ use std::{
 use clap::ValueEnum;
 use stages::{
     batch::{Plan, Wish},
-    convert::{After, JobError, Notices},
+    convert::After,
+    error::JobError,
+    reporter::Notices,
     text::{printable, shell_word},
 };
 

@@ -26,9 +26,11 @@ use stages::{
         run::Limits,
         select::{Filter, parse_age, snapshots},
     },
-    convert::{After, JobError, Notices, Options, Verify},
+    convert::{After, Options, Verify},
+    error::JobError,
     openstack::{Compute, Image, Session, config::Surroundings},
     progress::Progress,
+    reporter::Notices,
     text::{causes, counted, printable, size},
 };
 

@@ -5,11 +5,13 @@ use std::{num::NonZero, sync::Arc, time::Duration};
 use engine::CancelToken;
 use stages::{
     batch::{Plan, Verdict},
-    convert::{After, JobError, Notices, Verify},
+    convert::{After, Verify},
+    error::JobError,
     glance::connection::{Asking, Connection},
     hash::Hasher,
     openstack::{Image, Session},
     progress::Progress,
+    reporter::Notices,
     text::{counted, size, time},
 };
 
@@ -153,9 +155,8 @@ fn hash_rate() -> u64 {
 /// Bytes a second of one connection, by reading the beginning of an image.
 async fn measure(session: &Session, image: &Image, cancel: &CancelToken) -> Result<u64, JobError> {
     let progress = Progress::default();
-    let retries = stages::glance::Retries::new(&progress, Arc::new(|_| {}));
-    let remote =
-        stages::glance::Remote::of_image(session, image, &progress, retries, stages::glance::Patience::default(), cancel);
+    let retries = stages::retry::Retries::new(&progress, Arc::new(|_| {}));
+    let remote = stages::glance::Remote::of_image(session, image, &progress, retries, stages::retry::Patience::default(), cancel);
     let bytes = usize::try_from(remote.image_bytes).unwrap_or(usize::MAX).min(MEASURE_BYTES);
     let mut connection = Connection::new(remote, Asking::Whole);
     let mut buffer = vec![0; 1 << 20];

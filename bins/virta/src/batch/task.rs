@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use stages::{
     batch::{Outcome, Summary, Wish, list, outcome::task_exit_code},
-    convert::{JobError, error::Nature},
+    error::{JobError, Nature},
     text::{chain, printable},
 };
 

@@ -7,9 +7,10 @@ use engine::{BlockingStage, CancelToken, Inlet, NoInput, Outlet, Pipeline, Stage
 use reqwest::StatusCode;
 use serde_json::json;
 use stages::{
-    convert::JobError,
+    error::JobError,
+    extent::Chunk,
     glance::{
-        Patience, Upload,
+        Upload,
         connection::{Asking, Connection, ReadError},
     },
     openstack::{
@@ -17,7 +18,7 @@ use stages::{
         image::{BENCH, RUN},
     },
     progress::Progress,
-    store::Chunk,
+    retry::Patience,
     text::causes,
 };
 use tokio::task::JoinSet;

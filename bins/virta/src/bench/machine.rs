@@ -4,7 +4,7 @@ use std::{fs, path::Path, time::Duration};
 
 use rustix::{fs::statfs, system::uname};
 
-use stages::convert::budget::meminfo_bytes;
+use stages::budget::meminfo_bytes;
 
 use super::record::Machine;
 

@@ -34,9 +34,10 @@ use std::{
 use clap::{ArgAction, Args};
 use engine::CancelToken;
 use stages::{
-    convert::{JobError, Notices},
+    error::JobError,
     openstack::{config::Surroundings, error::now_utc},
     progress::Progress,
+    reporter::Notices,
     text::{causes, printable, size},
 };
 

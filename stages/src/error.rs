@@ -6,8 +6,8 @@ use engine::{BoxError, ErrorKind, RunError, StageError};
 
 use reqwest::StatusCode;
 
-use super::budget::MemoryTooSmall;
 use crate::{
+    budget::MemoryTooSmall,
     compare::Difference,
     disk::{OutputError, SourceError, UringDenied},
     glance::{
