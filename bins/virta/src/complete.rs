@@ -4,29 +4,17 @@
 //! from Glance if it answers within [`PATIENCE`]; they are kept for [`FRESH`] in the cache folder, readable for their owner alone.
 
 use std::{
-    ffi::OsStr,
     fs,
-    hash::{DefaultHasher, Hash, Hasher},
     io::Write,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
 };
 
-use clap::{Args, CommandFactory, ValueEnum};
-use clap_complete::{
-    engine::{ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter},
-    env::{CompleteEnv, Shells},
-};
-use stages::openstack::{CloudConfig, CloudFlags, Session, config::Surroundings};
+use clap::{Args, ValueEnum};
+use clap_complete::env::{CompleteEnv, Shells};
 
-use crate::{cli::Cli, exit};
+use crate::exit;
 
-/// A completion that takes longer is worse than none.
-const PATIENCE: Duration = Duration::from_millis(1500);
-/// How long names are believed.
-const FRESH: Duration = Duration::from_secs(60);
 /// The variable by which the shell's script asks.
 const VARIABLE: &str = "COMPLETE";
 
@@ -60,8 +48,8 @@ pub struct ManArgs {
 }
 
 /// Answers a shell that asks for completions, and ends then.
-pub fn answer_shell() {
-    CompleteEnv::with_factory(Cli::command).var(VARIABLE).bin("virta").complete();
+pub fn answer_shell(command: impl Fn() -> clap::Command) {
+    CompleteEnv::with_factory(command).var(VARIABLE).bin("virta").complete();
 }
 
 /// `virta completions`.
@@ -86,8 +74,7 @@ pub fn completions(arguments: &CompletionsArgs) -> ExitCode {
 }
 
 /// `virta man`.
-pub fn man(arguments: &ManArgs) -> ExitCode {
-    let mut command = Cli::command();
+pub fn man(arguments: &ManArgs, mut command: clap::Command) -> ExitCode {
     command.build();
     if let Some(folder) = &arguments.dir {
         return match fs::create_dir_all(folder).and_then(|()| write_pages(&command, "virta", folder)) {
@@ -130,86 +117,4 @@ fn write_pages(command: &clap::Command, name: &str, folder: &Path) -> std::io::R
         write_pages(inner, &format!("{name}-{}", inner.get_name()), folder)?;
     }
     Ok(())
-}
-
-/// Completes names of images.
-pub fn image_names() -> ArgValueCompleter {
-    ArgValueCompleter::new(|current: &OsStr| names_with(current, ""))
-}
-
-/// Completes paths, and `glance:NAME`.
-pub fn path_or_image() -> ArgValueCompleter {
-    ArgValueCompleter::new(|current: &OsStr| {
-        let text = current.to_string_lossy();
-        match text.strip_prefix("glance:") {
-            Some(name) => names_with(OsStr::new(name), "glance:"),
-            None => {
-                let mut found = PathCompleter::any().stdio().complete(current);
-                if "glance:".starts_with(&*text) && !text.is_empty() {
-                    found.push(CompletionCandidate::new("glance:"));
-                }
-                found
-            }
-        }
-    })
-}
-
-fn names_with(current: &OsStr, prefix: &str) -> Vec<CompletionCandidate> {
-    let current = current.to_string_lossy();
-    let names = names().unwrap_or_default();
-    let matching = names.iter().filter(|name| name.starts_with(&*current));
-    matching.map(|name| CompletionCandidate::new(format!("{prefix}{name}"))).collect()
-}
-
-/// Names of the images of the chosen cloud, if they can be had quickly and nobody has to be asked for a password.
-fn names() -> Option<Vec<String>> {
-    let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
-    let after = |flag: &str| words.iter().position(|word| word == flag).and_then(|at| words.get(at + 1).cloned());
-    let flags = CloudFlags { cloud: after("--os-cloud"), region_name: after("--os-region-name"), ..CloudFlags::default() };
-    let cloud = CloudConfig::resolve(&flags, &Surroundings::current()).ok()?;
-    if cloud.wants_password_of().is_some() {
-        return None;
-    }
-    let mut key = DefaultHasher::new();
-    format!("{} {} {:?} {:?}", cloud.name, cloud.auth_url, cloud.project, cloud.region_name).hash(&mut key);
-    let path = cache_folder()?.join(format!("names-{:016x}", key.finish()));
-    if let Some(names) = kept(&path) {
-        return Some(names);
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
-    let asking = async {
-        let session = Session::sign_in(cloud).await.ok()?;
-        let images = session.images_matching(&[("limit", "1000")]).await.ok()?;
-        Some(images.into_iter().filter_map(|image| image.name).collect::<Vec<_>>())
-    };
-    let names = runtime.block_on(async { tokio::time::timeout(PATIENCE, asking).await }).ok().flatten();
-    runtime.shutdown_background();
-    let mut names = names?;
-    // one with a line break is none that could be kept a line each, or typed
-    names.retain(|name| !name.is_empty() && !name.contains(char::is_control));
-    names.sort();
-    names.dedup();
-    let _ = keep(&path, &names);
-    Some(names)
-}
-
-fn cache_folder() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = set("XDG_CACHE_HOME").filter(|path| path.is_absolute());
-    Some(cache.or_else(|| Some(set("HOME")?.join(".cache")))?.join("virta"))
-}
-
-fn kept(path: &Path) -> Option<Vec<String>> {
-    let age = fs::metadata(path).ok()?.modified().ok()?.elapsed().ok()?;
-    let text = fs::read_to_string(path).ok().filter(|_| age < FRESH)?;
-    Some(text.lines().map(str::to_owned).collect())
-}
-
-fn keep(path: &Path, names: &[String]) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    let new = folder.join(format!("names-{}.new", std::process::id()));
-    let mut file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
-    names.iter().try_for_each(|name| writeln!(file, "{name}"))?;
-    fs::rename(new, path)
 }

@@ -17,8 +17,8 @@ use stages::{
 };
 
 use crate::{
-    cli::ProgressChoice,
     exit,
+    flags::ProgressChoice,
     runs::{self, Run},
     stderr,
 };

@@ -13,25 +13,25 @@ use stages::{
     openstack::{Compute, Image, Session, config::Surroundings},
     ownership::{Proof, is_conversion},
     progress::Progress,
-    text::{causes, printable, shell_word, size},
+    text::{causes, counted, printable, shell_word, size},
 };
 
 use crate::{
-    care::chosen_cloud,
-    cli::{CloudArgs, ProgressChoice},
-    convert::watch_signals,
     display::Display,
     exit,
-    image::counted,
-    inspect::{InspectFormat, in_glance, quiet_remote},
+    flags::{CloudArgs, InspectFormat, ProgressChoice, chosen_cloud},
+    look_inside::{in_glance, quiet_remote},
     runs::{self, Run},
     sign_in::sign_in,
+    signals::watch_signals,
 };
 
 /// All of it takes less than 5 s: what has not answered by then is said not to have.
 const PATIENCE: Duration = Duration::from_millis(4500);
+
 /// Images from which on ranges make a difference, and can be told from a sequential reading.
 const PROBE_BYTES_MIN: u64 = 64 << 10;
+
 /// Snapshots that are listed.
 const LISTED_MAX: usize = 10;
 

@@ -16,13 +16,16 @@ use stages::{
 };
 
 use crate::{
-    cli::{CloudArgs, FormatChoice, OutputArgs, count},
-    complete::image_names,
-    convert::{is_forward_only, open_forward, stdout, stdout_by_its_name, watch_signals, write_report},
     display::Display,
-    exit, receipt,
+    exit,
+    flags::{CloudArgs, FormatChoice, OutputArgs, count},
+    image_names::image_names,
+    location::{is_forward_only, open_forward, stdout, stdout_by_its_name},
+    receipt,
+    report_file::write_report,
     runs::Run,
     sign_in::sign_in,
+    signals::watch_signals,
 };
 
 #[derive(Args)]

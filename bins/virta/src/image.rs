@@ -13,11 +13,12 @@ use stages::{
 };
 
 use crate::{
-    care::{check_format, confirm, in_cloud},
-    cli::{CloudArgs, key_value, parse_size},
-    complete::image_names,
+    confirm::confirm,
     display::Display,
     exit,
+    flags::{CloudArgs, check_format, key_value, parse_size},
+    image_names::image_names,
+    in_cloud::in_cloud,
     table::{Cell, Column, ListFlags, ListFormat, print_fields, print_rows},
 };
 
@@ -286,6 +287,7 @@ fn totals(images: &[&Image], converted: &HashMap<String, &Image>) -> String {
         return "no image".to_owned();
     }
     let is_raw = |image: &&&Image| image.disk_format.as_deref() == Some("raw") && image.status == "active";
+
     let raw = images.iter().filter(is_raw).count();
     let mut text = format!("{}, {}", counted(images.len(), "image"), size(all));
     if raw > 0 {

@@ -97,6 +97,11 @@ struct Inner {
 #[derive(Clone, Default)]
 pub struct Run(Option<Arc<Mutex<Inner>>>);
 
+/// The beginning of a run's id: enough for `virta status`.
+pub fn short(run: &str) -> &str {
+    run.get(..8).unwrap_or(run)
+}
+
 /// `$XDG_STATE_HOME/virta`, else `~/.local/state/virta`.
 pub fn state_folder() -> Option<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);

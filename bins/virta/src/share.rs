@@ -18,12 +18,12 @@ use stages::{
 };
 
 use crate::{
-    care::in_cloud,
-    cli::CloudArgs,
-    complete::image_names,
-    image::counted,
+    flags::CloudArgs,
+    image_names::image_names,
+    in_cloud::in_cloud,
     table::{Cell, Column, ListFlags, ListFormat, print_rows},
 };
+use stages::text::counted;
 
 #[derive(Args)]
 #[command(after_help = "\

@@ -13,7 +13,7 @@ use stages::{
     text::printable,
 };
 
-use crate::cli::CloudArgs;
+use crate::flags::CloudArgs;
 
 /// Signs in to the chosen cloud and says where it is; `what` begins the line (`cloud`, `destination: cloud`).
 pub async fn sign_in(

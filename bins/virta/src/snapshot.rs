@@ -11,19 +11,22 @@ use stages::{
     openstack::{Compute, Image, Session, config::Surroundings},
     progress::Progress,
     reporter::Notices,
-    run::FoundServer,
-    snapshot::{Plan, Snapshot, Waiting, restore},
+    snapshot::{Plan, Snapshot, Waiting},
     text::{causes, printable, shell_word, size},
 };
 
 use crate::{
-    care::{check_free, chosen_cloud, confirm, warn_without_record},
-    cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs},
-    convert::{Outcome, conclude, into_glance, job_options, watch_signals},
+    conclusion::{Outcome, conclude, into_glance},
+    confirm::confirm,
     display::Display,
-    exit, receipt,
+    exit,
+    flags::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs, chosen_cloud, job_options},
+    in_cloud::{check_free, warn_without_record},
+    leftovers::restore_server,
+    receipt,
     runs::{self, Run, State},
     sign_in::sign_in,
+    signals::watch_signals,
 };
 
 #[derive(Args)]
@@ -222,27 +225,6 @@ async fn put_right(session: &Session, compute: &Compute, server: &str, display: 
         }
     }
     Ok(any)
-}
-
-/// Brings a server back that a killed run had stopped.
-pub async fn restore_server(
-    session: &Session,
-    compute: &Compute,
-    held: &FoundServer,
-    dead: &runs::Found,
-    notices: &dyn Notices,
-) -> Result<(), JobError> {
-    notices.note(&format!(
-        "run {} was killed while it made a snapshot of server {}, which it had found {}",
-        printable(&dead.record.run),
-        printable(&held.name),
-        printable(&held.status)
-    ));
-    // whoever interrupts hears of the server
-    let _ = notices.holding(Some(held));
-    restore(session, compute, held, &dead.record.run, &Waiting::default(), notices).await?;
-    let _ = notices.holding(None);
-    dead.restored().map_err(|error| JobError::Refused(format!("the record of a run could not be written: {error}")))
 }
 
 /// The raw image becomes a qcow2 one, and goes.

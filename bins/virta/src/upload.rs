@@ -21,14 +21,16 @@ use stages::{
 };
 
 use crate::{
-    care::{check_format, check_free, warn_without_record},
-    cli::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs},
-    convert::{Outcome, conclude, into_glance, job_options, watch_signals, write_report},
+    conclusion::{Outcome, conclude, into_glance},
     display::Display,
-    exit, receipt,
+    exit,
+    flags::{CloudArgs, ConversionArgs, FormatChoice, OutputArgs, check_format, job_options},
+    in_cloud::{check_free, warn_without_record},
+    leftovers, receipt,
+    report_file::write_report,
     runs::Run,
     sign_in::sign_in,
-    status,
+    signals::watch_signals,
 };
 
 #[derive(Args)]
@@ -143,7 +145,7 @@ async fn upload(
     let signing_in = async {
         let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
         run.in_cloud(&session);
-        status::clean_up_before(&session, display, cancel).await?;
+        leftovers::clean_up_before(&session, display, cancel).await?;
         Ok::<_, JobError>(session)
     };
     let session = cancel.guard(signing_in).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;

@@ -1,7 +1,8 @@
 //! `virta verify`.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
+use std::{num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
 
+use clap::Args;
 use engine::CancelToken;
 use stages::{
     convert::readback::{Target, compare},
@@ -15,13 +16,39 @@ use stages::{
 };
 
 use crate::{
-    cli::VerifyArgs,
-    convert::{End, did_you_mean, watch_signals},
     display::Display,
     exit,
+    flags::{CloudArgs, ProgressChoice},
+    image_names::path_or_image,
+    location::{End, did_you_mean},
     runs::Run,
     sign_in::sign_in,
+    signals::watch_signals,
 };
+
+#[derive(Args)]
+#[command(after_help = "\
+Sizes may differ by what a qcow2 rounds up to 512 bytes. What is read is decoded, never trusted: no header's word is taken for a byte.
+Examples:
+  virta verify disk.raw disk.qcow2
+  virta verify glance:my-snapshot glance:my-snapshot-qcow2
+Exit status: 0 the same, 1 failed, 2 wrong usage, 3 they differ (the first guest offset that does is printed), 130 interrupted.")]
+pub struct VerifyArgs {
+    /// One image: a path, or glance:IMAGE
+    #[arg(add = path_or_image())]
+    pub a: String,
+    /// The other: a path, or glance:IMAGE
+    #[arg(add = path_or_image())]
+    pub b: String,
+    #[command(flatten)]
+    pub cloud: CloudArgs,
+    /// Threads, and connections to Glance, that read at once
+    #[arg(long, value_name = "N", default_value = "4", value_parser = crate::flags::count)]
+    pub connections: NonZeroUsize,
+    /// Progress on stderr: auto is bars on a terminal and plain lines elsewhere
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub progress: ProgressChoice,
+}
 
 /// Runs the command.
 pub async fn run(arguments: VerifyArgs) -> ExitCode {

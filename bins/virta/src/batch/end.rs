@@ -8,7 +8,11 @@ use stages::{
 };
 
 use super::BatchArgs;
-use crate::{care::chosen_cloud, cli::FormatChoice, convert::write_report, exit};
+use crate::{
+    exit,
+    flags::{FormatChoice, chosen_cloud},
+    report_file::write_report,
+};
 
 /// Failed images that a command to retry them names; more go into a file.
 const RETRY_IDS_MAX: usize = 12;
@@ -137,16 +141,14 @@ fn named(line: &Line) -> String {
 
 /// Flags of this command as they were typed, with their values, but for those in `without`. Words behind `--` are no flags.
 pub(super) fn typed_flags(without: &[&str]) -> Vec<String> {
-    use clap::CommandFactory;
-    let command = crate::cli::Cli::command();
-    let batch = command.find_subcommand("batch");
+    let batch = <BatchArgs as clap::Args>::augment_args(clap::Command::new("batch"));
     let mut flags = Vec::new();
     let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
     let mut typed = words.skip_while(|word| word != "batch").skip(1).take_while(|word| word != "--");
     while let Some(word) = typed.next() {
         let (flag, with_value) = word.split_once('=').map_or((word.as_str(), false), |(flag, _)| (flag, true));
         let short = word.strip_prefix('-').filter(|_| !word.starts_with("--")).and_then(|rest| rest.chars().next());
-        let known = batch.into_iter().flat_map(clap::Command::get_arguments).find(|argument| {
+        let known = batch.get_arguments().find(|argument| {
             let long = argument.get_long().is_some_and(|long| flag.strip_prefix("--") == Some(long));
             long || (short.is_some() && argument.get_short() == short)
         });

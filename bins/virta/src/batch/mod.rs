@@ -35,15 +35,18 @@ use stages::{
 };
 
 use crate::{
-    care::{confirm, warn_without_record},
-    cli::{CloudArgs, ConversionArgs, OutputArgs, SourceArgs, count, parse_size},
-    complete::image_names,
-    convert::{check_report_file, job_options, proven, watch_signals},
+    conclusion::proven,
+    confirm::confirm,
     display::Display,
-    exit, receipt,
+    exit,
+    flags::{CloudArgs, ConversionArgs, OutputArgs, SourceArgs, count, job_options, parse_size},
+    image_names::image_names,
+    in_cloud::warn_without_record,
+    leftovers, receipt,
+    report_file::check_report_file,
     runs::{self, Run},
     sign_in::sign_in,
-    status,
+    signals::watch_signals,
 };
 use display::BatchDisplay;
 use end::conclude;
@@ -382,7 +385,7 @@ async fn prepare(
     let changes = !arguments.dry_run && arguments.plan.is_none();
     if changes {
         run.in_cloud(&session);
-        status::clean_up_before(&session, display, cancel).await?;
+        leftovers::clean_up_before(&session, display, cancel).await?;
     }
     let mut listing = Listing::of_project(&session).await?;
     let replaces = options.after == After::Replace || wishes.iter().any(|wish| wish.replace == Some(true));

@@ -17,8 +17,8 @@ use stages::{
 
 use super::BatchArgs;
 use crate::{
-    cli::FormatChoice,
     display::Display,
+    flags::FormatChoice,
     table::{Cell, Column, ListFlags, ListFormat, print_rows},
 };
 

@@ -8,7 +8,7 @@ use stages::{
     text::{chain, printable},
 };
 
-use crate::{cli::FormatChoice, exit};
+use crate::{exit, flags::FormatChoice};
 
 /// HyperQueue shows so much of an error (`HQ_ERROR_FILENAME`).
 const ERROR_BYTES_MAX: usize = 2048;

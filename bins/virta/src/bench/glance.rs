@@ -28,7 +28,7 @@ use super::{
     record::{Group, Measure},
     sample::noise,
 };
-use crate::{inspect::quiet_remote, runs::Run};
+use crate::{look_inside::quiet_remote, runs::Run};
 
 /// Bytes of one read.
 const PIECE_BYTES: usize = 2 << 20;

@@ -42,13 +42,12 @@ use stages::{
 };
 
 use crate::{
-    cli::{CloudArgs, ProgressChoice, parse_size},
-    convert::{interruptible, watch_signals},
     display::Display,
     exit,
-    inspect::InspectFormat,
+    flags::{CloudArgs, InspectFormat, ProgressChoice, parse_size},
     runs::Run,
     sign_in::sign_in,
+    signals::{interruptible, watch_signals},
 };
 use disk::Disk;
 use glance::Glance;
