@@ -13,9 +13,9 @@ use std::{
     collections::BTreeMap,
     fs,
     fs::File,
-    io::{self, Write},
+    io,
     num::NonZeroUsize,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -43,6 +43,7 @@ use crate::{
     text::{printable, size},
     units::{ClusterBits, GuestRange, to_u64, to_usize},
     watermark::Watermark,
+    whole_file::write_whole,
     zero::is_zero,
 };
 
@@ -136,21 +137,8 @@ impl Mark {
         serde_json::from_slice(&fs::read(Self::path(partial)).ok()?).ok()
     }
 
-    /// Written whole: a reader sees the old one or the new one.
     fn write(&self, partial: &Path) -> io::Result<()> {
-        let path = Self::path(partial);
-        let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
-        name.push(".new");
-        let new = path.with_file_name(name);
-        let written = (|| {
-            let mut file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
-            file.write_all(serde_json::to_string(self)?.as_bytes())?;
-            fs::rename(&new, path)
-        })();
-        if written.is_err() {
-            let _ = fs::remove_file(new);
-        }
-        written
+        write_whole(&Self::path(partial), serde_json::to_string(self)?.as_bytes(), false)
     }
 
     /// Is it of this image, as it is now?
@@ -731,7 +719,7 @@ mod tests {
     /// The first 16 KiB of a file that was full of something else, after zeros landed on its second and third page.
     async fn landed(holes: bool) -> Vec<u8> {
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[0xff; 16384]).unwrap();
+        io::Write::write_all(&mut file, &[0xff; 16384]).unwrap();
         let (file, progress) = (Arc::new(file), Progress::default());
         let land = || Land { file: Arc::clone(&file), holes, progress: progress.clone() };
         let pipeline = Pipeline::new(&CancelToken::new()).threads("zeros", 1, || Zeros).threads("write", 1, land);

@@ -53,4 +53,5 @@ pub mod store;
 pub mod text;
 pub mod units;
 pub mod watermark;
+pub mod whole_file;
 pub mod zero;

@@ -15,6 +15,17 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
 /// Lines about retries that are kept for the report.
 const RETRY_LINES_MAX: usize = 1000;
 
+/// An error that tells whether another try may go better.
+pub trait Retryable {
+    /// May it?
+    fn is_retryable(&self) -> bool;
+
+    /// When the service said that it wants to be asked again, seconds.
+    fn retry_after_s(&self) -> Option<u64> {
+        None
+    }
+}
+
 /// How patient a transfer is. The defaults suit real clouds; tests that play many failures through make it hasty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience {
@@ -87,6 +98,30 @@ impl Patience {
             Some(Ok(_)) => None,
             Some(Err(error)) => Some(causes(&error)),
             None => Some("interrupted".to_owned()),
+        }
+    }
+
+    /// Does the work, up to `tries` times in all, as long as it fails with what another try may mend.
+    ///
+    /// # Errors
+    /// The last try's.
+    ///
+    /// # Cancel safety
+    /// That of the work.
+    pub async fn retried<T, E, F>(&self, tries: u32, mut work: impl FnMut() -> F) -> Result<T, E>
+    where
+        E: Retryable,
+        F: Future<Output = Result<T, E>>,
+    {
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            match work().await {
+                Err(error) if error.is_retryable() && tried < tries => {
+                    tokio::time::sleep(self.pause_after(tried, error.retry_after_s())).await;
+                }
+                other => return other,
+            }
         }
     }
 

@@ -27,9 +27,13 @@ use crate::{
         server::{Action, ServerError},
     },
     reporter::Notices,
+    retry::Patience,
     run::FoundServer,
     text::{causes, printable, shell_word, size},
 };
+
+/// Tries of a call to Nova: asking twice to stop or start is asking once.
+const CALL_TRIES: u32 = 4;
 
 /// Nova cuts a guest off that has not shut down by then, unless the image says otherwise (`shutdown_timeout`).
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -483,21 +487,6 @@ impl Snapshot<'_> {
     }
 }
 
-/// A call again, a few times, when the service stumbles: asking Nova twice to stop or start is asking once.
-async fn retrying<T, F: Future<Output = Result<T, ServerError>>>(call: impl Fn() -> F) -> Result<T, ServerError> {
-    let patience = crate::retry::Patience::default();
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match call().await {
-            Err(ServerError::Api(error)) if error.is_retryable() && tries < 4 => {
-                tokio::time::sleep(patience.pause_after(tries, error.retry_after_s())).await;
-            }
-            other => return other,
-        }
-    }
-}
-
 async fn images_of_run(session: &Session, run: &str) -> Result<Vec<Image>, JobError> {
     let mut images = session.images_where(RUN, run).await?;
     images.retain(|image| image.property(RUN) == Some(run));
@@ -577,7 +566,7 @@ async fn bring_back(compute: &Compute, found: &FoundServer, waiting: &Waiting, n
     let mut watch = Watch::new(waiting);
     let mut asked = false;
     loop {
-        let now = retrying(|| compute.server(&found.id)).await?;
+        let now = Patience::default().retried(CALL_TRIES, || compute.server(&found.id)).await?;
         if now.status == "ACTIVE" && now.task_state.is_none() {
             if asked {
                 notices.note(&format!("server {} is ACTIVE again", now.shown()));
@@ -593,7 +582,7 @@ async fn bring_back(compute: &Compute, found: &FoundServer, waiting: &Waiting, n
             && !asked
         {
             notices.note(&format!("server {} is {}, and is {} again", now.shown(), now.status, action.done()));
-            match retrying(|| compute.act(&found.id, action)).await {
+            match Patience::default().retried(CALL_TRIES, || compute.act(&found.id, action)).await {
                 Ok(()) => asked = true,
                 // somebody else is at it: the next look tells
                 Err(ServerError::Api(error)) if error.status() == Some(StatusCode::CONFLICT) => {}

@@ -2,6 +2,8 @@
 //! unkindness of the simulated disk.
 #![allow(clippy::unwrap_used)] // a panic is how a test fails
 
+mod sim;
+
 use std::{
     error::Error,
     fs::File,
@@ -13,12 +15,12 @@ use engine::{
     BlockingStage, BufferPool, CancelToken, Cause, Inlet, LocalStage, NoInput, NoOutput, Outlet, Pipeline, RunError,
     StageContext, StageError, TokioLocal, testing::assert_conserves,
 };
+use sim::{Behaviour, Disk, SimQueue};
 use stages::{
     compress::{Codec, Compression, EncodeClusters},
     disk::{
         pwrite::PwriteQueue,
         queue::WriteQueue,
-        sim::{Behaviour, Disk, SimQueue},
         uring::{self, UringExecutor, UringQueue},
         write::{WriteImage, WriteReport},
     },

@@ -4,14 +4,16 @@ use std::{
     ffi::OsStr,
     fs,
     hash::{DefaultHasher, Hash, Hasher},
-    io::Write,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use clap_complete::engine::{ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter};
-use stages::openstack::{CloudConfig, CloudFlags, Session, config::Surroundings};
+use stages::{
+    openstack::{CloudConfig, CloudFlags, Session, config::Surroundings},
+    whole_file::write_whole,
+};
 
 /// A completion that takes longer is worse than none.
 pub const PATIENCE: Duration = Duration::from_millis(1500);
@@ -95,8 +97,5 @@ pub fn kept(path: &Path) -> Option<Vec<String>> {
 pub fn keep(path: &Path, names: &[String]) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    let new = folder.join(format!("names-{}.new", std::process::id()));
-    let mut file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
-    names.iter().try_for_each(|name| writeln!(file, "{name}"))?;
-    fs::rename(new, path)
+    write_whole(path, names.iter().map(|name| format!("{name}\n")).collect::<String>().as_bytes(), false)
 }

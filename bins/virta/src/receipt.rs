@@ -2,13 +2,12 @@
 
 use std::{
     fs, io,
-    io::Write,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
 use serde_json::{Value, json};
-use stages::{convert::Report, openstack::error::now_utc};
+use stages::{convert::Report, openstack::error::now_utc, whole_file::write_whole};
 
 /// Writes the receipt of a finished conversion; returns its path. No secret is ever on the command line, so the command is
 /// kept as it was typed.
@@ -33,9 +32,6 @@ fn write_into(folder: &Path, told: &Value) -> io::Result<PathBuf> {
     for (key, value) in told.as_object().into_iter().flatten() {
         receipt[key] = value.clone();
     }
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-    file.write_all(serde_json::to_string_pretty(&receipt)?.as_bytes())?;
-    file.write_all(b"\n")?;
-    file.sync_all()?;
+    write_whole(&path, (serde_json::to_string_pretty(&receipt)? + "\n").as_bytes(), true)?;
     Ok(path)
 }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use stages::{
     openstack::{Session, error::now_utc},
     run::{FoundServer, ThisRun},
+    whole_file::write_whole,
 };
 
 /// Records of finished runs that are kept.
@@ -117,21 +118,14 @@ fn private(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).mode(0o600).open(path)
 }
 
-/// Writes a record whole: a reader sees the old one or the new one.
+/// Several may write at once: one that cleans up, and another.
 fn write(folder: &Path, record: &Record) -> io::Result<()> {
-    // whoever cleans up writes, too, and there may be two of them
-    let path = folder.join(format!("{}.json.{}.new", record.run, std::process::id()));
-    let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&path)?;
-    file.write_all(serde_json::to_string_pretty(record)?.as_bytes())?;
-    file.write_all(b"\n")?;
-    file.sync_data()?;
-    fs::rename(&path, folder.join(format!("{}.json", record.run)))
+    write_whole(&folder.join(format!("{}.json", record.run)), (serde_json::to_string_pretty(record)? + "\n").as_bytes(), true)
 }
 
 /// On a full disk: over the old record, whose place it has; else the old one goes, for it must not speak of what is not so any more.
 fn write_over(folder: &Path, record: &Record) -> bool {
     let path = folder.join(format!("{}.json", record.run));
-    let _ = fs::remove_file(folder.join(format!("{}.json.{}.new", record.run, std::process::id())));
     let written = serde_json::to_string(record).is_ok_and(|text| {
         let file = OpenOptions::new().write(true).open(&path);
         file.is_ok_and(|mut file| {

@@ -242,25 +242,13 @@ impl Maker<'_> {
 
     /// Whether it was there. Another run's image under that id is left alone.
     async fn delete_own(&self, id: &str) -> Result<bool, ApiError> {
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            let deleted = async {
-                match self.session.image_if_there(id).await? {
-                    Some(image) if image.property(RUN) == Some(&self.run.text()) => {
-                        self.session.delete_image(id).await.map(|()| true)
-                    }
-                    Some(_) => Ok(true),
-                    None => Ok(false),
-                }
-            };
-            match deleted.await {
-                Err(error) if error.is_retryable() && tries < DELETE_TRIES => {
-                    tokio::time::sleep(self.patience.pause_after(tries, error.retry_after_s())).await;
-                }
-                other => return other,
-            }
-        }
+        let session = self.session;
+        let delete = async || match session.image_if_there(id).await? {
+            Some(image) if image.property(RUN) == Some(&self.run.text()) => session.delete_image(id).await.map(|()| true),
+            Some(_) => Ok(true),
+            None => Ok(false),
+        };
+        self.patience.retried(DELETE_TRIES, delete).await
     }
 
     /// Deletes what R4 allows.

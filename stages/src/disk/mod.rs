@@ -5,7 +5,6 @@
 //! | [`queue`] | [`queue::WriteQueue`], the device seam: operations own their bytes, completions give the result |
 //! | [`uring`] | that seam over io_uring (tokio-uring), and its probe |
 //! | [`pwrite`] | that seam over `pwrite` on threads, where io_uring is denied |
-//! | [`sim`] | that seam in memory, which holds, reorders, shortens and fails writes: for tests |
 //! | [`output`] | the file an image becomes: `.partial`, locked, renamed when complete |
 //! | [`raw_file`] | a raw disk image to read, its data and its holes |
 //! | [`read`] | the source stages over it |
@@ -22,7 +21,6 @@ pub mod pwrite;
 pub mod queue;
 pub mod raw_file;
 pub mod read;
-pub mod sim;
 pub mod uring;
 pub mod write;
 

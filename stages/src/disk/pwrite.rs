@@ -28,7 +28,7 @@ impl PwriteQueue {
             let (file, inbox, outbox) = (Arc::clone(&file), inbox.clone(), outbox.clone());
             thread::Builder::new().name(format!("pwrite/{index}")).spawn(move || {
                 while let Ok(op) = inbox.recv_blocking() {
-                    let result = write_whole(|bytes, at| file.write_at(bytes, at), &op);
+                    let result = write_op(|bytes, at| file.write_at(bytes, at), &op);
                     let tag = op.tag;
                     drop(op); // its bytes are released before the completion is seen
                     if outbox.send_blocking(Completion { tag, result }).is_err() {
@@ -85,7 +85,10 @@ impl Drop for PwriteQueue {
 }
 
 /// Writes all bytes of `op`, going on from the gap after a short write.
-pub(super) fn write_whole(mut write: impl FnMut(&[u8], u64) -> io::Result<usize>, op: &WriteOp) -> Result<(), WriteError> {
+///
+/// # Errors
+/// [`WriteError`]: an error of `write`, or one that wrote nothing.
+pub fn write_op(mut write: impl FnMut(&[u8], u64) -> io::Result<usize>, op: &WriteOp) -> Result<(), WriteError> {
     let bytes = op.bytes.as_ref();
     let mut done = 0;
     while done < bytes.len() {

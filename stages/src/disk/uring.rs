@@ -127,7 +127,7 @@ impl WriteQueue for UringQueue {
                 source: io::Error::other("the write's task ended without a result"),
             };
             let mut report = Report { completion: Some(Completion { tag, result: Err(lost) }), done };
-            let result = write_whole(&file, host_offset, bytes).await;
+            let result = write_op(&file, host_offset, bytes).await;
             report.completion = Some(Completion { tag, result });
         });
         Ok(())
@@ -171,7 +171,7 @@ impl Drop for Report {
 }
 
 /// Writes all bytes, going on from the gap after a short write.
-async fn write_whole(file: &tokio_uring::fs::File, host_offset: u64, mut bytes: WriteBytes) -> Result<(), WriteError> {
+async fn write_op(file: &tokio_uring::fs::File, host_offset: u64, mut bytes: WriteBytes) -> Result<(), WriteError> {
     let total = bytes.as_ref().len();
     let mut done = 0;
     while done < total {

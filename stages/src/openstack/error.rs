@@ -4,7 +4,7 @@ use std::fmt;
 
 use reqwest::{Method, Response, StatusCode, Url};
 
-use crate::text::printable;
+use crate::{retry::Retryable, text::printable};
 
 /// Bytes of an error body that are read.
 const BODY_BYTES_MAX: usize = 64 << 10;
@@ -185,6 +185,16 @@ impl ApiError {
         self.is_retryable()
             || matches!(self, Self::Answer { .. } | Self::Credentials { .. })
             || self.status() == Some(StatusCode::UNAUTHORIZED)
+    }
+}
+
+impl Retryable for ApiError {
+    fn is_retryable(&self) -> bool {
+        self.is_retryable()
+    }
+
+    fn retry_after_s(&self) -> Option<u64> {
+        self.retry_after_s()
     }
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{ApiError, Session};
-use crate::text::printable;
+use crate::{retry::Retryable, text::printable};
 
 /// The highest microversion that anything here is written for.
 const VERSION_MAX: u32 = 84;
@@ -164,6 +164,19 @@ impl Disks {
             ephemeral_gib: number("ephemeral").or_else(|| number("OS-FLV-EXT-DATA:ephemeral")).unwrap_or(0),
             swap_mib: number("swap").unwrap_or(0),
         })
+    }
+}
+
+impl Retryable for ServerError {
+    fn is_retryable(&self) -> bool {
+        matches!(self, Self::Api(error) if error.is_retryable())
+    }
+
+    fn retry_after_s(&self) -> Option<u64> {
+        match self {
+            Self::Api(error) => error.retry_after_s(),
+            _ => None,
+        }
     }
 }
 

@@ -17,7 +17,10 @@ use super::{
     http::{CALL_TIMEOUT, Clients},
     rate::RateLimit,
 };
-use crate::openstack::{ConfigError, Moment};
+use crate::{
+    openstack::{ConfigError, Moment},
+    retry::Patience,
+};
 
 /// A token with less than this left is renewed first (keystoneauth, `MIN_TOKEN_LIFE_SECONDS`).
 const MIN_TOKEN_LIFE_S: i64 = 120;
@@ -284,32 +287,37 @@ impl Session {
     ) -> Result<Answer, ApiError> {
         // What a second POST would do after a lost answer is for the caller to know.
         let repeatable = method != Method::POST;
-        let mut renewed = false;
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            let token = self.token().await.map_err(|error| sign_in_failed(&method, url, &error))?;
-            let mut request = self.request(method.clone(), url, &token);
-            for (name, value) in headers {
-                request = request.header(*name, value);
+        let tries = if repeatable { CALL_TRIES } else { 1 };
+        let refused = |error: &SignInError| sign_in_failed(&method, url, error);
+        let ask = || async {
+            let token = self.token().await.map_err(|error| refused(&error))?;
+            match self.send(&method, url, content, headers, &token).await {
+                Err(error) if error.status() == Some(StatusCode::UNAUTHORIZED) => {
+                    let token = self.renew(&token).await.map_err(|error| refused(&error))?;
+                    self.send(&method, url, content, headers, &token).await
+                }
+                other => other,
             }
-            if let Some((kind, body)) = content {
-                request = request.header("content-type", kind).body(body.to_string());
-            }
-            let error = match answer(&method, url, request).await {
-                Ok(answer) => return Ok(answer),
-                Err(error) => error,
-            };
-            if error.status() == Some(StatusCode::UNAUTHORIZED) && !renewed {
-                renewed = true;
-                self.renew(&token).await.map_err(|error| sign_in_failed(&method, url, &error))?;
-                continue;
-            }
-            if !repeatable || !error.is_retryable() || tries >= CALL_TRIES {
-                return Err(error);
-            }
-            tokio::time::sleep(crate::retry::Patience::default().pause_after(tries, error.retry_after_s())).await;
+        };
+        Patience::default().retried(tries, ask).await
+    }
+
+    async fn send(
+        &self,
+        method: &Method,
+        url: &Url,
+        content: Option<(&'static str, &Value)>,
+        headers: &[(&'static str, String)],
+        token: &Secret,
+    ) -> Result<Answer, ApiError> {
+        let mut request = self.request(method.clone(), url, token);
+        for (name, value) in headers {
+            request = request.header(*name, value);
         }
+        if let Some((kind, body)) = content {
+            request = request.header("content-type", kind).body(body.to_string());
+        }
+        answer(method, url, request).await
     }
 
     /// Sends a request once: what is not answered is not repeated. For what must not land later than it was meant.
@@ -318,11 +326,7 @@ impl Session {
     /// [`ApiError`].
     pub async fn call_once(&self, method: Method, url: &Url, content: Option<(&'static str, &Value)>) -> Result<Value, ApiError> {
         let token = self.token_for(MIN_TOKEN_LIFE_ONCE_S).await.map_err(|error| sign_in_failed(&method, url, &error))?;
-        let mut request = self.request(method.clone(), url, &token);
-        if let Some((kind, body)) = content {
-            request = request.header("content-type", kind).body(body.to_string());
-        }
-        Ok(answer(&method, url, request).await?.body)
+        Ok(self.send(&method, url, content, &[], &token).await?.body)
     }
 
     /// Projects that the signed-in user may work in, as id and name; none where Keystone does not tell.
@@ -451,26 +455,19 @@ async fn sign_in(cloud: &CloudConfig, clients: &Clients) -> Result<SignedIn, Sig
         return Err(ConfigError::NoPassword { cloud: cloud.name.clone(), user }.into());
     }
     let body = auth_body(cloud);
-    let mut tries = 0;
-    let (response, asked) = loop {
-        tries += 1;
+    let asking = || async {
         let asked = Moment::now();
         let sent = clients.of(&url).post(url.clone()).json(&body).timeout(CALL_TIMEOUT).send().await;
-        let error = match sent {
-            Ok(response) if response.status().is_success() => break (response, asked),
-            Ok(response) => ApiError::from_response(Method::POST, &url, response).await,
-            Err(error) => ApiError::connection(Method::POST, &url, error),
-        };
-        if error.is_retryable() && tries < CALL_TRIES {
-            tokio::time::sleep(crate::retry::Patience::default().pause_after(tries, error.retry_after_s())).await;
-            continue;
+        match sent.map_err(|error| ApiError::connection(Method::POST, &url, error))? {
+            response if response.status().is_success() => Ok((response, asked)),
+            response => Err(ApiError::from_response(Method::POST, &url, response).await),
         }
-        let cloud_name = cloud.name.clone();
-        return Err(match error.status() {
-            Some(StatusCode::UNAUTHORIZED) => SignInError::Refused { cloud: cloud_name, user, source: error },
-            _ => SignInError::Call { cloud: cloud_name, auth_url: cloud.auth_url.clone(), source: error },
-        });
     };
+    let asked = Patience::default().retried(CALL_TRIES, asking).await;
+    let (response, asked) = asked.map_err(|source| match source.status() {
+        Some(StatusCode::UNAUTHORIZED) => SignInError::Refused { cloud: cloud.name.clone(), user, source },
+        _ => SignInError::Call { cloud: cloud.name.clone(), auth_url: cloud.auth_url.clone(), source },
+    })?;
     read_token(cloud, &url, response, asked).await
 }
 

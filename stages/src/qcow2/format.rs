@@ -17,8 +17,6 @@ pub const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 pub const V2_HEADER_BYTES: u32 = 72;
 /// Header length that QEMU and Virta write: 104 and the compression type, padded to 8.
 pub const V3_HEADER_BYTES: u32 = 112;
-/// Incompatible feature bit 0: refcounts may be stale.
-pub const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
 /// Incompatible feature bit 1: image is corrupt.
 pub const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
 /// Incompatible feature bit 2: guest data lies in another file.

@@ -5,6 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use stages::{
     batch::{Outcome, Summary, Wish, outcome::Line},
     text::{counted, printable, shell_word, size, time},
+    whole_file::write_whole,
 };
 
 use super::BatchArgs;
@@ -165,16 +166,6 @@ pub(super) fn typed_flags(without: &[&str]) -> Vec<String> {
     flags
 }
 
-/// Writes a file for its owner alone; who reads it sees the old one or the new one.
-fn write_whole(path: &std::path::Path, text: &str) -> std::io::Result<()> {
-    use std::{io::Write, os::unix::fs::OpenOptionsExt};
-    let mut new = path.as_os_str().to_owned();
-    new.push(format!(".{}", std::process::id()));
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-    file.write_all(text.as_bytes())?;
-    std::fs::rename(&new, path)
-}
-
 /// The command that tries just these again. Many, and those with flags of their own, go into a file beside the journal.
 fn retry_command(arguments: &BatchArgs, left: &[&Line], journal: Option<&std::path::Path>) -> std::io::Result<String> {
     let selecting = ["--from", "--all-snapshots", "--all-users", "--larger-than", "--older-than", "--name", "--instance"];
@@ -194,7 +185,7 @@ fn retry_command(arguments: &BatchArgs, left: &[&Line], journal: Option<&std::pa
             let name = line.wish.name.clone().or_else(|| line.new_name.clone());
             serde_json::to_string(&Wish { image, name, ..line.wish.clone() }).unwrap_or_default() + "\n"
         });
-        write_whole(&path, &lines.collect::<String>())?;
+        write_whole(&path, lines.collect::<String>().as_bytes(), false)?;
         format!("--from {}", shell_word(&path.display().to_string()))
     };
     let flags: String = kept.iter().map(|word| format!("{word} ")).collect();

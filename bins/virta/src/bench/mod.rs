@@ -39,6 +39,7 @@ use stages::{
     progress::Progress,
     reporter::Notices,
     text::{causes, printable, size},
+    whole_file::write_whole,
 };
 
 use crate::{
@@ -189,13 +190,8 @@ fn folder_of(path: &Path) -> &Path {
 
 /// Writes a file whole or not at all.
 fn save(path: &Path, content: &str) -> Result<(), JobError> {
-    let refused = |error: std::io::Error| {
-        JobError::Refused(format!("{} could not be written: {error}", printable(&path.display().to_string())))
-    };
-    let mut file = tempfile::NamedTempFile::new_in(folder_of(path)).map_err(refused)?;
-    std::io::Write::write_all(&mut file, content.as_bytes()).map_err(refused)?;
-    file.persist(path).map_err(|error| refused(error.error))?;
-    Ok(())
+    write_whole(path, content.as_bytes(), false)
+        .map_err(|error| JobError::Refused(format!("{} could not be written: {error}", printable(&path.display().to_string()))))
 }
 
 /// What a file that will be written is. One that is there is replaced if an earlier run wrote it, and nothing else is.

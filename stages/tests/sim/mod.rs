@@ -7,11 +7,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{
-    pwrite::write_whole,
-    queue::{Completion, WriteOp, WriteQueue},
+use stages::{
+    disk::{
+        pwrite::write_op,
+        queue::{Completion, WriteOp, WriteQueue},
+    },
+    units::{to_u64, to_usize},
 };
-use crate::units::{to_u64, to_usize};
 
 /// How unkind.
 #[derive(Clone, Debug, Default)]
@@ -77,7 +79,7 @@ impl WriteQueue for SimQueue {
         self.number += 1;
         let short = if self.behaviour.short_bytes == 0 { usize::MAX } else { self.behaviour.short_bytes };
         let mut calls = 0;
-        let result = write_whole(
+        let result = write_op(
             |bytes, at| {
                 calls += 1;
                 if fails && (calls > 1 || short == usize::MAX) {
