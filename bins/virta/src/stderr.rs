@@ -13,11 +13,15 @@
 use std::{
     io::{self, Write},
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
 use console::Term;
+use crossbeam::channel::{self, Receiver, Sender};
 use indicatif::ProgressDrawTarget;
 
 /// How long the process waits at its end for somebody who reads nothing.
@@ -28,82 +32,74 @@ pub const BRIEFLY: Duration = Duration::from_secs(1);
 const PIECE_BYTES: usize = 4096;
 /// What nobody reads is not kept beyond that. Notes and errors of hundreds of conversions are far from it.
 const KEPT_BYTES_MAX: usize = 4 << 20;
+/// How often it is looked whether all is written.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// Frames of bars a second.
 const FRAMES_PER_S: u8 = 10;
 
-#[derive(Default)]
-struct Queue {
-    bytes: Vec<u8>,
-    /// Some of it is with the thread.
-    writing: bool,
-    /// Bytes that were taken so far.
-    taken: u64,
-    /// Nobody had read anything when it was waited for last, and this much was taken by then.
-    stalled_at: Option<u64>,
-}
-
-impl Queue {
-    const fn is_empty(&self) -> bool {
-        self.bytes.is_empty() && !self.writing
-    }
-}
-
-#[derive(Default)]
+/// What waits to be written, and how far its reader is.
 struct Lines {
-    queue: Mutex<Queue>,
-    changed: Condvar,
+    queue: Sender<Vec<u8>>,
+    /// Bytes that wait, those that are with the thread among them.
+    waiting: AtomicUsize,
+    /// What waited when nobody had read anything for a while.
+    stalled_at: AtomicUsize,
 }
 
 impl Lines {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The lines, and the end that the thread writes from.
+    fn new() -> (Arc<Self>, Receiver<Vec<u8>>) {
+        let (queue, written) = channel::unbounded();
+        (Arc::new(Self { queue, waiting: AtomicUsize::new(0), stalled_at: AtomicUsize::new(0) }), written)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.waiting.load(SeqCst) == 0
     }
 
     fn push(&self, bytes: &[u8]) {
-        let mut queue = self.queue();
-        if queue.bytes.len() + bytes.len() <= KEPT_BYTES_MAX {
-            queue.bytes.extend_from_slice(bytes);
-            self.changed.notify_all();
+        if self.waiting.fetch_add(bytes.len(), SeqCst) + bytes.len() > KEPT_BYTES_MAX || self.queue.send(bytes.to_vec()).is_err()
+        {
+            self.waiting.fetch_sub(bytes.len(), SeqCst);
         }
     }
 
     /// The thread: writes what there is. What cannot be written is gone: that the terminal is closed is no reason to stop.
-    fn write_to(&self, mut out: impl Write) {
-        loop {
-            let mut queue = self.queue();
-            while queue.bytes.is_empty() {
-                queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
-            }
-            let bytes = std::mem::take(&mut queue.bytes);
-            queue.writing = true;
-            drop(queue);
+    fn write_to(&self, mut out: impl Write, lines: &Receiver<Vec<u8>>) {
+        // what waits is written together
+        while let Ok(mut bytes) = lines.recv() {
+            bytes.extend(lines.try_iter().flatten());
             for piece in bytes.chunks(PIECE_BYTES) {
-                write_piece(&mut out, piece, |bytes| self.queue().taken += bytes as u64);
+                let mut left = piece.len();
+                write_piece(&mut out, piece, |taken| {
+                    left -= taken;
+                    self.waiting.fetch_sub(taken, SeqCst);
+                });
+                self.waiting.fetch_sub(left, SeqCst);
             }
-            self.queue().writing = false;
-            self.changed.notify_all();
         }
     }
 
     /// Waits until all is taken, or nothing was for `within`.
     fn drain(&self, within: Duration) -> bool {
-        let mut queue = self.queue();
-        if within <= BRIEFLY && queue.stalled_at == Some(queue.taken) && !queue.is_empty() {
+        let mut last = (self.waiting.load(SeqCst), Instant::now());
+        if within <= BRIEFLY && last.0 > 0 && self.stalled_at.load(SeqCst) == last.0 {
             return false; // a short wait is not repeated for each line
         }
-        let mut last = (queue.taken, Instant::now());
-        while !queue.is_empty() {
-            if queue.taken != last.0 {
-                last = (queue.taken, Instant::now());
+        loop {
+            let waiting = self.waiting.load(SeqCst);
+            if waiting == 0 {
+                return true;
             }
-            let Some(left) = within.checked_sub(last.1.elapsed()) else {
-                queue.stalled_at = Some(queue.taken);
+            if waiting != last.0 {
+                last = (waiting, Instant::now());
+            }
+            if last.1.elapsed() > within {
+                self.stalled_at.store(waiting, SeqCst);
                 return false;
-            };
-            queue =
-                self.changed.wait_timeout(queue, left.min(Duration::from_millis(50))).unwrap_or_else(PoisonError::into_inner).0;
+            }
+            std::thread::sleep(LOOK_EVERY);
         }
-        true
     }
 }
 
@@ -127,10 +123,10 @@ fn write_piece(out: &mut impl Write, mut piece: &[u8], mut taken_of_it: impl FnM
 fn lines() -> Option<&'static Arc<Lines>> {
     static LINES: OnceLock<Option<Arc<Lines>>> = OnceLock::new();
     let begin = || {
-        let lines = Arc::new(Lines::default());
+        let (lines, written) = Lines::new();
         let writing = Arc::clone(&lines);
         let thread = std::thread::Builder::new().name("stderr".to_owned());
-        thread.spawn(move || writing.write_to(io::stderr())).ok().map(|_| lines)
+        thread.spawn(move || writing.write_to(io::stderr(), &written)).ok().map(|_| lines)
     };
     LINES.get_or_init(begin).as_ref()
 }
@@ -142,7 +138,7 @@ pub fn write(text: &str) {
 
 /// Does something wait to be read? Then what the next moment makes worthless is better left out.
 pub fn is_behind() -> bool {
-    lines().is_some_and(|lines| !lines.queue().is_empty())
+    lines().is_some_and(|lines| !lines.is_empty())
 }
 
 /// Waits until all is read, or nobody has read anything for `within`.
@@ -188,14 +184,14 @@ mod tests {
     #[test]
     fn nobody_waits_for_a_reader_who_stands_still_and_nothing_is_lost_or_mixed_up_when_he_goes_on() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let lines = Arc::new(Lines::default());
+        let (lines, written) = Lines::new();
         let writing = Arc::clone(&lines);
-        std::thread::Builder::new().spawn(move || writing.write_to(writer)).unwrap();
+        std::thread::Builder::new().spawn(move || writing.write_to(writer, &written)).unwrap();
         // more than a pipe holds: the thread is stuck, and nobody else
         let expected: String = (0..20_000).map(|line| format!("line {line}\n")).collect();
         expected.split_inclusive('\n').for_each(|line| lines.push(line.as_bytes()));
         assert!(!lines.drain(Duration::from_millis(100)), "nobody has read it");
-        assert!(!lines.queue().is_empty());
+        assert!(!lines.is_empty());
         let mut read = vec![0; expected.len()];
         io::Read::read_exact(&mut reader, &mut read).unwrap();
         assert!(String::from_utf8(read).unwrap() == expected);
@@ -204,8 +200,8 @@ mod tests {
 
     #[test]
     fn what_nobody_reads_does_not_grow_without_end() {
-        let lines = Lines::default();
+        let (lines, written) = Lines::new();
         (0..100).for_each(|_| lines.push(&[b'x'; 100_000]));
-        assert!(lines.queue().bytes.len() <= KEPT_BYTES_MAX);
+        assert!(written.try_iter().map(|bytes| bytes.len()).sum::<usize>() <= KEPT_BYTES_MAX);
     }
 }

@@ -2,13 +2,16 @@
 
 use std::{fs, io, os::unix::fs::FileExt, sync::Arc, thread};
 
+use crossbeam::channel;
+
 use super::queue::{Completion, WriteError, WriteOp, WriteQueue, no_progress};
 use crate::units::to_u64;
 
 /// A file written by threads.
 pub struct PwriteQueue {
     file: Arc<fs::File>,
-    ops: Option<async_channel::Sender<WriteOp>>,
+    /// OS threads alone wait at its other end.
+    ops: Option<channel::Sender<WriteOp>>,
     done: async_channel::Receiver<Completion>,
     threads: Vec<thread::JoinHandle<()>>,
     in_flight: usize,
@@ -22,12 +25,12 @@ impl PwriteQueue {
     /// If the machine has no thread left.
     pub fn new(file: fs::File, depth: usize, threads: usize) -> io::Result<Self> {
         let file = Arc::new(file);
-        let (ops, inbox) = async_channel::bounded::<WriteOp>(depth);
+        let (ops, inbox) = channel::bounded::<WriteOp>(depth);
         let (outbox, done) = async_channel::bounded(depth);
         let spawn = |index| {
             let (file, inbox, outbox) = (Arc::clone(&file), inbox.clone(), outbox.clone());
             thread::Builder::new().name(format!("pwrite/{index}")).spawn(move || {
-                while let Ok(op) = inbox.recv_blocking() {
+                for op in inbox {
                     let result = write_op(|bytes, at| file.write_at(bytes, at), &op);
                     let tag = op.tag;
                     drop(op); // its bytes are released before the completion is seen
@@ -46,7 +49,7 @@ impl WriteQueue for PwriteQueue {
     fn submit(&mut self, op: WriteOp) -> Result<(), WriteOp> {
         let Some(ops) = self.ops.as_ref().filter(|_| self.in_flight < self.depth) else { return Err(op) };
         // There is room: the channel holds `depth`, and fewer are in flight.
-        ops.try_send(op).map_err(async_channel::TrySendError::into_inner)?;
+        ops.try_send(op).map_err(channel::TrySendError::into_inner)?;
         self.in_flight += 1;
         Ok(())
     }
