@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::openstack::{Image, image::RUN};
+use crate::openstack::{Image, marks::RUN};
 
 /// This start of the program, as images name it (`virta_run`). Clones are the same run.
 #[derive(Clone, Debug)]

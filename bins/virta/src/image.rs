@@ -6,7 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use stages::{
     error::JobError,
-    openstack::{Change, Image, Session, image::SOURCE_ID},
+    openstack::{Change, Image, Session, marks::SOURCE_ID},
     ownership::{Proof, claim, is_conversion, leftover::is_unfinished, refuse_unmarked},
     reporter::Notices,
     text::{causes, printable, size},

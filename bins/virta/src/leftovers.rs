@@ -4,7 +4,7 @@ use engine::CancelToken;
 use stages::{
     batch::plan::finish_replacements,
     error::JobError,
-    openstack::{Compute, Image, Session, image::RUN},
+    openstack::{Compute, Image, Session, marks::RUN},
     ownership::leftover::{Leftover, leftovers},
     reporter::Notices,
     run::{FoundServer, run_of},

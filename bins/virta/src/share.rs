@@ -7,11 +7,7 @@ use reqwest::StatusCode;
 use serde_json::json;
 use stages::{
     error::JobError,
-    openstack::{
-        Image, Session,
-        image::{ImageError, SOURCE_ID},
-        member::is_project_id,
-    },
+    openstack::{Image, Session, image::ImageError, member::is_project_id},
     ownership::refuse_unmarked,
     reporter::Notices,
     text::{printable, shell_word},
@@ -23,7 +19,7 @@ use crate::{
     in_cloud::in_cloud,
     table::{Cell, Column, ListFlags, ListFormat, print_rows},
 };
-use stages::text::counted;
+use stages::{openstack::marks::SOURCE_ID, text::counted};
 
 #[derive(Args)]
 #[command(after_help = "\

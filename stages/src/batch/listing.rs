@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::{
     error::JobError,
-    openstack::{Image, Moment, Session, image::SOURCE_ID},
+    openstack::{Image, Moment, Session, marks::SOURCE_ID},
 };
 
 /// The largest page that Glance gives (`api_limit_max`).

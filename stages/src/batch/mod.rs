@@ -39,6 +39,8 @@
 //!
 //! `stages/examples/batch.rs` embeds it.
 
+mod attempt;
+pub mod event;
 pub mod journal;
 pub mod list;
 pub mod listing;
@@ -49,9 +51,10 @@ pub mod select;
 pub mod shares;
 pub mod wish;
 
+pub use event::Event;
 pub use journal::Journal;
 pub use listing::Listing;
 pub use outcome::{Outcome, Summary};
 pub use plan::{Entry, Plan, Verdict};
-pub use run::{Batch, Event};
+pub use run::Batch;
 pub use wish::Wish;

@@ -15,7 +15,7 @@ use crate::{
     error::JobError,
     openstack::{
         Image, Session,
-        image::{REPLACES, REPLACES_NAME, SOURCE_ID},
+        marks::{REPLACES, REPLACES_NAME, SOURCE_ID},
     },
     ownership::{Lookout, Member, Proof, look, proof_of},
     text::{counted, printable},

@@ -10,84 +10,30 @@ use std::{
 };
 
 use engine::CancelToken;
-use reqwest::StatusCode;
 use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::{
-    Entry, Journal, Outcome, Plan, Summary, Verdict,
+    Journal, Outcome, Plan, Summary, Verdict,
+    attempt::{Ended, ItemNotices, convert_one},
+    event::{Event, Listener},
     outcome::{Line, is_transient},
     shares::{Grant, Shares, TooSmall},
 };
 use crate::{
-    convert::{
-        After, Conversion, Job, Options, Report, Source,
-        names::conversion_of_gone,
-        report::rss_peak_bytes,
-        retire,
-        to_glance::{Known, to_glance_knowing},
-    },
+    convert::{After, Options, report::rss_peak_bytes},
     error::{JobError, Nature},
-    openstack::{Image, Session, image::ImageError},
+    openstack::Session,
     progress::Progress,
     reporter::Notices,
-    run::FoundServer,
-    text::{causes, printable},
+    text::causes,
 };
 
 /// How often what another run holds is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+
 /// Longest line of an error in the journal.
 const ERROR_CHARS: usize = 2000;
-
-/// What happens, as it happens. Indices are those of the plan's entries.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// A conversion begins.
-    Started {
-        /// Which.
-        index: usize,
-        /// Its part of the budgets.
-        grant: Grant,
-        /// Its counters, live.
-        progress: &'a Progress,
-        /// The first try is 1.
-        tries: u32,
-    },
-    /// It has something to say.
-    Note {
-        /// Which.
-        index: usize,
-        /// A line.
-        line: &'a str,
-        /// It goes into its report's warnings.
-        warning: bool,
-    },
-    /// It failed, or is held, and comes again later.
-    Later {
-        /// Which.
-        index: usize,
-        /// Why.
-        error: &'a str,
-    },
-    /// It is over.
-    Ended {
-        /// Which.
-        index: usize,
-        /// What became of it.
-        outcome: &'a Outcome,
-        /// Seconds.
-        elapsed_s: f64,
-    },
-    /// Something about all of it.
-    Told {
-        /// A line.
-        line: &'a str,
-    },
-}
-
-/// What is told of events.
-pub type Listener = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
 
 /// When to stop, and what to do about what fails.
 #[derive(Clone, Copy, Debug)]
@@ -131,12 +77,6 @@ pub struct Batch {
     pub cancel: CancelToken,
 }
 
-/// How one try ended, if it did not fail.
-enum Ended {
-    Made(Box<Report>),
-    Earlier(String),
-}
-
 /// What one task gives back.
 struct Finished {
     index: usize,
@@ -145,37 +85,6 @@ struct Finished {
     started: Instant,
     result: Result<Ended, JobError>,
     warnings: Vec<String>,
-}
-
-/// A conversion's notices are the batch's, with its index.
-struct ItemNotices {
-    index: usize,
-    listener: Listener,
-    notices: Arc<dyn Notices>,
-    warnings: std::sync::Mutex<Vec<String>>,
-}
-
-impl Notices for ItemNotices {
-    fn note(&self, line: &str) {
-        (self.listener)(&Event::Note { index: self.index, line, warning: false });
-    }
-
-    fn warn(&self, line: &str) {
-        self.warnings.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line.to_owned());
-        (self.listener)(&Event::Note { index: self.index, line, warning: true });
-    }
-
-    fn making(&self, image_id: &str) {
-        self.notices.making(image_id);
-    }
-
-    fn is_dead(&self, run: &str) -> bool {
-        self.notices.is_dead(run)
-    }
-
-    fn holding(&self, server: Option<&FoundServer>) -> bool {
-        self.notices.holding(server)
-    }
 }
 
 /// An entry whose turn comes again.
@@ -543,55 +452,4 @@ impl Runner {
         self.write("end", &json!({ "converted": done, "left": summary.left().count(), "stopped": summary.stopped, "elapsed_s": summary.elapsed_s }));
         summary
     }
-}
-
-/// One try at one entry. `untouched`: its source, if it is known that nothing is made of it.
-async fn convert_one(
-    session: &Session,
-    entry: &Entry,
-    untouched: Option<Image>,
-    options: Options,
-    progress: &Progress,
-    notices: &Arc<dyn Notices>,
-    cancel: &CancelToken,
-) -> Result<Ended, JobError> {
-    let Some(image) = &entry.image else { return Err(JobError::bug("an entry without an image was begun")) };
-    let converting = async {
-        // the list told already that nothing is made of it, and that the name is free
-        let known = match &untouched {
-            Some(_) => Known { named: Some(Vec::new()), made: Some(Vec::new()) },
-            None => Known::default(),
-        };
-        let finding = async {
-            match untouched {
-                Some(source) => Source::image(session, source),
-                None => Source::glance(session, &image.id).await,
-            }
-        };
-        let source = cancel.guard(finding).await.map_err(|_| JobError::interrupted())??;
-        let job = Job::new(source, options, progress, notices, cancel);
-        let checking = cancel.guard(retire::check(&job, job.options.force)).await;
-        checking.unwrap_or_else(|_| Err(JobError::interrupted()))?;
-        to_glance_knowing(&job, session, &entry.new_name, known).await
-    };
-    match converting.await {
-        Ok(Conversion::Made(report)) => {
-            notices.note(&format!("made {}", printable(&report.destination)));
-            Ok(Ended::Made(report))
-        }
-        Ok(Conversion::Earlier(image)) => Ok(Ended::Earlier(image.id)),
-        Err(error) if is_gone(&error) && session.image_if_there(&image.id).await?.is_none() => {
-            // another run may have converted and deleted it meanwhile
-            let found = conversion_of_gone(session, session, &image.id, &[], None).await?;
-            found.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
-                JobError::Refused(format!("image {} ({}) is gone: it was deleted meanwhile", image.shown(), image.shown_id()))
-            })
-        }
-        Err(error) => Err(error),
-    }
-}
-
-fn is_gone(error: &JobError) -> bool {
-    error.api().is_some_and(|api| api.status() == Some(StatusCode::NOT_FOUND))
-        || matches!(error, JobError::Image(ImageError::NotFound { .. }))
 }

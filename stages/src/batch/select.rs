@@ -44,7 +44,7 @@ pub fn snapshots(session: &Session, images: &[Image], filter: &Filter) -> Select
     let own = |image: &&Image| who.project_id.is_none() || image.owner == who.project_id;
     // what virta made is no candidate, and a hundred lines that say so help nobody
     let made = |image: &Image| {
-        image.disk_format.as_deref() == Some("qcow2") && image.property(crate::openstack::image::SOURCE_ID).is_some()
+        image.disk_format.as_deref() == Some("qcow2") && image.property(crate::openstack::marks::SOURCE_ID).is_some()
     };
     for image in images.iter().filter(own).filter(|image| is_snapshot(image) && !made(image)) {
         let mine = match (image.property("user_id"), &who.user_id) {

@@ -58,7 +58,7 @@ impl Wish {
             options.properties.retain(|(known, _)| known != key);
             options.properties.push((key.clone(), value.clone()));
         }
-        crate::openstack::image::check_properties(&options.properties)?;
+        crate::openstack::carry_over::check_properties(&options.properties)?;
         let codec = match self.compress.as_deref() {
             None => options.compression.map(Compression::codec),
             Some("none") => None,

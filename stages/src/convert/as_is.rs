@@ -23,7 +23,7 @@ use crate::{
     error::JobError,
     extent::Chunk,
     hash::Hasher,
-    openstack::{Image, Session, image::check_properties},
+    openstack::{Image, Session, carry_over::check_properties},
     ownership::{self, Family, Goal, Mark, Proof, claim::Moves},
     progress::{Phase, Progress},
     read_at::ReadAt,

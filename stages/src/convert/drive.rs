@@ -3,7 +3,7 @@
 use super::maker::Maker;
 use crate::{
     error::JobError,
-    openstack::{ApiError, Image, Session, image::RUN},
+    openstack::{ApiError, Image, Session, marks::RUN},
     ownership::{Action, Answer, End, GENERATIONS, Goal, Mark, OTHER, Sighting, State, Step, claim, next_step},
     run::run_of,
     text::{causes, counted},

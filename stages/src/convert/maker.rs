@@ -10,7 +10,7 @@ use crate::{
     error::JobError,
     openstack::{
         ApiError, Change, Image, Session,
-        image::{CLAIM_S, REPLACES, RUN, SOURCE_ID, VERIFIED},
+        marks::{CLAIM_S, REPLACES, RUN, SOURCE_ID, VERIFIED},
     },
     ownership::{Answer, Family, GENERATIONS, Lookout, Mark, Proof, Sighting, look},
     reporter::Notices,

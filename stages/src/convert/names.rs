@@ -9,7 +9,7 @@ use crate::{
     error::JobError,
     openstack::{
         Change, Image, Session,
-        image::{REPLACES, REPLACES_NAME, SOURCE_ID},
+        marks::{REPLACES, REPLACES_NAME, SOURCE_ID},
     },
     ownership::{Family, proof_of},
     text::{printable, shell_word},

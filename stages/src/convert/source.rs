@@ -9,10 +9,7 @@ use crate::{
     glance::fetch::glance_advice,
     hash::ExpectedHash,
     magic::DiskFormat,
-    openstack::{
-        Image, Session,
-        image::{ImageError, REPLACES},
-    },
+    openstack::{Image, Session, image::ImageError, marks::REPLACES},
     text::{shell_word, size},
 };
 

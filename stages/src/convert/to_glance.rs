@@ -26,7 +26,7 @@ use crate::{
     hash::Hasher,
     openstack::{
         Image, Session,
-        image::{check_properties, converted_record},
+        carry_over::{check_properties, converted_record},
     },
     ownership::{self, Family, Goal, Mark, Proof, claim::Moves},
     qcow2::Geometry,

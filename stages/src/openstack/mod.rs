@@ -22,11 +22,13 @@
 //! - 2026-11-24 Flags go before the cloud that `OS_CLOUD` names, `OS_REGION_NAME`, `OS_INTERFACE`, `OS_CACERT` and
 //!   `OS_PASSWORD` before what its file says, as python-openstackclient has it.
 
+pub mod carry_over;
 pub mod config;
 mod config_error;
 pub mod error;
 pub mod http;
 pub mod image;
+pub mod marks;
 pub mod member;
 mod moment;
 pub mod rate;

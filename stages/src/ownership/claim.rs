@@ -10,7 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::openstack::{
     Image,
-    image::{CLAIM_S, CLAIM_UNTIL},
+    marks::{CLAIM_S, CLAIM_UNTIL},
 };
 
 /// What a line moves at least, bytes a second.

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::{Content, Family, Lookout, UNFINISHED, claim, look, proof_of};
 use crate::openstack::{
     Image,
-    image::{BENCH, RUN, SOURCE_ID, VERIFIED},
+    marks::{BENCH, RUN, SOURCE_ID, VERIFIED},
 };
 
 /// Why an unfinished image may be deleted, or not.

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::{Family, Proof, claim, proof_of};
 use crate::openstack::{
     Image,
-    image::{CLAIM_UNTIL, SOURCE_HASH},
+    marks::{CLAIM_UNTIL, SOURCE_HASH},
 };
 
 /// One image, as a look shows it.

@@ -6,7 +6,7 @@
 
 use crate::openstack::{
     Image, Session,
-    image::{SOURCE_ID, VERIFIED},
+    marks::{SOURCE_ID, VERIFIED},
 };
 
 /// Characters of a property that Glance keeps.

@@ -15,7 +15,7 @@ use stages::{
     },
     openstack::{
         Image, Session,
-        image::{BENCH, RUN},
+        marks::{BENCH, RUN},
     },
     progress::Progress,
     retry::Patience,

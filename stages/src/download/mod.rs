@@ -9,52 +9,45 @@
 //! there; if the image in Glance is another one by then, it does not. Of an image without a hash nothing is kept: whether the kept part is still what it
 //! was could not be told.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    fs::File,
-    io,
-    num::NonZeroUsize,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+mod forward;
+mod kept;
+mod land;
+mod order;
 
-use engine::{
-    BlockingStage, BufferPool, CancelToken, ErrorKind, Inlet, NoInput, NoOutput, Outlet, Pipeline, StageContext, StageError,
-};
-use serde::{Deserialize, Serialize};
+use std::{fs, fs::File, io, num::NonZeroUsize, path::Path, sync::Arc, time::Instant};
+
+use engine::{BufferPool, CancelToken, Pipeline};
+use serde::Serialize;
 use tokio::runtime::Handle;
 
 use crate::{
     access::Access,
-    convert::{report::HashReport, to_stream::write_part},
-    disk::{Left, OutputError, OutputFile, queue::WriteError},
+    convert::report::HashReport,
+    disk::{Left, OutputError, OutputFile},
     error::JobError,
-    extent::{EXTENT_BYTES, Extent, Home, Payload, Place, Placed, PlacedRun},
+    extent::EXTENT_BYTES,
     glance::{Fetch, ImageFile, Remote, fetch::Plan},
-    hash::{ExpectedHash, HashLane, HashMismatch, Hasher},
+    hash::HashLane,
     magic::DiskFormat,
     openstack::{Image, Session},
     progress::{Phase, Progress},
     reporter::Notices,
     retry::{Patience, Retries},
     text::{printable, size},
-    units::{ClusterBits, GuestRange, to_u64, to_usize},
+    units::{ClusterBits, GuestRange, to_usize},
     watermark::Watermark,
-    whole_file::write_whole,
-    zero::is_zero,
 };
+use forward::Forward;
+use kept::Mark;
+use land::{Land, There};
+use order::Order;
 
 /// Threads that write: one writes while the other looks for zeros.
 const LANDERS: usize = 2;
-/// Zeros of so many bytes, aligned, become a hole.
-const HOLE_BYTES: usize = 64 << 10;
-/// How often it is written down how far the file is whole.
-const MARK_EVERY: u64 = 64 << 20;
+
 /// Bytes written to a pipe at once.
 const PIPE_BYTES: usize = 64 << 10;
+
 const LEASE_ALIGN: usize = 4096;
 
 /// A download.
@@ -112,39 +105,6 @@ pub struct DownloadReport {
     pub retries: Vec<String>,
     /// Warnings.
     pub warnings: Vec<String>,
-}
-
-/// What is written down beside a partial file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Mark {
-    image: String,
-    bytes: u64,
-    /// The digest that Glance has of it.
-    hash: Option<String>,
-    created_at: Option<String>,
-    /// Up to here all bytes are in the file.
-    whole_bytes: u64,
-}
-
-impl Mark {
-    fn path(partial: &Path) -> PathBuf {
-        let mut name = partial.file_name().map(ToOwned::to_owned).unwrap_or_default();
-        name.push(".json");
-        partial.with_file_name(name)
-    }
-
-    fn read(partial: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs::read(Self::path(partial)).ok()?).ok()
-    }
-
-    fn write(&self, partial: &Path) -> io::Result<()> {
-        write_whole(&Self::path(partial), serde_json::to_string(self)?.as_bytes(), false)
-    }
-
-    /// Is it of this image, as it is now?
-    fn is_of(&self, other: &Self) -> bool {
-        self.image == other.image && self.bytes == other.bytes && self.hash == other.hash && self.created_at == other.created_at
-    }
 }
 
 impl Download {
@@ -485,206 +445,15 @@ impl Download {
     }
 }
 
-/// Writes extents to their place. Zeros become holes where the file can have them.
-struct Land {
-    file: Arc<File>,
-    holes: bool,
-    progress: Progress,
-}
-
-impl Land {
-    /// Writes what is not zero; returns how much was.
-    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<u64> {
-        if !self.holes {
-            self.file.write_all_at(bytes, at)?;
-            return Ok(0);
-        }
-        let mut zeros = 0;
-        let mut data_from = None;
-        let mut here = 0;
-        while here < bytes.len() {
-            // pieces end at multiples of the hole's size in the file, not in the buffer
-            let into = to_usize((at + to_u64(here)) % to_u64(HOLE_BYTES));
-            let end = (here + HOLE_BYTES - into).min(bytes.len());
-            if is_zero(&bytes[here..end]) {
-                zeros += to_u64(end - here);
-                if let Some(from) = data_from.take() {
-                    self.file.write_all_at(&bytes[from..here], at + to_u64(from))?;
-                }
-            } else {
-                data_from.get_or_insert(here);
-            }
-            here = end;
-        }
-        if let Some(from) = data_from {
-            self.file.write_all_at(&bytes[from..], at + to_u64(from))?;
-        }
-        Ok(zeros)
-    }
-}
-
-impl BlockingStage for Land {
-    type In = Extent;
-    type Out = Placed;
-    type Report = ();
-
-    fn run(self, inlet: Inlet<Extent>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
-        while let Some(Extent { guest, payload }) = inlet.recv_blocking()? {
-            let written = match payload {
-                Payload::Zeros if self.holes => Ok(guest.bytes()),
-                // over what is there already
-                Payload::Zeros => self.write(guest.start.0, &vec![0; to_usize(guest.bytes())]),
-                Payload::Bytes(lease) => self.write(guest.start.0, &lease[..to_usize(guest.bytes())]),
-            };
-            let zeros = written.map_err(|source| {
-                let error = WriteError { host_offset: guest.start.0, bytes: guest.bytes(), done: 0, source };
-                StageError::new(ErrorKind::Io, error)
-            })?;
-            self.progress.add_surveyed(guest.bytes());
-            self.progress.add_zero(zeros);
-            self.progress.add_data(guest.bytes() - zeros);
-            outlet.send_blocking(placed(guest))?;
-        }
-        outlet.finish();
-        Ok(())
-    }
-}
-
-/// Bytes that are in the file, each at its own place.
-fn placed(guest: GuestRange) -> Placed {
-    Placed { guest, runs: vec![PlacedRun { guest, place: Place::Plain(guest.start.0) }], records: Vec::new(), home: Home::File }
-}
-
-/// Source stage: bytes that are all in the file.
-struct There {
-    bytes: u64,
-}
-
-impl BlockingStage for There {
-    type In = NoInput;
-    type Out = Placed;
-    type Report = ();
-
-    fn run(self, _: Inlet<NoInput>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
-        for start in (0..self.bytes).step_by(to_usize(EXTENT_BYTES)) {
-            outlet.send_blocking(placed(GuestRange::new(start, EXTENT_BYTES.min(self.bytes - start))))?;
-        }
-        outlet.finish();
-        Ok(())
-    }
-}
-
-/// Puts extents into order for the hash, and writes down how far the file is whole.
-struct Order {
-    start: u64,
-    mark: Option<(PathBuf, Mark)>,
-    progress: Progress,
-}
-
-impl Order {
-    fn note(&mut self, whole_bytes: u64) {
-        if let Some((partial, mark)) = &mut self.mark {
-            mark.whole_bytes = whole_bytes;
-            // it is a help for another run, no need of this one
-            let _ = mark.write(partial);
-        }
-    }
-}
-
-impl BlockingStage for Order {
-    type In = Placed;
-    type Out = Placed;
-    type Report = ();
-
-    fn run(mut self, inlet: Inlet<Placed>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
-        let mut at = 0;
-        while at < self.start {
-            let guest = GuestRange::new(at, EXTENT_BYTES.min(self.start - at));
-            at = guest.end.0;
-            self.progress.add_surveyed(guest.bytes());
-            outlet.send_blocking(placed(guest))?;
-        }
-        let mut early = BTreeMap::new();
-        let mut marked = at;
-        let result = loop {
-            match inlet.recv_blocking() {
-                Ok(Some(placed)) => _ = early.insert(placed.guest.start.0, placed),
-                Ok(None) if early.is_empty() => break Ok(()),
-                Ok(None) => return Err(StageError::bug("extents are missing between others")),
-                Err(error) => break Err(error),
-            }
-            while let Some(placed) = early.remove(&at) {
-                at = placed.guest.end.0;
-                if let Err(error) = outlet.send_blocking(placed) {
-                    self.note(at);
-                    return Err(error.into());
-                }
-            }
-            if at - marked >= MARK_EVERY {
-                self.note(at);
-                marked = at;
-            }
-        };
-        // also when the run ends before its time: that is when it is needed
-        self.note(at);
-        result?;
-        outlet.finish();
-        Ok(())
-    }
-}
-
-/// Sink: writes extents, which come in order, to a pipe.
-struct Forward {
-    output: File,
-    name: String,
-    total: u64,
-    expected: Option<ExpectedHash>,
-    progress: Progress,
-}
-
-impl BlockingStage for Forward {
-    type In = Extent;
-    type Out = NoOutput;
-    type Report = ();
-
-    fn run(mut self, inlet: Inlet<Extent>, outlet: Outlet<NoOutput>, cx: StageContext) -> Result<(), StageError> {
-        let mut hasher = self.expected.as_ref().and_then(|expected| Hasher::new(&expected.algorithm));
-        let zeros = vec![0; to_usize(EXTENT_BYTES)];
-        let mut written = 0;
-        while let Some(Extent { guest, payload }) = inlet.recv_blocking()? {
-            let bytes = match &payload {
-                Payload::Bytes(lease) => &lease[..to_usize(guest.bytes())],
-                Payload::Zeros => &zeros[..to_usize(guest.bytes())],
-            };
-            if let Some(hasher) = hasher.as_mut() {
-                hasher.update(bytes);
-                self.progress.add_hashed(guest.bytes());
-            }
-            if guest.end.0 == self.total
-                && let (Some(expected), Some(hasher)) = (&self.expected, hasher.take())
-            {
-                let actual = hasher.finish();
-                if actual != expected.value.to_ascii_lowercase() {
-                    let (algorithm, expected) = (expected.algorithm.clone(), expected.value.clone());
-                    return Err(StageError::new(ErrorKind::InvalidData, HashMismatch { algorithm, expected, actual }));
-                }
-            }
-            for part in bytes.chunks(PIPE_BYTES) {
-                write_part(&mut self.output, part, (&self.name, written, self.total), &cx.cancel)?;
-                written += to_u64(part.len());
-            }
-            self.progress.add_surveyed(guest.bytes());
-        }
-        outlet.finish();
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use engine::{BlockingStage, CancelToken, Inlet, NoInput, NoOutput, Outlet, Pipeline, StageContext, StageError};
 
     use super::*;
+    use crate::{
+        extent::{Extent, Payload, Placed},
+        units::GuestRange,
+    };
 
     /// Source: one extent of zeros.
     struct Zeros;
@@ -725,7 +494,7 @@ mod tests {
         let pipeline = Pipeline::new(&CancelToken::new()).threads("zeros", 1, || Zeros).threads("write", 1, land);
         pipeline.threads("landed", 1, || Landed).start(&Handle::current()).join().await.unwrap();
         let mut bytes = vec![0; 16384];
-        file.read_exact_at(&mut bytes, 0).unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(&*file, &mut bytes, 0).unwrap();
         bytes
     }
 

@@ -14,6 +14,10 @@
 //!
 //! The image carries `virta_run`: an image whose id was lost with an answer, or with a killed run, is found by it.
 
+mod plan;
+mod restore;
+mod watch;
+
 use std::time::{Duration, Instant};
 
 use engine::CancelToken;
@@ -22,150 +26,23 @@ use reqwest::StatusCode;
 use crate::{
     error::JobError,
     openstack::{
-        Compute, Image, Server, Session,
-        image::RUN,
+        Compute, Image, Session,
+        marks::RUN,
         server::{Action, ServerError},
     },
     reporter::Notices,
-    retry::Patience,
     run::FoundServer,
-    text::{causes, printable, shell_word, size},
+    text::{causes, printable, size},
 };
+pub use plan::Plan;
+use plan::SHUTDOWN_TIMEOUT;
+use restore::{bring_back, images_of_run};
+pub use restore::{by_hand, restore};
+pub use watch::Waiting;
+use watch::Watch;
 
-/// Tries of a call to Nova: asking twice to stop or start is asking once.
-const CALL_TRIES: u32 = 4;
-
-/// Nova cuts a guest off that has not shut down by then, unless the image says otherwise (`shutdown_timeout`).
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the answer to a request is waited for after an interrupt.
 const SETTLE: Duration = Duration::from_secs(10);
-/// How often a wait that changes nothing is spoken of.
-const SPEAK_EVERY: Duration = Duration::from_secs(30);
-
-/// How long what may take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Waiting {
-    /// Between the first two looks at something; then more and more.
-    pub first_look: Duration,
-    /// Between two looks at most.
-    pub look_every: Duration,
-    /// Until a server has stopped.
-    pub stop: Duration,
-    /// Until an image is active: the host reads the disk, converts it, sends it.
-    pub image: Duration,
-    /// Until Nova's task is over, once its image was deleted.
-    pub task: Duration,
-    /// Until a server that was started is active.
-    pub start: Duration,
-    /// Until an image that is queued with no task of Nova's under way counts as given up.
-    pub orphan: Duration,
-}
-
-impl Default for Waiting {
-    fn default() -> Self {
-        Self {
-            first_look: Duration::from_millis(200),
-            look_every: Duration::from_secs(3),
-            stop: Duration::from_secs(600),
-            image: Duration::from_secs(4 * 3600),
-            task: Duration::from_secs(600),
-            start: Duration::from_secs(300),
-            orphan: Duration::from_secs(60),
-        }
-    }
-}
-
-/// What is going to be done to a server, checked before anything is.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// The server.
-    pub server: Server,
-    /// What the image will be called.
-    pub name: String,
-    /// It is stopped first.
-    pub stops: bool,
-    /// What people should read before they agree.
-    pub lines: Vec<String>,
-    /// What they should think about.
-    pub warnings: Vec<String>,
-}
-
-impl Plan {
-    /// Looks at a server. `live`: a running one stays running.
-    ///
-    /// # Errors
-    /// [`JobError::Refused`] for a server that no image with bytes can be made of just now: its root disk is a volume, it is locked, busy, or in a
-    /// state that Nova makes no images of.
-    pub async fn new(compute: &Compute, server: Server, name: &str, live: bool) -> Result<Self, JobError> {
-        let shown = format!("server {} ({})", server.shown(), printable(&server.id));
-        if server.image_id.is_none() {
-            return Err(JobError::Refused(volume_backed(&server, name, &shown)));
-        }
-        if server.locked == Some(true) {
-            return Err(JobError::Refused(format!(
-                "{shown} is locked, so nothing can be done with it: openstack server unlock {}",
-                printable(&server.id)
-            )));
-        }
-        if let Some(task) = &server.task_state {
-            return Err(JobError::Refused(format!("{shown} is busy ({}): wait until that is over", printable(task))));
-        }
-        let stops = match server.status.as_str() {
-            "ACTIVE" => !live,
-            "SHUTOFF" | "PAUSED" | "SUSPENDED" => false,
-            other => {
-                return Err(JobError::Refused(format!(
-                    "{shown} is {}: images can be made of servers that are ACTIVE, SHUTOFF, PAUSED or SUSPENDED",
-                    printable(other)
-                )));
-            }
-        };
-        let mut lines = vec![match stops {
-            true => {
-                format!("{shown} is running: it is stopped, image {} is made of it, and it is started again", printable(name))
-            }
-            false => format!("{shown} is {}, and stays so while image {} is made of it", server.status, printable(name)),
-        }];
-        let disks = compute.disks(&server).await;
-        let mut left_out = Vec::new();
-        if let Some(disks) = disks {
-            lines.push(format!("in the image: the root disk, {} GiB", disks.root_gib));
-            if disks.ephemeral_gib > 0 {
-                left_out.push(format!("the ephemeral disk of {} GiB", disks.ephemeral_gib));
-            }
-            if disks.swap_mib > 0 {
-                left_out.push(format!("the swap disk of {} MiB", disks.swap_mib));
-            }
-        }
-        if !server.volumes.is_empty() {
-            left_out.push(format!("{} attached volumes ({})", server.volumes.len(), printable(&server.volumes.join(", "))));
-        }
-        let mut warnings = Vec::new();
-        if !left_out.is_empty() {
-            warnings.push(format!("not in the image: {}", left_out.join("; ")));
-        }
-        match (server.status.as_str(), live) {
-            ("ACTIVE", true) => warnings.push(
-                "--live: the image will look as after a power cut: file systems are not clean, databases may be in the middle of something".to_owned(),
-            ),
-            ("PAUSED" | "SUSPENDED", _) => warnings.push(
-                "what is in the guest's memory is not in the image: its file systems are not clean. Resume it first for an image that is".to_owned(),
-            ),
-            _ => {}
-        }
-        Ok(Self { server, name: name.to_owned(), stops, lines, warnings })
-    }
-}
-
-fn volume_backed(server: &Server, name: &str, shown: &str) -> String {
-    let volume = server.volumes.first().map_or_else(|| "VOLUME".to_owned(), |id| printable(id));
-    format!(
-        "the root disk of {shown} is a volume: Nova would make an image without bytes, and a snapshot of each volume. Stop the server and make the image from its \
-         volume instead: openstack server stop {}; openstack image create --volume {volume} --force --disk-format qcow2 --container-format bare {}",
-        printable(&server.id),
-        shell_word(name)
-    )
-}
 
 /// A snapshot under way.
 pub struct Snapshot<'a> {
@@ -183,40 +60,6 @@ pub struct Snapshot<'a> {
     pub notices: &'a dyn Notices,
     /// Ends it; the server is brought back all the same.
     pub cancel: &'a CancelToken,
-}
-
-/// A wait that is spoken of when something changes, and now and then.
-struct Watch {
-    started: Instant,
-    spoke: Instant,
-    last: String,
-    pause: Duration,
-    longest: Duration,
-}
-
-impl Watch {
-    fn new(waiting: &Waiting) -> Self {
-        let (pause, longest) = (waiting.first_look, waiting.look_every);
-        Self { started: Instant::now(), spoke: Instant::now(), last: String::new(), pause, longest }
-    }
-
-    /// Until the next look: each wait is a quarter longer.
-    async fn pause(&mut self) {
-        tokio::time::sleep(self.pause).await;
-        self.pause = (self.pause * 5 / 4).min(self.longest);
-    }
-
-    fn seconds(&self) -> u64 {
-        self.started.elapsed().as_secs()
-    }
-
-    fn see(&mut self, notices: &dyn Notices, now: String) {
-        if now != self.last || self.spoke.elapsed() > SPEAK_EVERY {
-            notices.note(&format!("{now} ({} s)", self.seconds()));
-            self.spoke = Instant::now();
-            self.last = now;
-        }
-    }
 }
 
 impl Snapshot<'_> {
@@ -484,129 +327,5 @@ impl Snapshot<'_> {
             }
             Err(error) => Err(error.into()),
         }
-    }
-}
-
-async fn images_of_run(session: &Session, run: &str) -> Result<Vec<Image>, JobError> {
-    let mut images = session.images_where(RUN, run).await?;
-    images.retain(|image| image.property(RUN) == Some(run));
-    Ok(images)
-}
-
-/// Takes back what a run did to a server: its unfinished image goes, Nova's task is waited for, and the server gets back into the state
-/// that it was found in. Not interruptible: whoever cannot wait kills the process, and `virta clean` comes here again.
-///
-/// # Errors
-/// [`JobError::Refused`] with the commands that do it by hand.
-pub async fn restore(
-    session: &Session,
-    compute: &Compute,
-    found: &FoundServer,
-    run: &str,
-    waiting: &Waiting,
-    notices: &dyn Notices,
-) -> Result<(), JobError> {
-    let remove = async || -> Result<(), JobError> {
-        for image in images_of_run(session, run).await? {
-            if image.status == "active" && image.property("image_type") == Some("snapshot") {
-                notices.note(&format!("image {} ({}) was finished before: it stays", image.shown(), image.shown_id()));
-            }
-            // an active one is done, and may be wanted
-            if matches!(image.status.as_str(), "queued" | "saving") && image.property("image_type") == Some("snapshot") {
-                session.delete_image(&image.id).await?;
-                notices.note(&format!("removed the unfinished image {}", image.shown_id()));
-            }
-        }
-        Ok(())
-    };
-    remove().await?;
-    let mut watch = Watch::new(waiting);
-    loop {
-        let task = match compute.server(&found.id).await {
-            Ok(now) => now.task_state,
-            Err(ServerError::Api(error)) if error.status() == Some(StatusCode::NOT_FOUND) => {
-                notices.warn(&format!("server {} is gone: somebody deleted it", printable(&found.name)));
-                return Ok(());
-            }
-            Err(_) => Some("unknown".to_owned()),
-        };
-        let Some(task) = task else { break };
-        watch.see(notices, format!("waiting until server {} has no task any more: {}", printable(&found.name), printable(&task)));
-        if watch.started.elapsed() > waiting.task {
-            return Err(JobError::Refused(format!(
-                "server {} is still busy ({}) after {} s, so it cannot be brought back to {} yet: {}",
-                printable(&found.name),
-                printable(&task),
-                watch.seconds(),
-                found.status,
-                by_hand(found)
-            )));
-        }
-        watch.pause().await;
-    }
-    // an image whose request was still on its way when the run ended
-    remove().await?;
-    bring_back(compute, found, waiting, notices).await
-}
-
-/// What does by hand what [`restore`] does.
-#[must_use]
-pub fn by_hand(found: &FoundServer) -> String {
-    match found.status.as_str() {
-        "ACTIVE" => format!("later: virta clean, or: openstack server start {}", printable(&found.id)),
-        _ => "later: virta clean".to_owned(),
-    }
-}
-
-/// Makes a server active again that was found so. One that was not stays as it is.
-async fn bring_back(compute: &Compute, found: &FoundServer, waiting: &Waiting, notices: &dyn Notices) -> Result<(), JobError> {
-    if found.status != "ACTIVE" {
-        return Ok(());
-    }
-    let mut watch = Watch::new(waiting);
-    let mut asked = false;
-    loop {
-        let now = Patience::default().retried(CALL_TRIES, || compute.server(&found.id)).await?;
-        if now.status == "ACTIVE" && now.task_state.is_none() {
-            if asked {
-                notices.note(&format!("server {} is ACTIVE again", now.shown()));
-            }
-            return Ok(());
-        }
-        let action = Action::back_from(&now.status).filter(|action| found.stopped || *action != Action::Start);
-        if action.is_none() && now.status == "SHUTOFF" && now.task_state.is_none() {
-            notices.warn(&format!("server {} is SHUTOFF, which this run did not do: it stays so", now.shown()));
-            return Ok(());
-        }
-        if let (Some(action), None) = (action, &now.task_state)
-            && !asked
-        {
-            notices.note(&format!("server {} is {}, and is {} again", now.shown(), now.status, action.done()));
-            match Patience::default().retried(CALL_TRIES, || compute.act(&found.id, action)).await {
-                Ok(()) => asked = true,
-                // somebody else is at it: the next look tells
-                Err(ServerError::Api(error)) if error.status() == Some(StatusCode::CONFLICT) => {}
-                Err(error) => {
-                    return Err(JobError::Refused(format!(
-                        "server {} could not be brought back to {}: {}; {}",
-                        now.shown(),
-                        found.status,
-                        causes(&error),
-                        by_hand(found)
-                    )));
-                }
-            }
-        }
-        watch.see(notices, format!("server {} is {}", now.shown(), printable(&now.status)));
-        if watch.started.elapsed() > waiting.start || now.status == "ERROR" {
-            return Err(JobError::Refused(format!(
-                "server {} is {} and not {} as it was found: {}",
-                now.shown(),
-                printable(&now.status),
-                found.status,
-                by_hand(found)
-            )));
-        }
-        watch.pause().await;
     }
 }

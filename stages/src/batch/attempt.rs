@@ -1,0 +1,113 @@
+//! One try at one entry of a plan.
+
+use std::sync::Arc;
+
+use engine::CancelToken;
+use reqwest::StatusCode;
+
+use super::{
+    Entry,
+    event::{Event, Listener},
+};
+use crate::{
+    convert::{
+        Conversion, Job, Options, Report, Source,
+        names::conversion_of_gone,
+        retire,
+        to_glance::{Known, to_glance_knowing},
+    },
+    error::JobError,
+    openstack::{Image, Session, image::ImageError},
+    progress::Progress,
+    reporter::Notices,
+    run::FoundServer,
+    text::printable,
+};
+
+/// How one try ended, if it did not fail.
+pub(super) enum Ended {
+    Made(Box<Report>),
+    Earlier(String),
+}
+
+/// A conversion's notices are the batch's, with its index.
+pub(super) struct ItemNotices {
+    pub(super) index: usize,
+    pub(super) listener: Listener,
+    pub(super) notices: Arc<dyn Notices>,
+    pub(super) warnings: std::sync::Mutex<Vec<String>>,
+}
+
+impl Notices for ItemNotices {
+    fn note(&self, line: &str) {
+        (self.listener)(&Event::Note { index: self.index, line, warning: false });
+    }
+
+    fn warn(&self, line: &str) {
+        self.warnings.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line.to_owned());
+        (self.listener)(&Event::Note { index: self.index, line, warning: true });
+    }
+
+    fn making(&self, image_id: &str) {
+        self.notices.making(image_id);
+    }
+
+    fn is_dead(&self, run: &str) -> bool {
+        self.notices.is_dead(run)
+    }
+
+    fn holding(&self, server: Option<&FoundServer>) -> bool {
+        self.notices.holding(server)
+    }
+}
+
+/// One try at one entry. `untouched`: its source, if it is known that nothing is made of it.
+pub(super) async fn convert_one(
+    session: &Session,
+    entry: &Entry,
+    untouched: Option<Image>,
+    options: Options,
+    progress: &Progress,
+    notices: &Arc<dyn Notices>,
+    cancel: &CancelToken,
+) -> Result<Ended, JobError> {
+    let Some(image) = &entry.image else { return Err(JobError::bug("an entry without an image was begun")) };
+    let converting = async {
+        // the list told already that nothing is made of it, and that the name is free
+        let known = match &untouched {
+            Some(_) => Known { named: Some(Vec::new()), made: Some(Vec::new()) },
+            None => Known::default(),
+        };
+        let finding = async {
+            match untouched {
+                Some(source) => Source::image(session, source),
+                None => Source::glance(session, &image.id).await,
+            }
+        };
+        let source = cancel.guard(finding).await.map_err(|_| JobError::interrupted())??;
+        let job = Job::new(source, options, progress, notices, cancel);
+        let checking = cancel.guard(retire::check(&job, job.options.force)).await;
+        checking.unwrap_or_else(|_| Err(JobError::interrupted()))?;
+        to_glance_knowing(&job, session, &entry.new_name, known).await
+    };
+    match converting.await {
+        Ok(Conversion::Made(report)) => {
+            notices.note(&format!("made {}", printable(&report.destination)));
+            Ok(Ended::Made(report))
+        }
+        Ok(Conversion::Earlier(image)) => Ok(Ended::Earlier(image.id)),
+        Err(error) if is_gone(&error) && session.image_if_there(&image.id).await?.is_none() => {
+            // another run may have converted and deleted it meanwhile
+            let found = conversion_of_gone(session, session, &image.id, &[], None).await?;
+            found.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
+                JobError::Refused(format!("image {} ({}) is gone: it was deleted meanwhile", image.shown(), image.shown_id()))
+            })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) fn is_gone(error: &JobError) -> bool {
+    error.api().is_some_and(|api| api.status() == Some(StatusCode::NOT_FOUND))
+        || matches!(error, JobError::Image(ImageError::NotFound { .. }))
+}
