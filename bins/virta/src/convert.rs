@@ -215,8 +215,7 @@ async fn find_source(
     let (End::Glance(new_name), Some(there)) = (to, destination) else { return Err(missing) };
     let made = runs::made_by(&arguments.source, &arguments.destination, there);
     let new_name = (!replace).then_some(new_name.as_str());
-    let looking = async { Ok(conversion_of_gone(session, there, name, &made, new_name).await?) };
-    match interruptible(cancel, looking).await? {
+    match interruptible(cancel, conversion_of_gone(session, there, name, &made, new_name)).await? {
         Some(image) => {
             exit::say(&format!("the source ({}) is gone: an earlier run converted and deleted it", printable(name)));
             Ok(Err(Outcome::AlreadyDone(image.id)))

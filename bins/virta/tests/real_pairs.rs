@@ -38,7 +38,8 @@ fn two_runs_of_one_conversion_make_one_image_and_the_other_says_who_holds_it() {
     let pairs = std::env::var("VIRTA_PAIRS").ok().and_then(|text| text.parse().ok()).unwrap_or(3);
     let folder = tempfile::tempdir_in(state_folder()).unwrap();
     let raw = folder.path().join("disk.raw");
-    let bytes: Vec<u8> = (0..24 * MIB).map(|at| if at / MIB % 3 == 0 { u8::try_from(at % 251).unwrap() } else { 0 }).collect();
+    let bytes: Vec<u8> =
+        (0..24 * MIB).map(|at| if (at / MIB).is_multiple_of(3) { u8::try_from(at % 251).unwrap() } else { 0 }).collect();
     std::fs::write(&raw, bytes).unwrap();
     let file = raw.to_str().unwrap();
     let create = ["image", "create", "--disk-format", "raw", "--file", file, "pair-source", "-f", "value", "-c", "id"];

@@ -298,7 +298,7 @@ impl Model {
             let unfinished = matches!(record.status, Status::Queued | Status::Saving);
             let dead = record.orphan || (self.is(Mutation::LockLies) && record.status != Status::Marked);
             let goes = unfinished || (self.is(Mutation::DeadActiveDeleted) && record.status == Status::Active);
-            let by_r4 = self.clean && self.lower(world, None).contains(&generation);
+            let by_r4 = self.clean && self.lower(world).contains(&generation);
             if (dead && goes) || by_r4 {
                 let mut next = *world;
                 next.send_delete(generation);
@@ -307,24 +307,20 @@ impl Model {
         }
     }
 
-    /// What a look lets its run delete. `result`: what the run has found by a look that is no snapshot.
-    fn lower(&self, world: &World, result: Option<u8>) -> Vec<u8> {
+    /// What a look lets its run delete.
+    fn lower(&self, world: &World) -> Vec<u8> {
         let sighting = self.sighting(world);
-        let lower = match (self.mutation, result) {
-            (Some(Mutation::NothingCleared), _) => Vec::new(),
-            (Some(Mutation::HigherDeleted), _) if sighting.highest().is_some() => {
+        let Some((highest, _)) = sighting.highest() else { return Vec::new() };
+        match self.mutation {
+            Some(Mutation::NothingCleared) => Vec::new(),
+            Some(Mutation::HigherDeleted) => {
                 let unmarked = |at: &u8| !sighting.marked().any(|marked| marked == *at);
                 sighting.members.keys().copied().filter(unmarked).collect()
             }
             // a copy that lags shows lower marks as unmarked
-            (Some(Mutation::LaggingCopy), _) => match sighting.highest() {
-                Some((highest, _)) => sighting.members.keys().copied().filter(|at| *at < highest).collect(),
-                None => Vec::new(),
-            },
-            (_, Some(result)) => sighting.lower().into_iter().filter(|at| *at < result).collect(),
-            (_, None) => sighting.lower(),
-        };
-        lower
+            Some(Mutation::LaggingCopy) => sighting.members.keys().copied().filter(|at| *at < highest).collect(),
+            _ => sighting.lower(),
+        }
     }
 
     fn restart(&self, world: &World, at: usize, emit: &mut impl FnMut(World, bool)) {
@@ -562,9 +558,7 @@ impl Model {
                     }
                     Action::Clear(lower) => {
                         let lower = match self.mutation {
-                            Some(Mutation::HigherDeleted | Mutation::LaggingCopy | Mutation::NothingCleared) => {
-                                self.lower(&next, None)
-                            }
+                            Some(Mutation::HigherDeleted | Mutation::LaggingCopy | Mutation::NothingCleared) => self.lower(&next),
                             _ => lower.clone(),
                         };
                         lower.iter().for_each(|generation| next.send_delete(*generation));
