@@ -5,11 +5,11 @@ use libfuzzer_sys::fuzz_target;
 use stages::batch::{list, select::parse_age};
 
 fuzz_target!(|text: &str| {
-    if let Ok(wishes) = list::parse(text) {
-        for wish in &wishes {
-            assert!(!wish.image.is_empty());
-            let written = serde_json::to_string(wish).expect("a wish is plain data");
-            assert_eq!(list::parse_one(&written).as_ref(), Ok(wish));
+    if let Ok(requests) = list::parse(text) {
+        for request in &requests {
+            assert!(!request.image.is_empty());
+            let written = serde_json::to_string(request).expect("a request is plain data");
+            assert_eq!(list::parse_one(&written).as_ref(), Ok(request));
         }
     }
     let _ = list::parse_one(text);

@@ -6,19 +6,19 @@ use std::{num::NonZeroUsize, sync::Arc};
 
 use engine::CancelToken;
 use stages::{
-    batch::{Batch, Event, Listing, Plan, Wish, run::Limits},
+    batch::{Batch, Event, Listing, Plan, Request, run::Limits},
     convert::Options,
-    openstack::{CloudConfig, CloudFlags, Session, config::Surroundings},
+    openstack::{CloudConfig, CloudFlags, Session, config::Environment},
 };
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let wishes: Vec<Wish> = std::env::args().skip(1).map(|name| Wish::of(&name)).collect();
-    let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &Surroundings::current())?).await?;
+    let requests: Vec<Request> = std::env::args().skip(1).map(|name| Request::of(&name)).collect();
+    let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &Environment::current())?).await?;
     // all together take no more than these
     let options = Options { memory_bytes: 512 << 20, ..Options::default() };
     let listing = Listing::of_project(&session).await?;
-    let plan = Plan::make(&session, listing, wishes, &options, "{name}-qcow2", None)?;
+    let plan = Plan::make(&session, listing, requests, &options, "{name}-qcow2", None)?;
     let names: Vec<String> = plan.entries.iter().map(stages::batch::Entry::shown).collect();
     let listener = Arc::new(move |event: &Event<'_>| {
         if let Event::Ended { index, outcome, .. } = event {

@@ -22,7 +22,7 @@ use crate::{
 
 /// What to do about a failure, for whoever has more than one thing to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Nature {
+pub enum FailureKind {
     /// Another try may go better.
     Transient,
     /// It would fail again.
@@ -268,21 +268,21 @@ impl JobError {
 
     /// What to do about it.
     #[must_use]
-    pub fn nature(&self) -> Nature {
+    pub fn failure_kind(&self) -> FailureKind {
         match self {
-            Self::Interrupted(_) => return Nature::Interrupted,
-            Self::Held { .. } => return Nature::Held,
-            Self::Quota(_) => return Nature::Quota,
-            Self::Stuck { .. } => return Nature::Transient,
+            Self::Interrupted(_) => return FailureKind::Interrupted,
+            Self::Held { .. } => return FailureKind::Held,
+            Self::Quota(_) => return FailureKind::Quota,
+            Self::Stuck { .. } => return FailureKind::Transient,
             // what was sent stays: the next try finds it marked, or makes another
             Self::Unconfirmed { error, .. } => {
-                return match error.nature() {
-                    Nature::Interrupted => Nature::Interrupted,
-                    _ => Nature::Transient,
+                return match error.failure_kind() {
+                    FailureKind::Interrupted => FailureKind::Interrupted,
+                    _ => FailureKind::Transient,
                 };
             }
             Self::LeftBehind { error, .. } | Self::SourceGoing { error, .. } | Self::SourceKept { error, .. } => {
-                return error.nature();
+                return error.failure_kind();
             }
             _ => {}
         }
@@ -294,30 +294,30 @@ impl JobError {
         if matches!(self, Self::SignIn(error) if refused_to_sign_in(error))
             || matches!(of_upload, Some(UploadError::SignIn(error)) if refused_to_sign_in(error))
         {
-            return Nature::Credentials;
+            return FailureKind::Credentials;
         }
         let Some(api) = self.api() else {
             return if matches!(self, Self::Stage { kind: ErrorKind::Network, .. }) {
-                Nature::Transient
+                FailureKind::Transient
             } else {
-                Nature::Permanent
+                FailureKind::Permanent
             };
         };
         match api {
             ApiError::Status(error) if error.status == StatusCode::PAYLOAD_TOO_LARGE => {
                 // "Image exceeds the storage quota", and not "The incoming image is too large"
-                if error.text.contains("quota") { Nature::Quota } else { Nature::Permanent }
+                if error.text.contains("quota") { FailureKind::Quota } else { FailureKind::Permanent }
             }
-            ApiError::Credentials { .. } => Nature::Credentials,
-            api if api.status() == Some(StatusCode::UNAUTHORIZED) => Nature::Credentials,
+            ApiError::Credentials { .. } => FailureKind::Credentials,
+            api if api.status() == Some(StatusCode::UNAUTHORIZED) => FailureKind::Credentials,
             // answers that no API promises come from what stands between
-            ApiError::Answer { .. } => Nature::Transient,
+            ApiError::Answer { .. } => FailureKind::Transient,
             // the image that was being made went away
             _ if of_upload.is_some() && matches!(api.status(), Some(StatusCode::NOT_FOUND | StatusCode::GONE)) => {
-                Nature::Transient
+                FailureKind::Transient
             }
-            api if api.is_retryable() => Nature::Transient,
-            _ => Nature::Permanent,
+            api if api.is_retryable() => FailureKind::Transient,
+            _ => FailureKind::Permanent,
         }
     }
 

@@ -127,20 +127,20 @@ impl Item for Classified {
     }
 }
 
-/// Where in its home a run of guest bytes is.
+/// Where in its holder a run of guest bytes is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum Position {
     /// Nowhere: they are zeros.
     Zeros,
-    /// As they are, contiguous, from this byte of the home on.
+    /// As they are, contiguous, from this byte of the holder on.
     Plain(u64),
-    /// One cluster, compressed into so many bytes from this byte of the home on.
+    /// One cluster, compressed into so many bytes from this byte of the holder on.
     Compressed(u64, u32),
 }
 
 /// What holds an extent's data clusters now.
 #[derive(Clone, Debug)]
-pub enum Home {
+pub enum Holder {
     /// Nothing: it has none.
     Nowhere,
     /// The qcow2 file; places are host offsets.
@@ -153,45 +153,45 @@ pub enum Home {
     Passing(Bytes),
 }
 
-/// A part of an extent that is in one place.
+/// A part of an extent that is in one position.
 #[derive(Clone, Copy, Debug)]
-pub struct PlacedRun {
+pub struct StoredRun {
     /// Which guest bytes; not padded, so the disk's last run may end inside a cluster.
     pub guest: GuestRange,
     /// Where they are.
-    pub place: Place,
+    pub position: Position,
 }
 
 /// An extent whose bytes are safe: written, stored, known to be zero, or known to be readable again.
 #[derive(Clone, Debug)]
-pub struct Placed {
+pub struct StoredExtent {
     /// Which guest bytes.
     pub guest: GuestRange,
     /// Its parts in guest order; together they cover `guest`.
-    pub runs: Vec<PlacedRun>,
+    pub runs: Vec<StoredRun>,
     /// One for each data cluster, in order, where somebody needs them.
     pub records: Vec<Record>,
     /// Where its data is.
-    pub home: Home,
+    pub holder: Holder,
 }
 
-impl Item for Placed {
+impl Item for StoredExtent {
     fn bytes(&self) -> u64 {
         self.guest.bytes()
     }
 }
 
-impl Placed {
-    /// The runs of an extent whose data clusters are packed from byte `first` of their home on.
+impl StoredExtent {
+    /// The runs of an extent whose data clusters are packed from byte `first` of their holder on.
     #[must_use]
-    pub fn packed_runs(classified: &Classified, cluster_bits: ClusterBits, first: u64) -> Vec<PlacedRun> {
+    pub fn packed_runs(classified: &Classified, cluster_bits: ClusterBits, first: u64) -> Vec<StoredRun> {
         let cluster_bytes = cluster_bits.cluster_bytes();
-        let mut runs: Vec<PlacedRun> = Vec::with_capacity(classified.runs.len());
+        let mut runs: Vec<StoredRun> = Vec::with_capacity(classified.runs.len());
         let mut records = classified.records.iter();
         let mut at = first;
         for (range, run) in classified.ranges(cluster_bits) {
             if run.fate == Fate::Zero {
-                runs.push(PlacedRun { guest: range, place: Place::Zeros });
+                runs.push(StoredRun { guest: range, position: Position::Zeros });
                 continue;
             }
             let mut plain_from = None; // of a run of clusters that are stored as they are
@@ -202,11 +202,11 @@ impl Placed {
                 if stored == cluster_bytes {
                     match (plain_from, runs.last_mut()) {
                         (Some(()), Some(last)) => last.guest.end = guest.end,
-                        _ => runs.push(PlacedRun { guest, place: Place::Plain(at) }),
+                        _ => runs.push(StoredRun { guest, position: Position::Plain(at) }),
                     }
                     plain_from = Some(());
                 } else {
-                    runs.push(PlacedRun { guest, place: Place::Compressed(at, u32::try_from(stored).unwrap_or(u32::MAX)) });
+                    runs.push(StoredRun { guest, position: Position::Compressed(at, u32::try_from(stored).unwrap_or(u32::MAX)) });
                     plain_from = None;
                 }
                 at += stored;

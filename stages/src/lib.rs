@@ -10,11 +10,11 @@
 //! | [`glance::Fetch`] | – | [`extent::Extent`] | network | a lease before each read, a window of ranges |
 //! | [`zero::classify::Classify`] | [`extent::Extent`] | [`extent::Classified`] | cpu | none |
 //! | [`compress::EncodeClusters`] | [`extent::Classified`] | the same, with records, packed | cpu | a cluster of scratch, the codec's context |
-//! | [`store::Keep`] | [`extent::Classified`] | [`extent::Placed`] | cpu | the store's memory |
-//! | [`store::ScratchWrite`] | [`extent::Placed`] | the same, in the scratch file | ring | its limit, writes in flight |
-//! | [`disk::write::WriteImage`] | [`extent::Classified`] | [`extent::Placed`] | ring | writes in flight, index |
-//! | [`store::Collect`] | [`extent::Placed`] | the same, in guest order | one thread | index, extents held |
-//! | [`hash::HashLane`] | [`extent::Placed`], in order | – | one thread | lags by its port |
+//! | [`store::Keep`] | [`extent::Classified`] | [`extent::StoredExtent`] | cpu | the store's memory |
+//! | [`store::ScratchWrite`] | [`extent::StoredExtent`] | the same, in the scratch file | ring | its limit, writes in flight |
+//! | [`disk::write::WriteImage`] | [`extent::Classified`] | [`extent::StoredExtent`] | ring | writes in flight, index |
+//! | [`store::Collect`] | [`extent::StoredExtent`] | the same, in guest order | one thread | index, extents held |
+//! | [`hash::HashLane`] | [`extent::StoredExtent`], in order | – | one thread | lags by its port |
 //! | [`store::ReadAgain`] | – | [`extent::Extent`] | threads | a lease before each read |
 //! | [`store::Recheck`] | [`extent::Extent`] | [`store::Rebuilt`] | cpu | the leases it keeps |
 //! | [`store::Emit`] | [`store::Rebuilt`] | [`store::Chunk`] | one thread | the layout's look-ahead |

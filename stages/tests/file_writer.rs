@@ -24,7 +24,7 @@ use stages::{
         uring::{self, UringExecutor, UringQueue},
         write::{WriteImage, WriteReport},
     },
-    extent::{Classified, Extent, Payload, Placed},
+    extent::{Classified, Extent, Payload, StoredExtent},
     hash::{ExpectedHash, HashLane, Hasher},
     progress::Progress,
     qcow2::{Qcow2, verify},
@@ -105,7 +105,7 @@ async fn run<S>(
     file: Option<File>,
 ) -> Outcome
 where
-    S: LocalStage<In = Classified, Out = Placed, Report = WriteReport>,
+    S: LocalStage<In = Classified, Out = StoredExtent, Report = WriteReport>,
 {
     let raw = raw();
     let cancel = CancelToken::new();

@@ -122,7 +122,7 @@ fn arrival_image(raw: &[u8], bits: ClusterBits, compression: Option<Compression>
         put(host.0, &piece);
     }
     put(0, &sealed.header_cluster());
-    assert_eq!(to_u64(file.len()), sealed.placement().file_bytes());
+    assert_eq!(to_u64(file.len()), sealed.sections().file_bytes());
     file
 }
 

@@ -7,7 +7,7 @@ use engine::CancelToken;
 use stages::{
     batch::Listing,
     error::JobError,
-    openstack::{Compute, config::Surroundings},
+    openstack::{Compute, config::Environment},
     text::counted,
 };
 
@@ -16,7 +16,7 @@ use crate::{
     exit,
     flags::{CloudArgs, ProgressChoice},
     leftovers::{remove_leftovers, restore_server},
-    runs::{self, Found},
+    runs::{self, RecordedRun},
     sign_in::sign_in,
     signals::{interruptible, watch_signals},
 };
@@ -37,9 +37,9 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
     let mut dead = runs::dead();
-    let surroundings = Surroundings::current();
+    let environment = Environment::current();
     // the cloud that is chosen, and those that dead runs worked in
-    let chosen = arguments.cloud.os_cloud.is_some() || surroundings.names_a_cloud();
+    let chosen = arguments.cloud.os_cloud.is_some() || environment.names_a_cloud();
     if dead.is_empty() && !chosen {
         _ = exit::print(
             "nothing to clean: no killed run of this machine has left an image or a server, and no cloud is chosen to look into (--os-cloud)",
@@ -54,13 +54,13 @@ pub async fn clean(arguments: CleanArgs) -> ExitCode {
             break;
         }
         let (cloud, project) = first.unwrap_or_default();
-        let (here, elsewhere): (Vec<Found>, Vec<Found>) =
+        let (here, elsewhere): (Vec<RecordedRun>, Vec<RecordedRun>) =
             dead.into_iter().partition(|found| found.record.cloud == cloud && found.record.project == project);
         dead = elsewhere;
         let flagged = arguments.cloud.os_cloud.clone().or_else(|| cloud.clone().filter(|name| name != "envvars"));
         let flags = CloudArgs { os_cloud: flagged, ..arguments.cloud.clone() };
         let result = async {
-            let session = sign_in("cloud", &flags, &surroundings, &display, &cancel).await?;
+            let session = sign_in("cloud", &flags, &environment, &display, &cancel).await?;
             if project.is_some() && session.whoami().project_id != project {
                 return Err(JobError::Refused(format!(
                     "this is another project than that of the killed runs ({}): choose their cloud with --os-cloud",

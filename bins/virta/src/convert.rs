@@ -13,7 +13,7 @@ use stages::{
     },
     disk::output::partial_of,
     error::JobError,
-    openstack::{Session, config::Surroundings, image::ImageError},
+    openstack::{Session, config::Environment, image::ImageError},
     progress::Progress,
     reporter::Notices,
     text::{causes, printable, size},
@@ -144,15 +144,15 @@ async fn convert(
     check_ends(arguments, &from, &to)?;
     let needs_source_cloud = matches!(from, End::Glance(_)) || (matches!(to, End::Glance(_)) && arguments.to_os_cloud.is_none());
     let source_cloud = match needs_source_cloud {
-        true => Some(sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?),
+        true => Some(sign_in("cloud", &arguments.cloud, &Environment::current(), display, cancel).await?),
         false => None,
     };
     let destination_cloud = match &arguments.to_os_cloud {
         Some(name) => {
             let cloud = CloudArgs { os_cloud: Some(name.clone()), ..CloudArgs::default() };
             // what the environment says is about the source's cloud: its region, its password
-            let surroundings = Surroundings::current().without_a_cloud();
-            Some(sign_in("destination: cloud", &cloud, &surroundings, display, cancel).await?)
+            let environment = Environment::current().without_a_cloud();
+            Some(sign_in("destination: cloud", &cloud, &environment, display, cancel).await?)
         }
         None => source_cloud.clone(),
     };

@@ -12,7 +12,7 @@ use stages::{
         readback::{Target, compare},
     },
     error::JobError,
-    openstack::{CloudConfig, CloudFlags, Image, Session, config::Surroundings},
+    openstack::{CloudConfig, CloudFlags, Image, Session, config::Environment},
     progress::Progress,
     reporter::Notices,
     text::size,
@@ -93,9 +93,9 @@ async fn demo(progress: &Progress, display: &Display, cancel: &CancelToken) -> R
     let folder = service.data_path(&snapshot).and_then(|path| path.parent().map(ToOwned::to_owned)).unwrap_or_default();
     let clouds = folder.join("clouds.yaml");
     std::fs::write(&clouds, service.clouds_yaml()).map_err(|error| failed("writing clouds.yaml", &error))?;
-    let surroundings =
-        Surroundings { env: [("OS_CLIENT_CONFIG_FILE".to_owned(), clouds.display().to_string())].into(), cwd: folder };
-    let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &surroundings)?).await?;
+    let environment =
+        Environment { env: [("OS_CLIENT_CONFIG_FILE".to_owned(), clouds.display().to_string())].into(), cwd: folder };
+    let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &environment)?).await?;
     display.note("the command on a cloud would be: virta convert glance:my-server-snapshot glance:my-server");
     let source = Source::glance(&session, "my-server-snapshot").await?;
     let notices: Arc<dyn Notices> = Arc::new(display.clone());

@@ -10,7 +10,7 @@ use stages::{
     disk::{IoMode, choose_backend},
     error::JobError,
     glance::ImageFile,
-    openstack::{Compute, Image, Session, config::Surroundings},
+    openstack::{Compute, Image, Session, config::Environment},
     ownership::{Proof, is_conversion},
     progress::Progress,
     text::{causes, counted, printable, shell_word, size},
@@ -49,12 +49,12 @@ pub struct DoctorArgs {
 
 /// What was found, for people and for programs at once.
 #[derive(Default)]
-struct Found {
+struct Findings {
     lines: Vec<String>,
     json: serde_json::Map<String, Value>,
 }
 
-impl Found {
+impl Findings {
     fn say(&mut self, what: &str, line: impl AsRef<str>) {
         self.lines.push(format!("{what:<14} {}", printable(line.as_ref())));
     }
@@ -69,7 +69,7 @@ pub async fn run(arguments: DoctorArgs) -> ExitCode {
     let display = Display::start(ProgressChoice::None, &Progress::default(), Run::default());
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
-    let mut found = Found::default();
+    let mut found = Findings::default();
     here(&mut found);
     let result = cloud(&arguments, &mut found, &display, &cancel).await;
     display.finish().await;
@@ -88,7 +88,7 @@ pub async fn run(arguments: DoctorArgs) -> ExitCode {
 }
 
 /// This machine.
-fn here(found: &mut Found) {
+fn here(found: &mut Findings) {
     found.say("virta", env!("CARGO_PKG_VERSION"));
     found.keep("version", json!(env!("CARGO_PKG_VERSION")));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -132,10 +132,10 @@ fn here(found: &mut Found) {
     found.keep("killed_runs", json!(dead));
 }
 
-async fn cloud(arguments: &DoctorArgs, found: &mut Found, display: &Display, cancel: &CancelToken) -> Result<(), JobError> {
+async fn cloud(arguments: &DoctorArgs, found: &mut Findings, display: &Display, cancel: &CancelToken) -> Result<(), JobError> {
     let deadline = tokio::time::Instant::now() + PATIENCE;
-    let surroundings = Surroundings::current();
-    let signing_in = sign_in("cloud", &arguments.cloud, &surroundings, display, cancel);
+    let environment = Environment::current();
+    let signing_in = sign_in("cloud", &arguments.cloud, &environment, display, cancel);
     let session = match tokio::time::timeout_at(deadline, signing_in).await {
         Ok(session) => session?,
         Err(_) => {
@@ -193,7 +193,7 @@ async fn cloud(arguments: &DoctorArgs, found: &mut Found, display: &Display, can
     Ok(())
 }
 
-async fn look_at_images(session: &Session, images: &[Image], cloud: &str, found: &mut Found, cancel: &CancelToken) {
+async fn look_at_images(session: &Session, images: &[Image], cloud: &str, found: &mut Findings, cancel: &CancelToken) {
     let own = session.whoami().project_id.clone();
     let mine: Vec<&Image> = images.iter().filter(|image| image.owner == own && image.status == "active").collect();
     let converted = |image: &Image| images.iter().find(|made| is_conversion(session, made, image, Proof::Hash));

@@ -8,7 +8,7 @@ use stages::{
     convert::Options,
     download::{Download, DownloadReport},
     error::JobError,
-    openstack::{Session, config::Surroundings},
+    openstack::{Session, config::Environment},
     progress::Progress,
     reporter::Notices,
     retry::Patience,
@@ -106,7 +106,7 @@ async fn download(
         return Err(JobError::Usage(format!("{} is a folder: add the file's name", printable(&arguments.file))));
     }
     let looking = async {
-        let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+        let session = sign_in("cloud", &arguments.cloud, &Environment::current(), display, cancel).await?;
         let image = find(&session, arguments.image.strip_prefix("glance:").unwrap_or(&arguments.image)).await?;
         Ok::<_, JobError>((session, image))
     };

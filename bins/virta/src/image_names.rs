@@ -11,7 +11,7 @@ use std::{
 
 use clap_complete::engine::{ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter};
 use stages::{
-    openstack::{CloudConfig, CloudFlags, Session, config::Surroundings},
+    openstack::{CloudConfig, CloudFlags, Session, config::Environment},
     whole_file::write_whole,
 };
 
@@ -55,7 +55,7 @@ pub fn names() -> Option<Vec<String>> {
     let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     let after = |flag: &str| words.iter().position(|word| word == flag).and_then(|at| words.get(at + 1).cloned());
     let flags = CloudFlags { cloud: after("--os-cloud"), region_name: after("--os-region-name"), ..CloudFlags::default() };
-    let cloud = CloudConfig::resolve(&flags, &Surroundings::current()).ok()?;
+    let cloud = CloudConfig::resolve(&flags, &Environment::current()).ok()?;
     if cloud.wants_password_of().is_some() {
         return None;
     }

@@ -6,7 +6,7 @@ use engine::CancelToken;
 use stages::{
     convert::names::images_of_name,
     error::JobError,
-    openstack::{Session, config::Surroundings},
+    openstack::{Session, config::Environment},
     progress::Progress,
     reporter::Notices,
     text::printable,
@@ -30,7 +30,7 @@ pub async fn in_cloud(
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
     let working = async {
-        let session = sign_in("cloud", cloud, &Surroundings::current(), &display, &cancel).await?;
+        let session = sign_in("cloud", cloud, &Environment::current(), &display, &cancel).await?;
         work(&session, &display, &cancel).await
     };
     let result = cancel.guard(working).await.unwrap_or_else(|_| Err(JobError::interrupted()));

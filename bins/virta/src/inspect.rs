@@ -11,7 +11,7 @@ use rustix::{
 use stages::{
     error::JobError,
     inspect::{Inspection, looking::Limits, partition::TableKind, readiness::Severity},
-    openstack::config::Surroundings,
+    openstack::config::Environment,
     progress::Progress,
     read_at::ReadAt,
     text::{printable, shell_word, size},
@@ -106,7 +106,7 @@ async fn look(
         },
         End::Glance(name) => {
             let looking = async {
-                let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+                let session = sign_in("cloud", &arguments.cloud, &Environment::current(), display, cancel).await?;
                 let image = session.find_image(&name).await?;
                 Ok::<_, JobError>((session, image))
             };

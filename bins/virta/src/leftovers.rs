@@ -14,7 +14,7 @@ use stages::{
 
 use crate::{
     display::Display,
-    runs::{self, Found},
+    runs::{self, RecordedRun},
     signals::interruptible,
 };
 
@@ -54,7 +54,7 @@ pub async fn clean_up_before(session: &Session, display: &Display, cancel: &Canc
 pub async fn remove_leftovers(
     session: &Session,
     images: &[Image],
-    dead: &[Found],
+    dead: &[RecordedRun],
     tells: bool,
     notices: &dyn Notices,
 ) -> Result<usize, JobError> {
@@ -94,8 +94,8 @@ pub async fn remove_leftovers(
         // as an earlier release may have left them
         finish_replacements(session, images).await?;
     }
-    let is_clean = |found: &&Found| !found.record.unfinished().iter().any(|id| stuck.contains(&id.as_str()));
-    let holds_a_server = |found: &&Found| found.again().is_some_and(|now| now.record.server.is_some());
+    let is_clean = |found: &&RecordedRun| !found.record.unfinished().iter().any(|id| stuck.contains(&id.as_str()));
+    let holds_a_server = |found: &&RecordedRun| found.again().is_some_and(|now| now.record.server.is_some());
     for found in dead.iter().filter(|found| !holds_a_server(found)).filter(is_clean) {
         if let Err(error) = found.cleaned() {
             notices.warn(&format!("the record of run {} could not be written: {error}", runs::short(&found.record.run)));
@@ -109,7 +109,7 @@ pub async fn restore_server(
     session: &Session,
     compute: &Compute,
     held: &FoundServer,
-    dead: &Found,
+    dead: &RecordedRun,
     notices: &dyn Notices,
 ) -> Result<(), JobError> {
     notices.note(&format!(

@@ -14,7 +14,7 @@ mod doctor;
 mod download;
 mod exit;
 mod flags;
-mod habits;
+mod hints;
 mod image;
 mod image_names;
 mod in_cloud;
@@ -47,8 +47,8 @@ fn main() -> ExitCode {
 
 fn run() -> ExitCode {
     complete::answer_shell(cli::Cli::command);
-    let arguments = habits::reordered(std::env::args_os());
-    match habits::hint(arguments.clone()) {
+    let arguments = hints::reordered(std::env::args_os());
+    match hints::hint(arguments.clone()) {
         Some(hint) => exit::usage(&hint),
         None => cli::dispatch(cli::Cli::parse_from(arguments)),
     }

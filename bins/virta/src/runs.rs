@@ -256,13 +256,13 @@ impl Run {
 }
 
 /// A record found in the state folder.
-pub struct Found {
+pub struct RecordedRun {
     /// What it says; a run that is dead is [`State::Killed`].
     pub record: Record,
     folder: PathBuf,
 }
 
-impl Found {
+impl RecordedRun {
     /// Its log.
     pub fn log_path(&self) -> PathBuf {
         self.folder.join(format!("{}.log", self.record.run))
@@ -313,7 +313,7 @@ fn is_live(folder: &Path, run: &str) -> bool {
     }
 }
 
-fn read(folder: &Path, run: &str) -> Option<Found> {
+fn read(folder: &Path, run: &str) -> Option<RecordedRun> {
     let mut record: Record = serde_json::from_slice(&fs::read(folder.join(format!("{run}.json"))).ok()?).ok()?;
     // of another machine's run nobody here can tell whether it lives
     if record.state == State::Running && record.host == host() && !is_live(folder, run) {
@@ -323,31 +323,31 @@ fn read(folder: &Path, run: &str) -> Option<Found> {
             record.state = State::Killed;
         }
     }
-    Some(Found { record, folder: folder.to_owned() })
+    Some(RecordedRun { record, folder: folder.to_owned() })
 }
 
 /// All runs of this user on this machine, the latest last.
-pub fn all() -> Vec<Found> {
+pub fn all() -> Vec<RecordedRun> {
     runs_folder().map(|folder| records(&folder)).unwrap_or_default()
 }
 
-fn records(folder: &Path) -> Vec<Found> {
+fn records(folder: &Path) -> Vec<RecordedRun> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let runs = names.filter_map(|name| name.strip_suffix(".json").map(str::to_owned));
-    let mut found: Vec<Found> = runs.filter_map(|run| read(folder, &run)).collect();
+    let mut found: Vec<RecordedRun> = runs.filter_map(|run| read(folder, &run)).collect();
     found.sort_by(|a, b| (&a.record.started_at, &a.record.run).cmp(&(&b.record.started_at, &b.record.run)));
     found
 }
 
 /// Runs of this machine that are over and may have left images that are of no use, or a server in another state.
-pub fn dead() -> Vec<Found> {
-    let over = |found: &Found| found.record.state != State::Running && found.record.host == host();
+pub fn dead() -> Vec<RecordedRun> {
+    let over = |found: &RecordedRun| found.record.state != State::Running && found.record.host == host();
     all().into_iter().filter(|found| over(found) && found.record.left_anything()).collect()
 }
 
 /// What is written down here of a run.
-fn found(run: &str) -> Option<Found> {
+fn found(run: &str) -> Option<RecordedRun> {
     let known = uuid::Uuid::parse_str(run).is_ok(); // a name out of an image is no path before it is looked at
     read(&runs_folder().filter(|_| known)?, run)
 }
@@ -364,7 +364,7 @@ pub fn died_here(run: &str) -> bool {
 
 /// Ids of images that runs of this machine from `source` to `destination` made, or worked on, in the project of `session`, the latest first.
 pub fn made_by(source: &str, destination: &str, session: &Session) -> Vec<String> {
-    let same = |found: &Found| {
+    let same = |found: &RecordedRun| {
         let record = &found.record;
         record.source == source && record.destination == destination && record.project == session.whoami().project_id
     };
@@ -389,7 +389,7 @@ fn boot_id() -> Option<String> {
 
 /// Forgets the oldest of many runs; never one that lives, or whose images are still to be removed.
 fn forget_old(folder: &Path) {
-    let over: Vec<Found> = {
+    let over: Vec<RecordedRun> = {
         let mut all = all();
         let keep = all.len().saturating_sub(KEPT_MAX);
         all.truncate(keep);

@@ -7,7 +7,7 @@ use stages::{
     error::JobError,
     openstack::{
         CloudConfig, CloudFlags, Session,
-        config::{Secret, Surroundings},
+        config::{Environment, Secret},
     },
     reporter::Notices,
     text::printable,
@@ -19,7 +19,7 @@ use crate::flags::CloudArgs;
 pub async fn sign_in(
     what: &str,
     arguments: &CloudArgs,
-    surroundings: &Surroundings,
+    environment: &Environment,
     notices: &dyn Notices,
     cancel: &CancelToken,
 ) -> Result<Session, JobError> {
@@ -30,7 +30,7 @@ pub async fn sign_in(
         cacert: arguments.os_cacert.clone(),
         insecure: arguments.insecure,
     };
-    let mut cloud = CloudConfig::resolve(&flags, surroundings)?;
+    let mut cloud = CloudConfig::resolve(&flags, environment)?;
     for notice in &cloud.notices {
         notices.warn(notice);
     }

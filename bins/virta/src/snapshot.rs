@@ -8,10 +8,10 @@ use serde_json::json;
 use stages::{
     convert::{After, Job, Options, Source, Verify},
     error::JobError,
-    openstack::{Compute, Image, Session, config::Surroundings},
+    openstack::{Compute, Image, Session, config::Environment},
     progress::Progress,
     reporter::Notices,
-    snapshot::{Plan, Snapshot, Waiting},
+    snapshot::{Snapshot, SnapshotPlan, Waiting},
     text::{causes, printable, shell_word, size},
 };
 
@@ -156,7 +156,7 @@ async fn snapshot(
         return Err(JobError::Usage("the image needs a name of 1 to 255 bytes".to_owned()));
     }
     let signing_in = async {
-        let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+        let session = sign_in("cloud", &arguments.cloud, &Environment::current(), display, cancel).await?;
         run.in_cloud(&session);
         let compute = Compute::connect(&session).await?;
         let server = compute.find(&arguments.server).await?;
@@ -173,7 +173,7 @@ async fn snapshot(
         for name in [name, raw_name.as_str()] {
             check_free(&session, name, arguments.force).await?;
         }
-        Plan::new(&compute, server, &raw_name, arguments.live).await
+        SnapshotPlan::new(&compute, server, &raw_name, arguments.live).await
     };
     let plan = cancel.guard(looking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
     plan.lines.iter().for_each(|line| display.note(line));
@@ -207,7 +207,7 @@ async fn snapshot(
 /// A server that another run of this machine holds: one that lives is not disturbed, what a dead one did is taken back first. Says whether
 /// there was anything.
 async fn put_right(session: &Session, compute: &Compute, server: &str, display: &Display) -> Result<bool, JobError> {
-    let holds = |found: &runs::Found| found.record.server.as_ref().is_some_and(|held| held.id == server);
+    let holds = |found: &runs::RecordedRun| found.record.server.as_ref().is_some_and(|held| held.id == server);
     if let Some(live) = runs::all().into_iter().find(|found| holds(found) && found.record.state == State::Running) {
         // this very run holds nothing yet
         return Err(JobError::Usage(format!(

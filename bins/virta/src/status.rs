@@ -12,7 +12,7 @@ use stages::text::printable;
 use crate::{
     exit,
     flags::FormatChoice,
-    runs::{self, Found, Record, State},
+    runs::{self, Record, RecordedRun, State},
 };
 
 #[derive(Args)]
@@ -93,7 +93,7 @@ pub async fn status(arguments: StatusArgs) -> ExitCode {
 }
 
 /// A run's record and the end of its log; followed until it is over.
-async fn show(found: &Found, follow: bool) -> ExitCode {
+async fn show(found: &RecordedRun, follow: bool) -> ExitCode {
     let record = &found.record;
     _ = exit::print(&format!(
         "run {}, {}, process {}, started {}\n{} -> {}",

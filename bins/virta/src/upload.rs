@@ -13,7 +13,7 @@ use stages::{
     error::JobError,
     inspect::format::{Identified, check_qcow2, identify},
     magic::DiskFormat,
-    openstack::{Session, config::Surroundings},
+    openstack::{Session, config::Environment},
     progress::Progress,
     reporter::Notices,
     retry::Patience,
@@ -143,7 +143,7 @@ async fn upload(
         )));
     }
     let signing_in = async {
-        let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+        let session = sign_in("cloud", &arguments.cloud, &Environment::current(), display, cancel).await?;
         run.in_cloud(&session);
         leftovers::clean_up_before(&session, display, cancel).await?;
         Ok::<_, JobError>(session)

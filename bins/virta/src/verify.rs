@@ -8,7 +8,7 @@ use stages::{
     convert::readback::{Target, compare},
     error::JobError,
     glance::Remote,
-    openstack::{Session, config::Surroundings},
+    openstack::{Session, config::Environment},
     progress::Progress,
     reporter::Notices,
     retry::{Patience, Retries},
@@ -72,7 +72,7 @@ pub async fn run(arguments: VerifyArgs) -> ExitCode {
 async fn verify(arguments: &VerifyArgs, progress: &Progress, display: &Display, cancel: &CancelToken) -> Result<u64, JobError> {
     let ends = [End::parse(&arguments.a), End::parse(&arguments.b)];
     let session = match ends.iter().any(|end| matches!(end, End::Glance(_))) {
-        true => Some(sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?),
+        true => Some(sign_in("cloud", &arguments.cloud, &Environment::current(), display, cancel).await?),
         false => None,
     };
     let told = display.clone();

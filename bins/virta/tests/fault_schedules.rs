@@ -17,7 +17,7 @@ use stages::{
     compress::{Codec, Compression},
     convert::{Conversion, Job, Options, Report, Source, Verify, to_glance::to_glance},
     error::JobError,
-    openstack::{CloudConfig, CloudFlags, Session, config::Surroundings},
+    openstack::{CloudConfig, CloudFlags, Session, config::Environment},
     progress::Progress,
     qcow2::{Qcow2, verify},
     reporter::Notices,
@@ -144,8 +144,8 @@ async fn convert(service: &MiniGlance, name: &str, options: Options, lines: &Arc
     let clouds = folder.path().join("clouds.yaml");
     std::fs::write(&clouds, service.clouds_yaml()).unwrap();
     let env = [("OS_CLIENT_CONFIG_FILE".to_owned(), clouds.display().to_string())].into();
-    let surroundings = Surroundings { env, cwd: folder.path().to_owned() };
-    let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &surroundings)?).await?;
+    let environment = Environment { env, cwd: folder.path().to_owned() };
+    let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &environment)?).await?;
     let source = Source::glance(&session, name).await?;
     let notices: Arc<dyn Notices> = Arc::clone(lines) as Arc<dyn Notices>;
     let job = Job::new(source, options, &Progress::default(), &notices, &CancelToken::new());

@@ -3,7 +3,7 @@
 //! Which it is, its first bytes tell: `[` or `{` is JSON, a first line that names the column `image` is CSV, anything else is a name or an
 //! id a line. A `#` begins a comment line in a plain list.
 
-use super::Wish;
+use super::Request;
 
 /// More than that in one list is a mistake, or an attack.
 pub const WISHES_MAX: usize = 100_000;
@@ -29,102 +29,102 @@ fn at(line: usize, what: impl Into<String>) -> ListError {
 ///
 /// # Errors
 /// [`ListError`]; nothing of a list with an error is used.
-pub fn parse(text: &str) -> Result<Vec<Wish>, ListError> {
+pub fn parse(text: &str) -> Result<Vec<Request>, ListError> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let wishes = match text.trim_start().chars().next() {
+    let requests = match text.trim_start().chars().next() {
         Some('[') => array(text)?,
         Some('{') => objects(text)?,
         _ if is_csv(text) => csv(text)?,
         _ => lines(text)?,
     };
-    if wishes.len() > WISHES_MAX {
+    if requests.len() > WISHES_MAX {
         return Err(at(WISHES_MAX + 1, format!("more than {WISHES_MAX} images")));
     }
-    Ok(wishes)
+    Ok(requests)
 }
 
-/// One wish: JSON, or a name or an id. The form in which engines hand it over.
+/// One request: JSON, or a name or an id. The form in which engines hand it over.
 ///
 /// # Errors
 /// [`ListError`].
-pub fn parse_one(text: &str) -> Result<Wish, ListError> {
-    let mut wishes = match text.trim_start().chars().next() {
+pub fn parse_one(text: &str) -> Result<Request, ListError> {
+    let mut requests = match text.trim_start().chars().next() {
         // a JSON string is what HyperQueue makes of a plain item
-        Some('"') => vec![Wish::of(&serde_json::from_str::<String>(text.trim()).map_err(|error| at(1, error.to_string()))?)],
+        Some('"') => vec![Request::of(&serde_json::from_str::<String>(text.trim()).map_err(|error| at(1, error.to_string()))?)],
         Some('{') => objects(text)?,
         Some('[') => return Err(at(1, "an array, where one image was expected")),
         _ if text.trim() == "null" => return Err(at(1, "null, where an image was expected")),
         _ => lines(text)?,
     };
-    match wishes.len() {
-        1 => Ok(wishes.remove(0)),
+    match requests.len() {
+        1 => Ok(requests.remove(0)),
         0 => Err(at(1, "it is empty, where an image was expected")),
         more => Err(at(2, format!("{more} images, where one was expected"))),
     }
 }
 
-fn checked(wish: Wish, line: usize) -> Result<Wish, ListError> {
-    if wish.image.trim().is_empty() {
+fn checked(request: Request, line: usize) -> Result<Request, ListError> {
+    if request.image.trim().is_empty() {
         return Err(at(line, "image is empty"));
     }
-    if wish.image.len() > WORD_BYTES_MAX {
+    if request.image.len() > WORD_BYTES_MAX {
         return Err(at(line, "that is no image's name: it is far too long"));
     }
-    Ok(wish)
+    Ok(request)
 }
 
-fn lines(text: &str) -> Result<Vec<Wish>, ListError> {
-    let mut wishes = Vec::new();
+fn lines(text: &str) -> Result<Vec<Request>, ListError> {
+    let mut requests = Vec::new();
     for (number, line) in text.lines().map(str::trim).enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
         if number == 0 && (line.starts_with("image;") || line.starts_with("image\t")) {
             return Err(at(1, "columns are separated by commas"));
         }
-        wishes.push(checked(Wish::of(line), number + 1)?);
+        requests.push(checked(Request::of(line), number + 1)?);
     }
-    Ok(wishes)
+    Ok(requests)
 }
 
-fn array(text: &str) -> Result<Vec<Wish>, ListError> {
+fn array(text: &str) -> Result<Vec<Request>, ListError> {
     #[derive(serde::Deserialize)]
     #[serde(untagged)]
     enum Item {
         Word(String),
-        Wish(Wish),
+        Request(Request),
     }
     // element by element, so that an error says more than that no variant fits
     let items: Vec<&serde_json::value::RawValue> =
         serde_json::from_str(text).map_err(|error| at(error.line(), error.to_string()))?;
-    let mut wishes = Vec::with_capacity(items.len());
+    let mut requests = Vec::with_capacity(items.len());
     let mut line = 1;
     let mut passed = 0;
     for item in items {
         let start = item.get().as_ptr() as usize - text.as_ptr() as usize;
         line += text[passed..start].matches('\n').count();
         passed = start;
-        let wish = match item.get().starts_with('{') {
-            true => serde_json::from_str(item.get()).map(Item::Wish),
+        let request = match item.get().starts_with('{') {
+            true => serde_json::from_str(item.get()).map(Item::Request),
             false => serde_json::from_str(item.get()).map(Item::Word),
         };
-        let wish = match wish.map_err(|error| at(line, error.to_string()))? {
-            Item::Word(word) => Wish::of(&word),
-            Item::Wish(wish) => wish,
+        let request = match request.map_err(|error| at(line, error.to_string()))? {
+            Item::Word(word) => Request::of(&word),
+            Item::Request(request) => request,
         };
-        wishes.push(checked(wish, line)?);
+        requests.push(checked(request, line)?);
     }
-    Ok(wishes)
+    Ok(requests)
 }
 
-fn objects(text: &str) -> Result<Vec<Wish>, ListError> {
+fn objects(text: &str) -> Result<Vec<Request>, ListError> {
     // a single one may be spread over lines
-    if let Ok(wish) = serde_json::from_str(text) {
-        return Ok(vec![checked(wish, 1)?]);
+    if let Ok(request) = serde_json::from_str(text) {
+        return Ok(vec![checked(request, 1)?]);
     }
-    let mut wishes = Vec::new();
+    let mut requests = Vec::new();
     for (line, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
-        let wish = serde_json::from_str(text).map_err(|error| at(line + 1, error.to_string()))?;
-        wishes.push(checked(wish, line + 1)?);
+        let request = serde_json::from_str(text).map_err(|error| at(line + 1, error.to_string()))?;
+        requests.push(checked(request, line + 1)?);
     }
-    Ok(wishes)
+    Ok(requests)
 }
 
 fn is_csv(text: &str) -> bool {
@@ -133,7 +133,7 @@ fn is_csv(text: &str) -> bool {
         || head.contains(',') && head.split(',').any(|column| column.trim().trim_matches('"').eq_ignore_ascii_case("image"))
 }
 
-fn csv(text: &str) -> Result<Vec<Wish>, ListError> {
+fn csv(text: &str) -> Result<Vec<Request>, ListError> {
     let wrong = |error: &::csv::Error, what: String| {
         let line = error.position().map_or(1, |position| usize::try_from(position.line()).unwrap_or(1));
         at(line, what)
@@ -148,7 +148,7 @@ fn csv(text: &str) -> Result<Vec<Wish>, ListError> {
             return Err(at(1, format!("column {column:?} is there twice")));
         }
     }
-    let mut wishes = Vec::new();
+    let mut requests = Vec::new();
     for record in reader.records() {
         let record = record.map_err(|error| match error.kind() {
             ::csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
@@ -157,17 +157,17 @@ fn csv(text: &str) -> Result<Vec<Wish>, ListError> {
             _ => wrong(&error, error.to_string()),
         })?;
         let line = record.position().map_or(1, |position| usize::try_from(position.line()).unwrap_or(1));
-        let mut wish = Wish::default();
+        let mut request = Request::default();
         for (column, value) in head.iter().zip(record.iter()) {
-            set(&mut wish, column, value).map_err(|what| at(line, what))?;
+            set(&mut request, column, value).map_err(|what| at(line, what))?;
         }
-        wishes.push(checked(wish, line)?);
+        requests.push(checked(request, line)?);
     }
-    Ok(wishes)
+    Ok(requests)
 }
 
 /// One cell. An empty one says nothing.
-fn set(wish: &mut Wish, column: &str, value: &str) -> Result<(), String> {
+fn set(request: &mut Request, column: &str, value: &str) -> Result<(), String> {
     let yes = |value: &str| match value.to_ascii_lowercase().as_str() {
         "yes" | "true" | "1" => Ok(Some(true)),
         "no" | "false" | "0" => Ok(Some(false)),
@@ -176,19 +176,20 @@ fn set(wish: &mut Wish, column: &str, value: &str) -> Result<(), String> {
     let lower = column.to_ascii_lowercase();
     let text = || Some(value.to_owned());
     match lower.as_str() {
-        "image" => value.clone_into(&mut wish.image),
+        "image" => value.clone_into(&mut request.image),
         _ if value.is_empty() => {}
-        "name" => wish.name = text(),
-        "compress" => wish.compress = text(),
-        "verify" => wish.verify = text(),
+        "name" => request.name = text(),
+        "compress" => request.compress = text(),
+        "verify" => request.verify = text(),
         "compress_level" => {
-            wish.compress_level = Some(value.parse().map_err(|_| format!("compress_level has to be a number, not {value:?}"))?);
+            request.compress_level =
+                Some(value.parse().map_err(|_| format!("compress_level has to be a number, not {value:?}"))?);
         }
-        "delete_source" => wish.delete_source = yes(value)?,
-        "replace" => wish.replace = yes(value)?,
-        "copy_members" => wish.copy_members = yes(value)?,
+        "delete_source" => request.delete_source = yes(value)?,
+        "replace" => request.replace = yes(value)?,
+        "copy_members" => request.copy_members = yes(value)?,
         _ => match property(column) {
-            Some(key) => drop(wish.properties.insert(key.to_owned(), value.to_owned())),
+            Some(key) => drop(request.properties.insert(key.to_owned(), value.to_owned())),
             None => return Err(format!("{value:?} stands under a heading that is empty")),
         },
     }
@@ -221,28 +222,28 @@ mod tests {
 
     #[test]
     fn all_forms_of_a_list_say_the_same() {
-        let plain = vec![Wish::of("a b"), Wish::of("c")];
+        let plain = vec![Request::of("a b"), Request::of("c")];
         assert_eq!(parse("# mine\na b\n\n  c\n").unwrap(), plain);
         assert_eq!(parse("[\"a b\", {\"image\": \"c\"}]").unwrap(), plain);
         assert_eq!(parse("{\"image\":\"a b\"}\n{\"image\":\"c\"}\n").unwrap(), plain);
         assert_eq!(parse("name,image\n,a b\n,c\n").unwrap(), plain);
-        assert_eq!(parse("{\n  \"image\": \"c\"\n}\n").unwrap(), [Wish::of("c")]);
+        assert_eq!(parse("{\n  \"image\": \"c\"\n}\n").unwrap(), [Request::of("c")]);
         assert_eq!(parse("").unwrap(), []);
         assert_eq!(parse("image\na b\nc\n").unwrap(), plain);
-        let full = Wish {
+        let full = Request {
             name: Some("new, with a comma".into()),
             properties: [("os_distro".to_owned(), "debian".to_owned())].into(),
             compress: Some("zstd".into()),
             delete_source: Some(true),
-            ..Wish::of("c")
+            ..Request::of("c")
         };
         let csv = "image,name,property:os_distro,compress,delete_source\nc,\"new, with a comma\",debian,zstd,yes\n";
         assert_eq!(parse(csv).unwrap(), std::slice::from_ref(&full));
         let json = serde_json::to_string(&full).unwrap();
         assert_eq!(parse(&json).unwrap(), std::slice::from_ref(&full));
         assert_eq!(parse_one(&json).unwrap(), full);
-        assert_eq!(parse_one("\"a b\"").unwrap(), Wish::of("a b"));
-        assert_eq!(parse_one("a b").unwrap(), Wish::of("a b"));
+        assert_eq!(parse_one("\"a b\"").unwrap(), Request::of("a b"));
+        assert_eq!(parse_one("a b").unwrap(), Request::of("a b"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Many images at once: a plan, one set of budgets for all, a journal, and an answer for each at the end.
 //!
 //! ```text
-//! wishes ─┐                        ┌─ conversion ─┐
+//! requests ─┐                        ┌─ conversion ─┐
 //! filters ┴> plan ──> queue ──> shares: memory, connections, workers, scratch
 //!             ▲                    └─ conversion ─┘ ──> outcome ──> journal, events, summary
 //!     one list of images, journal            │ again at the end · held by another run · stop
@@ -9,18 +9,18 @@
 //!
 //! | module | noun |
 //! |---|---|
-//! | [`wish`] | one thing that is asked for: an image, its new name, its own flags |
-//! | [`list`] | wishes out of lines, CSV or JSON |
-//! | [`select`] | wishes out of what the project has |
+//! | [`request`] | one thing that is asked for: an image, its new name, its own flags |
+//! | [`list`] | requests out of lines, CSV or JSON |
+//! | [`select`] | requests out of what the project has |
 //! | [`listing`] | what the project has |
-//! | [`plan`] | what becomes of each wish, told before anything is done |
+//! | [`plan`] | what becomes of each request, told before anything is done |
 //! | [`shares`] | the budgets, and each conversion's part of them |
 //! | [`journal`] | what happened, line by line, for the run that comes after a kill |
 //! | [`run`] | the runner: a plain type, with a callback for events |
 //! | [`outcome`] | what became of each, and of all |
 //!
 //! # Words
-//! - *Wish*: what the user typed. *Entry*: a wish with its image and a verdict. *Outcome*: what became of it.
+//! - *Request*: what the user typed. *Entry*: a request with its image and a verdict. *Outcome*: what became of it.
 //! - *Held*: another run, here or elsewhere, has claimed the source ([`crate::ownership`]).
 //!
 //! # Invariants
@@ -46,15 +46,15 @@ pub mod list;
 pub mod listing;
 pub mod outcome;
 pub mod plan;
+pub mod request;
 pub mod run;
 pub mod select;
 pub mod shares;
-pub mod wish;
 
 pub use event::Event;
 pub use journal::Journal;
 pub use listing::Listing;
 pub use outcome::{Outcome, Summary};
 pub use plan::{Entry, Plan, Verdict};
+pub use request::Request;
 pub use run::Batch;
-pub use wish::Wish;

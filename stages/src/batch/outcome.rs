@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use super::Wish;
-use crate::{convert::Report, error::Nature};
+use super::Request;
+use crate::{convert::Report, error::FailureKind};
 
 /// What became of one.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -89,9 +89,9 @@ impl Outcome {
 pub struct Line {
     /// What was typed, or the id that a filter chose.
     pub word: String,
-    /// The wish, with what is different for this one.
+    /// The request, with what is different for this one.
     #[serde(skip)]
-    pub wish: Wish,
+    pub request: Request,
     /// The source's id; null where there is none.
     pub id: Option<String>,
     /// Its name.
@@ -168,6 +168,6 @@ pub fn task_exit_code(outcome: &Outcome) -> u8 {
 }
 
 /// Would another command go better?
-pub(super) const fn is_transient(nature: Nature) -> bool {
-    matches!(nature, Nature::Transient | Nature::Quota | Nature::Held)
+pub(super) const fn is_transient(failure_kind: FailureKind) -> bool {
+    matches!(failure_kind, FailureKind::Transient | FailureKind::Quota | FailureKind::Held)
 }

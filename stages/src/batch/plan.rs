@@ -1,10 +1,10 @@
-//! What becomes of each wish, told before anything is done.
+//! What becomes of each request, told before anything is done.
 //!
 //! It is made of one list of the project's images, the journal, and nothing else: a hundred images cost a request or two.
 
 use std::collections::HashMap;
 
-use super::{Journal, Listing, Wish};
+use super::{Journal, Listing, Request};
 use crate::{
     convert::{
         After, Options, Verify,
@@ -21,7 +21,7 @@ use crate::{
     text::{counted, printable},
 };
 
-/// What is to be done about a wish.
+/// What is to be done about a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Convert it.
@@ -48,11 +48,11 @@ pub enum Verdict {
     },
 }
 
-/// A wish, its image, and what is to be done about it.
+/// A request, its image, and what is to be done about it.
 #[derive(Clone, Debug)]
 pub struct Entry {
     /// What was typed, or the id that a filter chose.
-    pub wish: Wish,
+    pub request: Request,
     /// The image, if there is one.
     pub image: Option<Image>,
     /// The new image's name.
@@ -79,14 +79,14 @@ impl Entry {
     /// Its name for people.
     #[must_use]
     pub fn shown(&self) -> String {
-        self.image.as_ref().map_or_else(|| printable(&self.wish.image), Image::shown)
+        self.image.as_ref().map_or_else(|| printable(&self.request.image), Image::shown)
     }
 }
 
 /// A plan.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// In the order of the wishes.
+    /// In the order of the requests.
     pub entries: Vec<Entry>,
     /// What the user should know.
     pub notes: Vec<String>,
@@ -163,16 +163,16 @@ impl<'a> Project<'a> {
 }
 
 impl Plan {
-    /// Makes a plan for `wishes` out of what the project has.
+    /// Makes a plan for `requests` out of what the project has.
     ///
     /// `options` are those for all; `template` names what has no name of its own.
     ///
     /// # Errors
-    /// [`JobError::Usage`] for a wish that contradicts itself, or a template that makes no sense.
+    /// [`JobError::Usage`] for a request that contradicts itself, or a template that makes no sense.
     pub fn make(
         session: &Session,
         listing: Listing,
-        wishes: Vec<Wish>,
+        requests: Vec<Request>,
         options: &Options,
         template: &str,
         journal: Option<&Journal>,
@@ -181,16 +181,16 @@ impl Plan {
         let (mut entries, mut notes) = (Vec::<Entry>::new(), Vec::new());
         let mut ids: HashMap<String, usize> = HashMap::new();
         let mut new_names: HashMap<String, usize> = HashMap::new();
-        for wish in wishes {
-            let word = wish.image.clone();
+        for request in requests {
+            let word = request.image.clone();
             let usage = |what: String| JobError::Usage(format!("{}: {what}", printable(&word)));
-            let own = wish.options(options).map_err(usage)?;
-            let found = project.find(&wish, template, journal, &mut notes);
+            let own = request.options(options).map_err(usage)?;
+            let found = project.find(&request, template, journal, &mut notes);
             let (image, mut verdict) = match found {
                 Ok(image) => (Some(image), None),
                 Err(verdict) => (None, Some(verdict)),
             };
-            let new_name = match (&wish.name, image) {
+            let new_name = match (&request.name, image) {
                 // the mark gives it the source's name at once
                 (_, Some(image)) if own.after == After::Replace => image.name.clone().unwrap_or_default(),
                 (Some(name), _) => name.clone(),
@@ -202,7 +202,7 @@ impl Plan {
                     ids.insert(image.id.clone(), first);
                     verdict = Some(skip("it is in the list twice"));
                 }
-                let judged = || project.judge(image, &new_name, &own, wish.name.is_none());
+                let judged = || project.judge(image, &new_name, &own, request.name.is_none());
                 let judged = verdict.unwrap_or_else(judged);
                 verdict = Some(match judged {
                     Verdict::Convert => match new_names.get(&new_name) {
@@ -224,8 +224,8 @@ impl Plan {
                 });
             }
             let verdict = verdict.unwrap_or(Verdict::Fail { reason: "there is no such image".to_owned() });
-            let options = Options { any_name: wish.name.is_none(), ..own };
-            entries.push(Entry { wish, image: image.cloned(), new_name, options, verdict });
+            let options = Options { any_name: request.name.is_none(), ..own };
+            entries.push(Entry { request, image: image.cloned(), new_name, options, verdict });
         }
         Ok(Self { entries, notes, listing })
     }
@@ -290,17 +290,17 @@ fn skip(reason: &str) -> Verdict {
 }
 
 impl<'a> Project<'a> {
-    /// The image that a wish means; else what is to be said of it.
+    /// The image that a request means; else what is to be said of it.
     fn find(
         &self,
-        wish: &Wish,
+        request: &Request,
         template: &str,
         journal: Option<&Journal>,
         notes: &mut Vec<String>,
     ) -> Result<&'a Image, Verdict> {
         // an image may be called glance:…
-        let literal = self.by_name.contains_key(wish.image.as_str());
-        let word = wish.image.strip_prefix("glance:").filter(|_| !literal).unwrap_or(&wish.image);
+        let literal = self.by_name.contains_key(request.image.as_str());
+        let word = request.image.strip_prefix("glance:").filter(|_| !literal).unwrap_or(&request.image);
         if let Ok(id) = uuid::Uuid::parse_str(word) {
             let id = id.hyphenated().to_string();
             if let Some(image) = self.by_id.get(id.as_str()) {
@@ -318,7 +318,7 @@ impl<'a> Project<'a> {
             named.retain(|image| image.id == source.id);
         }
         // the journal has what was typed
-        let before = journal.map(|journal| journal.meanings(&wish.image)).unwrap_or_default();
+        let before = journal.map(|journal| journal.meanings(&request.image)).unwrap_or_default();
         match named.as_slice() {
             [image] => {
                 // another one than when this batch began: is that one dealt with?
@@ -363,7 +363,7 @@ impl<'a> Project<'a> {
             }
         }
         // without a journal that knows it: an image of the name that the conversion would have, whose source is gone
-        let new_name = wish.name.clone().unwrap_or_else(|| template.replace("{name}", word));
+        let new_name = request.name.clone().unwrap_or_else(|| template.replace("{name}", word));
         let made = self.by_name.get(new_name.as_str()).into_iter().flatten().find(|made| {
             let source = made.property(SOURCE_ID);
             source.is_some_and(|source| !self.by_id.contains_key(source)) && self.is_proven(made)
@@ -480,7 +480,7 @@ impl<'a> Project<'a> {
         Verdict::Convert
     }
 
-    /// The finished conversion that answers a wish, and whether it is proven as strictly as asked: by the look that the conversion itself would begin with.
+    /// The finished conversion that answers a request, and whether it is proven as strictly as asked: by the look that the conversion itself would begin with.
     fn made_earlier(&self, image: &Image, new_name: &str, options: &Options, any_name: bool) -> Option<(String, bool)> {
         let family = family_of(Some(image), self.session, new_name, options.force);
         let asked = match options.verify {

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     convert::{After, Options, report::rss_peak_bytes},
-    error::{JobError, Nature},
+    error::{FailureKind, JobError},
     openstack::Session,
     progress::Progress,
     reporter::Notices,
@@ -93,7 +93,7 @@ struct Later {
     tries: u32,
     due: Instant,
     error: String,
-    nature: Nature,
+    failure_kind: FailureKind,
     /// How many sources had gone when it failed.
     freed: usize,
 }
@@ -188,7 +188,7 @@ impl Runner {
                     Verdict::Skip { .. } => "skip",
                     Verdict::Fail { .. } => "fail",
                 };
-                let fields = json!({ "id": image.id, "word": entry.wish.image, "name": image.name, "bytes": image.size, "new_name": entry.new_name, "verdict": verdict });
+                let fields = json!({ "id": image.id, "word": entry.request.image, "name": image.name, "bytes": image.size, "new_name": entry.new_name, "verdict": verdict });
                 self.write("planned", &fields);
             }
         }
@@ -201,7 +201,7 @@ impl Runner {
             let worth_it = self.later.iter().filter(|later| self.is_worth_it(later)).map(|later| later.due);
             let due = worth_it.min().filter(|_| self.stopped.is_none() && self.queue.is_empty() && !blocked);
             if self.running.is_empty() && due.is_none() {
-                if self.stopped.is_none() && self.later.iter().any(|later| later.nature == Nature::Quota) {
+                if self.stopped.is_none() && self.later.iter().any(|later| later.failure_kind == FailureKind::Quota) {
                     self.stop("the quota for images is full");
                 }
                 return;
@@ -218,7 +218,7 @@ impl Runner {
 
     /// May another try go better? For what did not fit: has a source gone since?
     fn is_worth_it(&self, later: &Later) -> bool {
-        later.nature != Nature::Quota || self.freed > later.freed
+        later.failure_kind != FailureKind::Quota || self.freed > later.freed
     }
 
     /// Begins as many as there are slots. `true`: there is one that waits for a part of the budgets.
@@ -312,7 +312,7 @@ impl Runner {
 
     /// What a failure means for this entry (`None`: it comes again) and for the whole.
     fn failed(&mut self, index: usize, tries: u32, error: &JobError) -> Option<Outcome> {
-        let nature = error.nature();
+        let failure_kind = error.failure_kind();
         let mut text = causes(error);
         if let Some((cut, _)) = text.char_indices().nth(ERROR_CHARS) {
             text.truncate(cut);
@@ -320,46 +320,47 @@ impl Runner {
         let limits = self.batch.limits;
         let freed_later = self.under_way.values().any(|(_, _, goes)| *goes);
         let last_try = tries >= limits.tries;
-        let again = match nature {
-            Nature::Transient => !last_try,
+        let again = match failure_kind {
+            FailureKind::Transient => !last_try,
             // room may come from what still runs and deletes its source
-            Nature::Quota => freed_later,
+            FailureKind::Quota => freed_later,
             // it ends: with the other run's work, or with its claim
-            Nature::Held => limits.wait,
-            Nature::Permanent | Nature::Credentials | Nature::Interrupted => false,
+            FailureKind::Held => limits.wait,
+            FailureKind::Permanent | FailureKind::Credentials | FailureKind::Interrupted => false,
         };
         if self.batch.cancel.is_cancelled() {
             let _ = self.stopped.get_or_insert_with(|| "interrupted".to_owned());
         }
         if again && self.stopped.is_none() {
-            let pause = match nature {
-                Nature::Held => limits.pause,
+            let pause = match failure_kind {
+                FailureKind::Held => limits.pause,
                 _ => limits.pause * (1 << (tries - 1).min(4)),
             };
             (self.batch.listener)(&Event::Later { index, error: &text });
-            let tries = if nature == Nature::Transient { tries } else { tries - 1 };
+            let tries = if failure_kind == FailureKind::Transient { tries } else { tries - 1 };
             // what fails for the moment counts, too: where nothing works any more, the rest is not even begun
-            let failing = 1 + self.failures + self.later.iter().filter(|later| later.nature == Nature::Transient).count();
-            if nature == Nature::Transient && limits.max_failures.is_some_and(|most| failing >= most) {
+            let failing =
+                1 + self.failures + self.later.iter().filter(|later| later.failure_kind == FailureKind::Transient).count();
+            if failure_kind == FailureKind::Transient && limits.max_failures.is_some_and(|most| failing >= most) {
                 self.stop(&format!("{failing} have failed (--max-failures)"));
             }
-            self.later.push(Later { index, tries, due: Instant::now() + pause, error: text, nature, freed: self.freed });
+            self.later.push(Later { index, tries, due: Instant::now() + pause, error: text, failure_kind, freed: self.freed });
             return None;
         }
-        match nature {
-            Nature::Interrupted if text == "interrupted" => {
+        match failure_kind {
+            FailureKind::Interrupted if text == "interrupted" => {
                 return Some(Outcome::Interrupted { reason: "nothing half-made is left of it".to_owned() });
             }
-            Nature::Interrupted => return Some(Outcome::Interrupted { reason: text }),
-            Nature::Held => return Some(Outcome::Held { error: text }),
-            Nature::Quota => self.stop("the quota for images is full"),
-            Nature::Credentials => self.stop("the credentials are not good any more"),
-            Nature::Permanent | Nature::Transient => {}
+            FailureKind::Interrupted => return Some(Outcome::Interrupted { reason: text }),
+            FailureKind::Held => return Some(Outcome::Held { error: text }),
+            FailureKind::Quota => self.stop("the quota for images is full"),
+            FailureKind::Credentials => self.stop("the credentials are not good any more"),
+            FailureKind::Permanent | FailureKind::Transient => {}
         }
         Some(Outcome::Failed {
             error: text,
             tries: tries.min(limits.tries),
-            transient: is_transient(nature),
+            transient: is_transient(failure_kind),
             exit_code: error.exit_code(),
         })
     }
@@ -404,8 +405,8 @@ impl Runner {
         let interrupted = self.batch.cancel.is_cancelled();
         let why = self.stopped.clone().unwrap_or_else(|| "the batch ended before".to_owned());
         for later in std::mem::take(&mut self.later) {
-            let outcome = match later.nature {
-                Nature::Held => Outcome::Held { error: later.error },
+            let outcome = match later.failure_kind {
+                FailureKind::Held => Outcome::Held { error: later.error },
                 _ => Outcome::Failed { error: later.error, tries: later.tries.max(1), transient: true, exit_code: 1 },
             };
             self.conclude(later.index, outcome, 0.0);
@@ -426,11 +427,11 @@ impl Runner {
                     bytes: entry.image.as_ref().and_then(|image| image.size),
                     id: entry.image.as_ref().map(|image| image.id.clone()),
                     name: entry.image.as_ref().and_then(|image| image.name.clone()),
-                    word: entry.wish.image.clone(),
+                    word: entry.request.image.clone(),
                     source_deleted: entry.is_work()
                         && entry.options.after != After::Keep
                         && matches!(outcome, Outcome::Done { .. } | Outcome::Earlier { .. }),
-                    wish: entry.wish.clone(),
+                    request: entry.request.clone(),
                     new_name: Some(entry.new_name).filter(|name| !name.is_empty()),
                     outcome,
                 }

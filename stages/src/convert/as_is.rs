@@ -16,7 +16,7 @@ use super::{
     drive::{Both, Filled, Finished, Work, drive},
     maker::Maker,
     report::HashReport,
-    sending::{Content, Sending, Sent},
+    transfer::{ImageBytes, Sent, Transfer},
 };
 use crate::{
     disk::SourceError,
@@ -135,7 +135,7 @@ struct FileContent {
     identity: Identity,
 }
 
-impl Content for FileContent {
+impl ImageBytes for FileContent {
     fn bytes(&self) -> u64 {
         self.identity.bytes
     }
@@ -274,9 +274,9 @@ struct Sender<'a> {
 
 impl Work for Sender<'_> {
     async fn fill(&mut self, maker: &Maker<'_>, id: &str) -> Result<Filled, JobError> {
-        let sending = Sending { maker, content: &self.content, progress: self.progress };
-        let Sent::Active(active) = sending.until_active(id, &mut self.tries).await? else { return Ok(Filled::Useless) };
-        self.image_hash = sending.compare(&active.image, &active.emitted).await?;
+        let transfer = Transfer { maker, content: &self.content, progress: self.progress };
+        let Sent::Active(active) = transfer.until_active(id, &mut self.tries).await? else { return Ok(Filled::Useless) };
+        self.image_hash = transfer.compare(&active.image, &active.emitted).await?;
         Ok(Filled::Proven(Mark::of(&active.image, if self.image_hash.checked { Proof::Hash } else { Proof::Sent })))
     }
 

@@ -40,12 +40,12 @@ pub mod readback;
 mod reading;
 pub mod report;
 pub mod retire;
-mod sending;
 pub mod source;
 mod survey;
 pub mod to_file;
 pub mod to_glance;
 pub mod to_stream;
+mod transfer;
 
 pub use job::Job;
 pub use options::{After, Options, Verify};

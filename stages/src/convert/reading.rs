@@ -12,7 +12,7 @@ use crate::{
         read::{PlanReads, ReadExtents},
     },
     extent::Classified,
-    glance::{Fetch, Remote, fetch::Plan},
+    glance::{Fetch, Remote, fetch::FetchPlan},
     watermark::Watermark,
     zero::classify::Classify,
 };
@@ -62,7 +62,7 @@ impl Job {
             Source::Glance { .. } => {
                 let fetch = Fetch {
                     remote: self.source_remote().expect("it is an image"),
-                    plan: Plan::All,
+                    plan: FetchPlan::All,
                     only_raw: true,
                     connections: connections_within(options.connections, pool),
                     all_at_once: options.all_connections,

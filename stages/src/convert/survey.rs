@@ -23,13 +23,13 @@ use crate::{
         uring::{UringExecutor, UringQueue},
     },
     error::JobError,
-    extent::{Chunk, EXTENT_BYTES, Placed, PlacedRun},
+    extent::{Chunk, EXTENT_BYTES, StoredExtent, StoredRun},
     glance::{Fetch, Trickle, fetch},
     hash::{ExpectedHash, HashLane, Hasher},
     progress::Phase,
     qcow2::{Geometry, Layout},
     store::{
-        Collect, Emit, EmitReport, Keep, KeptIn, MemoryStore, ReadAgain, Rebuilt, Recheck, ScratchFile, ScratchWrite, Survey,
+        Collect, Emit, EmitReport, Keep, MemoryStore, ReadAgain, Rebuilt, Recheck, ScratchFile, ScratchWrite, Survey, Tier,
         collect::HELD_MAX, keep::Overflow,
     },
     text::size,
@@ -158,7 +158,7 @@ impl Job {
         let mut tiers = Tiers { memory_bytes: store.used_bytes(), source_bytes: 0 };
         let mut again_bytes = 0;
         for extent in &survey.extents {
-            if matches!(extent.kept, KeptIn::Source) {
+            if matches!(extent.kept, Tier::Source) {
                 tiers.source_bytes += extent.guest.bytes();
                 again_bytes = if access == Access::Random { again_bytes + extent.guest.bytes() } else { extent.guest.end.0 };
             }
@@ -177,10 +177,10 @@ impl Job {
 
     fn with_scratch(
         &self,
-        pipeline: Pipeline<Placed>,
+        pipeline: Pipeline<StoredExtent>,
         scratch: &ScratchFile,
         memory_bytes: u64,
-    ) -> Result<Pipeline<Placed>, JobError> {
+    ) -> Result<Pipeline<StoredExtent>, JobError> {
         let folder = self.options.scratch.as_deref().ok_or_else(|| JobError::bug("a scratch file without a folder"))?;
         let file = open_again(scratch)?;
         // what a pipe gave and nothing keeps is lost
@@ -236,7 +236,7 @@ impl Surveyed {
                     remote.cancel = cancel.clone();
                     let fetch = Fetch {
                         remote,
-                        plan: fetch::Plan::Again { access: self.access, wanted },
+                        plan: fetch::FetchPlan::Again { access: self.access, wanted },
                         only_raw: true,
                         connections: connections_within(job.options.connections, &pool),
                         all_at_once: job.options.all_connections,
@@ -280,14 +280,14 @@ pub(super) async fn cause_of(error: JobError, running: Running) -> JobError {
 /// Adds the collector and the hash lane, which may lag by as many extents as the disk has, as far as their records (not
 /// their bytes) fit into a quarter of the index's memory.
 pub(super) fn collect_and_hash(
-    pipeline: Pipeline<Placed>,
+    pipeline: Pipeline<StoredExtent>,
     budget: &Budget,
     collect: Collect,
     lane: HashLane,
 ) -> (Pipeline<engine::NoOutput>, ReportHandle<Survey>) {
     // at worst every cluster of an extent is a run of its own
     let runs = EXTENT_BYTES / collect.cluster_bits.cluster_bytes();
-    let record_bytes = (runs * to_u64(size_of::<PlacedRun>() + size_of::<crate::extent::Record>())).max(1);
+    let record_bytes = (runs * to_u64(size_of::<StoredRun>() + size_of::<crate::extent::Record>())).max(1);
     let lag = (budget.index_bytes / 4 / record_bytes).min(collect.source_bytes.unwrap_or(u64::MAX).div_ceil(EXTENT_BYTES));
     let lag = to_usize(lag).clamp(16, HELD_MAX);
     let (mut collect, mut lane) = (Some(collect), Some(lane));

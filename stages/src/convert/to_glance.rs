@@ -3,7 +3,7 @@
 //! The image is made (POST) before the source is read: that is the claim ([`crate::ownership`]). It gets its name and `virta_verified` when the source's hash agreed,
 //! Glance's size and hash of it are ours, and, where asked for, what Glance serves decodes to the source's bytes. Anything else, an interrupt included, deletes it.
 //!
-//! How uploads that fail are mended: `sending.rs`.
+//! How uploads that fail are mended: `transfer.rs`.
 
 use engine::{CancelToken, ErrorKind, Pipeline, ReportHandle, RunError};
 
@@ -16,8 +16,8 @@ use super::{
     readback::{Target, against_survey, prove},
     report::HashReport,
     retire,
-    sending::{Active, Content, Sending, Sent, Stages},
     survey::{Surveyed, cause_of},
+    transfer::{Active, ImageBytes, Sent, Stages, Transfer},
 };
 use crate::{
     error::JobError,
@@ -103,7 +103,7 @@ pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: 
     if source.is_none() {
         // nobody else is to be kept away, and a pipe's size is known at its end
         let surveyed = survey_within_quota(&maker, job, session, name).await?;
-        maker.record = record(job, surveyed.layout.placement().geometry.virtual_bytes());
+        maker.record = record(job, surveyed.layout.sections().geometry.virtual_bytes());
         work.surveyed = Some(Survey { surveyed, stages: None });
     }
     let driven = drive(&mut maker, &mut work, goal, known.made).await;
@@ -265,7 +265,7 @@ struct SurveyedImage<'a> {
     surveyed: &'a Surveyed,
 }
 
-impl Content for SurveyedImage<'_> {
+impl ImageBytes for SurveyedImage<'_> {
     fn bytes(&self) -> u64 {
         self.surveyed.layout.file_bytes()
     }
@@ -289,9 +289,9 @@ impl Work for Converting<'_> {
         let running = survey.surveyed.running.take();
         let is_surveying = running.is_some();
         let content = SurveyedImage { job, surveyed: &survey.surveyed };
-        let sending = Sending { maker, content: &content, progress: &job.progress };
+        let transfer = Transfer { maker, content: &content, progress: &job.progress };
         let emitting = async {
-            let result = sending.until_active(id, &mut self.tries).await;
+            let result = transfer.until_active(id, &mut self.tries).await;
             // where the job is cancelled already, its own cause is on its way, and nothing may come before it
             if result.is_err() && is_surveying && !job.cancel.is_cancelled() {
                 job.cancel.cancel(engine::Cause::Requested("another part of the job failed".to_owned()));
@@ -316,7 +316,7 @@ impl Work for Converting<'_> {
         let filled = match sent {
             Sent::Useless => Ok(Filled::Useless),
             Sent::Active(active) => {
-                let image_hash = sending.compare(&active.image, &active.emitted).await?;
+                let image_hash = transfer.compare(&active.image, &active.emitted).await?;
                 self.proof(&survey, *active, image_hash).await.map(Filled::Proven)
             }
         };
@@ -407,7 +407,7 @@ impl Converting<'_> {
         let proven = self.proven.ok_or_else(missing)?;
         Ok(self.job.report(ReportOf {
             destination: format!("glance:{}", image.id),
-            virtual_bytes: surveyed.layout.placement().geometry.virtual_bytes(),
+            virtual_bytes: surveyed.layout.sections().geometry.virtual_bytes(),
             stored_bytes: surveyed.survey.index.stored_bytes(),
             image_bytes: surveyed.layout.file_bytes(),
             access: surveyed.access,

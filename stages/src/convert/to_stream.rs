@@ -69,7 +69,7 @@ pub async fn to_stream(job: &Job, output: File, name: &str) -> Result<Report, Jo
     let emitted = emitted.one().await.ok_or_else(|| JobError::bug("the emitter left no report"))?;
     Ok(job.report(ReportOf {
         destination: name.to_owned(),
-        virtual_bytes: layout.placement().geometry.virtual_bytes(),
+        virtual_bytes: layout.sections().geometry.virtual_bytes(),
         stored_bytes: surveyed.survey.index.stored_bytes(),
         image_bytes: emitted.bytes,
         access: surveyed.access,

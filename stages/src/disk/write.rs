@@ -7,15 +7,15 @@ use engine::{Cancelled, ErrorKind, Inlet, LocalStage, Outlet, StageContext, Stag
 use super::queue::{Completion, WriteBytes, WriteError, WriteOp, WriteQueue};
 use crate::{
     compress::Codec,
-    extent::{Classified, Fate, Home, Place, Placed, PlacedRun, Stored},
+    extent::{Classified, Fate, Holder, Position, Stored, StoredExtent, StoredRun},
     qcow2::{Arrival, Geometry, Qcow2Error},
     units::{ClusterBits, GuestRange, to_usize},
 };
 
-/// Memory for the record of placed clusters ran out.
+/// Memory for the record of stored_extent clusters ran out.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the index of placed clusters passes its {limit_bytes} bytes at guest offset {guest_offset:#x}: \
+    "the index of stored_extent clusters passes its {limit_bytes} bytes at guest offset {guest_offset:#x}: \
      raise --memory, or use a larger --cluster-size"
 )]
 pub struct IndexFull {
@@ -46,22 +46,27 @@ pub struct WriteImage<Q> {
     pub codec: Option<Codec>,
     /// Flush data before the header is written, and the header after it.
     pub sync: bool,
-    /// Memory for the record of placed clusters, bytes.
+    /// Memory for the record of stored_extent clusters, bytes.
     pub index_limit_bytes: u64,
 }
 
 /// An extent with writes in flight.
 struct Pending {
-    placed: Placed,
+    stored_extent: StoredExtent,
     writes_left: usize,
 }
 
 impl<Q: WriteQueue> LocalStage for WriteImage<Q> {
     type In = Classified;
-    type Out = Placed;
+    type Out = StoredExtent;
     type Report = WriteReport;
 
-    async fn run(self, inlet: Inlet<Classified>, outlet: Outlet<Placed>, _: StageContext) -> Result<WriteReport, StageError> {
+    async fn run(
+        self,
+        inlet: Inlet<Classified>,
+        outlet: Outlet<StoredExtent>,
+        _: StageContext,
+    ) -> Result<WriteReport, StageError> {
         let (sync, limit_bytes) = (self.sync, self.index_limit_bytes);
         let arrival = Arrival::new(self.cluster_bits, self.codec);
         let mut writer = Writer { queue: self.queue, arrival, disk_end: 0, pending: HashMap::new(), next_tag: 0 };
@@ -104,7 +109,7 @@ impl<Q: WriteQueue> Writer<Q> {
     async fn write_data(
         &mut self,
         inlet: &Inlet<Classified>,
-        outlet: &Outlet<Placed>,
+        outlet: &Outlet<StoredExtent>,
         limit_bytes: u64,
     ) -> Result<(), StageError> {
         while let Some(classified) = self.next_input(inlet, outlet).await? {
@@ -118,7 +123,11 @@ impl<Q: WriteQueue> Writer<Q> {
     }
 
     /// The next extent; meanwhile completions are taken.
-    async fn next_input(&mut self, inlet: &Inlet<Classified>, outlet: &Outlet<Placed>) -> Result<Option<Classified>, StageError> {
+    async fn next_input(
+        &mut self,
+        inlet: &Inlet<Classified>,
+        outlet: &Outlet<StoredExtent>,
+    ) -> Result<Option<Classified>, StageError> {
         loop {
             if let Some(classified) = inlet.try_recv()? {
                 return Ok(Some(classified));
@@ -139,26 +148,26 @@ impl<Q: WriteQueue> Writer<Q> {
     }
 
     /// Gives the extent's data clusters their places and submits their writes.
-    async fn start_extent(&mut self, classified: Classified, outlet: &Outlet<Placed>) -> Result<(), StageError> {
+    async fn start_extent(&mut self, classified: Classified, outlet: &Outlet<StoredExtent>) -> Result<(), StageError> {
         self.disk_end = self.disk_end.max(classified.guest.end.0);
         let tag = self.next_tag;
         self.next_tag += 1;
         let mut ops = Vec::new();
         let runs = self.place(&classified, tag, &mut ops)?;
         let Classified { guest, records, .. } = classified;
-        let home = if ops.is_empty() { Home::Nowhere } else { Home::File };
-        let placed = Placed { guest, runs, records, home };
+        let holder = if ops.is_empty() { Holder::Nowhere } else { Holder::File };
+        let stored_extent = StoredExtent { guest, runs, records, holder };
         if ops.is_empty() {
-            return Ok(outlet.send(placed).await?);
+            return Ok(outlet.send(stored_extent).await?);
         }
-        self.pending.insert(tag, Pending { placed, writes_left: ops.len() });
+        self.pending.insert(tag, Pending { stored_extent, writes_left: ops.len() });
         for op in ops {
             self.submit(op, outlet).await?;
         }
         Ok(())
     }
 
-    fn place(&mut self, classified: &Classified, tag: u64, ops: &mut Vec<WriteOp>) -> Result<Vec<PlacedRun>, StageError> {
+    fn place(&mut self, classified: &Classified, tag: u64, ops: &mut Vec<WriteOp>) -> Result<Vec<StoredRun>, StageError> {
         let bits = self.arrival.cluster_bits();
         let cluster_bytes = bits.cluster_bytes();
         let packed = match &classified.stored {
@@ -166,34 +175,34 @@ impl<Q: WriteQueue> Writer<Q> {
             whole => {
                 let place = |(guest, run): (GuestRange, crate::extent::FateRun)| {
                     if run.fate == Fate::Zero {
-                        return Ok(PlacedRun { guest, place: Place::Zeros });
+                        return Ok(StoredRun { guest, position: Position::Zeros });
                     }
                     let Stored::Whole(slice) = whole else { return Err(StageError::bug("data clusters without bytes")) };
                     let host = self.arrival.place(guest.start.0 / cluster_bytes, run.clusters);
                     let at = guest.start.0 - classified.guest.start.0;
                     let bytes = slice.part(to_usize(at)..to_usize(at + run.clusters * cluster_bytes));
                     ops.push(WriteOp { host_offset: host.0, bytes: WriteBytes::Slice(bytes), tag });
-                    Ok(PlacedRun { guest, place: Place::Plain(host.0) })
+                    Ok(StoredRun { guest, position: Position::Plain(host.0) })
                 };
                 return classified.ranges(bits).map(place).collect();
             }
         };
         // neighbours in the packed bytes that are neighbours in the file, too, are written at once
         let mut write: Option<(u64, std::ops::Range<usize>)> = None;
-        let mut runs = Placed::packed_runs(classified, bits, 0);
+        let mut runs = StoredExtent::packed_runs(classified, bits, 0);
         for run in &mut runs {
             let cluster = run.guest.start.0 / cluster_bytes;
-            let (at, bytes, host) = match run.place {
-                Place::Zeros => continue,
-                Place::Plain(at) => {
+            let (at, bytes, host) = match run.position {
+                Position::Zeros => continue,
+                Position::Plain(at) => {
                     let clusters = run.guest.bytes().div_ceil(cluster_bytes);
                     let host = self.arrival.place(cluster, clusters);
-                    run.place = Place::Plain(host.0);
+                    run.position = Position::Plain(host.0);
                     (at, clusters * cluster_bytes, host)
                 }
-                Place::Compressed(at, bytes) => {
+                Position::Compressed(at, bytes) => {
                     let host = self.arrival.place_compressed(cluster, bytes);
-                    run.place = Place::Compressed(host.0, bytes);
+                    run.position = Position::Compressed(host.0, bytes);
                     (at, u64::from(bytes), host)
                 }
             };
@@ -213,7 +222,7 @@ impl<Q: WriteQueue> Writer<Q> {
     }
 
     /// Submits, taking completions while the queue is full.
-    async fn submit(&mut self, mut op: WriteOp, outlet: &Outlet<Placed>) -> Result<(), StageError> {
+    async fn submit(&mut self, mut op: WriteOp, outlet: &Outlet<StoredExtent>) -> Result<(), StageError> {
         while let Err(rejected) = self.queue.submit(op) {
             op = rejected;
             if let Some(completion) = self.queue.reap().await {
@@ -223,20 +232,20 @@ impl<Q: WriteQueue> Writer<Q> {
         Ok(())
     }
 
-    async fn completed(&mut self, completion: Completion, outlet: &Outlet<Placed>) -> Result<(), StageError> {
+    async fn completed(&mut self, completion: Completion, outlet: &Outlet<StoredExtent>) -> Result<(), StageError> {
         completion.result.map_err(write_error)?;
         let std::collections::hash_map::Entry::Occupied(mut entry) = self.pending.entry(completion.tag) else {
             return Err(StageError::bug("a write completed that nobody started"));
         };
         entry.get_mut().writes_left -= 1;
         if entry.get().writes_left == 0 {
-            outlet.send(entry.remove().placed).await?;
+            outlet.send(entry.remove().stored_extent).await?;
         }
         Ok(())
     }
 
     /// Takes all completions; returns the first failure, but not before nothing is in flight.
-    async fn drain(&mut self, outlet: &Outlet<Placed>) -> Result<(), StageError> {
+    async fn drain(&mut self, outlet: &Outlet<StoredExtent>) -> Result<(), StageError> {
         let mut first = Ok(());
         while let Some(completion) = self.queue.reap().await {
             let result = if first.is_ok() { self.completed(completion, outlet).await } else { Err(Cancelled.into()) };
@@ -271,7 +280,7 @@ impl<Q: WriteQueue> Writer<Q> {
             self.queue.sync().await.map_err(flush_error)?;
         }
         let virtual_bytes = geometry.virtual_bytes();
-        Ok(WriteReport { image_bytes: sealed.placement().file_bytes(), stored_bytes, virtual_bytes })
+        Ok(WriteReport { image_bytes: sealed.sections().file_bytes(), stored_bytes, virtual_bytes })
     }
 
     async fn reap_metadata(&mut self) -> Result<bool, StageError> {

@@ -6,7 +6,7 @@ use engine::{BlockingStage, ErrorKind, Inlet, NoInput, Outlet, StageContext, Sta
 
 use crate::{
     disk::queue::WriteError,
-    extent::{EXTENT_BYTES, Extent, Home, Payload, Place, Placed, PlacedRun},
+    extent::{EXTENT_BYTES, Extent, Holder, Payload, Position, StoredExtent, StoredRun},
     progress::Progress,
     units::{GuestRange, to_u64, to_usize},
     zero::is_zero,
@@ -15,7 +15,7 @@ use crate::{
 /// Zeros of so many bytes, aligned, become a hole.
 pub(super) const HOLE_BYTES: usize = 64 << 10;
 
-/// Writes extents to their place. Zeros become holes where the file can have them.
+/// Writes extents to their position. Zeros become holes where the file can have them.
 pub(super) struct Land {
     pub(super) file: Arc<File>,
     pub(super) holes: bool,
@@ -55,10 +55,10 @@ impl Land {
 
 impl BlockingStage for Land {
     type In = Extent;
-    type Out = Placed;
+    type Out = StoredExtent;
     type Report = ();
 
-    fn run(self, inlet: Inlet<Extent>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
+    fn run(self, inlet: Inlet<Extent>, outlet: Outlet<StoredExtent>, _: StageContext) -> Result<(), StageError> {
         while let Some(Extent { guest, payload }) = inlet.recv_blocking()? {
             let written = match payload {
                 Payload::Zeros if self.holes => Ok(guest.bytes()),
@@ -73,7 +73,7 @@ impl BlockingStage for Land {
             self.progress.add_surveyed(guest.bytes());
             self.progress.add_zero(zeros);
             self.progress.add_data(guest.bytes() - zeros);
-            outlet.send_blocking(placed(guest))?;
+            outlet.send_blocking(stored_extent(guest))?;
         }
         outlet.finish();
         Ok(())
@@ -87,19 +87,24 @@ pub(super) struct There {
 
 impl BlockingStage for There {
     type In = NoInput;
-    type Out = Placed;
+    type Out = StoredExtent;
     type Report = ();
 
-    fn run(self, _: Inlet<NoInput>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
+    fn run(self, _: Inlet<NoInput>, outlet: Outlet<StoredExtent>, _: StageContext) -> Result<(), StageError> {
         for start in (0..self.bytes).step_by(to_usize(EXTENT_BYTES)) {
-            outlet.send_blocking(placed(GuestRange::new(start, EXTENT_BYTES.min(self.bytes - start))))?;
+            outlet.send_blocking(stored_extent(GuestRange::new(start, EXTENT_BYTES.min(self.bytes - start))))?;
         }
         outlet.finish();
         Ok(())
     }
 }
 
-/// Bytes that are in the file, each at its own place.
-pub(super) fn placed(guest: GuestRange) -> Placed {
-    Placed { guest, runs: vec![PlacedRun { guest, place: Place::Plain(guest.start.0) }], records: Vec::new(), home: Home::File }
+/// Bytes that are in the file, each at its own position.
+pub(super) fn stored_extent(guest: GuestRange) -> StoredExtent {
+    StoredExtent {
+        guest,
+        runs: vec![StoredRun { guest, position: Position::Plain(guest.start.0) }],
+        records: Vec::new(),
+        holder: Holder::File,
+    }
 }

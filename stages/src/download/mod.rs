@@ -26,7 +26,7 @@ use crate::{
     disk::{Left, OutputError, OutputFile},
     error::JobError,
     extent::EXTENT_BYTES,
-    glance::{Fetch, ImageFile, Remote, fetch::Plan},
+    glance::{Fetch, ImageFile, Remote, fetch::FetchPlan},
     hash::HashLane,
     magic::DiskFormat,
     openstack::{Image, Session},
@@ -362,7 +362,7 @@ impl Download {
         let connections = self.connections.get();
         let pool = BufferPool::new(2 * connections + 2 * LANDERS + 4, to_usize(EXTENT_BYTES), LEASE_ALIGN, &self.cancel);
         let (plan, access) = if start == 0 {
-            (Plan::All, None)
+            (FetchPlan::All, None)
         } else {
             let access = ImageFile::access(remote).await?;
             let first = start / EXTENT_BYTES;
@@ -370,7 +370,7 @@ impl Download {
                 let from = (extent * EXTENT_BYTES).max(start);
                 GuestRange::new(from, ((extent + 1) * EXTENT_BYTES).min(bytes) - from)
             });
-            (Plan::Again { access, wanted: Arc::new(ranges.filter(|range| range.bytes() > 0).collect()) }, Some(access))
+            (FetchPlan::Again { access, wanted: Arc::new(ranges.filter(|range| range.bytes() > 0).collect()) }, Some(access))
         };
         let fetch = Fetch {
             remote: remote.clone(),
@@ -423,7 +423,7 @@ impl Download {
             let pool = BufferPool::new(4, to_usize(EXTENT_BYTES), LEASE_ALIGN, &self.cancel);
             let fetch = Fetch {
                 remote: remote.clone(),
-                plan: Plan::All,
+                plan: FetchPlan::All,
                 only_raw: false,
                 connections: NonZeroUsize::MIN,
                 all_at_once: false,
@@ -451,7 +451,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        extent::{Extent, Payload, Placed},
+        extent::{Extent, Payload, StoredExtent},
         units::GuestRange,
     };
 
@@ -474,11 +474,11 @@ mod tests {
     struct Landed;
 
     impl BlockingStage for Landed {
-        type In = Placed;
+        type In = StoredExtent;
         type Out = NoOutput;
         type Report = ();
 
-        fn run(self, inlet: Inlet<Placed>, outlet: Outlet<NoOutput>, _: StageContext) -> Result<(), StageError> {
+        fn run(self, inlet: Inlet<StoredExtent>, outlet: Outlet<NoOutput>, _: StageContext) -> Result<(), StageError> {
             while inlet.recv_blocking()?.is_some() {}
             outlet.finish();
             Ok(())

@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use engine::{BlockingStage, Inlet, Outlet, StageContext, StageError};
 
-use super::{kept::Mark, land::placed};
+use super::{kept::Mark, land::stored_extent};
 use crate::{
-    extent::{EXTENT_BYTES, Placed},
+    extent::{EXTENT_BYTES, StoredExtent},
     progress::Progress,
     units::GuestRange,
 };
@@ -32,30 +32,30 @@ impl Order {
 }
 
 impl BlockingStage for Order {
-    type In = Placed;
-    type Out = Placed;
+    type In = StoredExtent;
+    type Out = StoredExtent;
     type Report = ();
 
-    fn run(mut self, inlet: Inlet<Placed>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
+    fn run(mut self, inlet: Inlet<StoredExtent>, outlet: Outlet<StoredExtent>, _: StageContext) -> Result<(), StageError> {
         let mut at = 0;
         while at < self.start {
             let guest = GuestRange::new(at, EXTENT_BYTES.min(self.start - at));
             at = guest.end.0;
             self.progress.add_surveyed(guest.bytes());
-            outlet.send_blocking(placed(guest))?;
+            outlet.send_blocking(stored_extent(guest))?;
         }
         let mut early = BTreeMap::new();
         let mut marked = at;
         let result = loop {
             match inlet.recv_blocking() {
-                Ok(Some(placed)) => _ = early.insert(placed.guest.start.0, placed),
+                Ok(Some(stored_extent)) => _ = early.insert(stored_extent.guest.start.0, stored_extent),
                 Ok(None) if early.is_empty() => break Ok(()),
                 Ok(None) => return Err(StageError::bug("extents are missing between others")),
                 Err(error) => break Err(error),
             }
-            while let Some(placed) = early.remove(&at) {
-                at = placed.guest.end.0;
-                if let Err(error) = outlet.send_blocking(placed) {
+            while let Some(stored_extent) = early.remove(&at) {
+                at = stored_extent.guest.end.0;
+                if let Err(error) = outlet.send_blocking(stored_extent) {
                     self.note(at);
                     return Err(error.into());
                 }

@@ -156,7 +156,7 @@ pub enum Asking {
 
 /// What a part of an image holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Content {
+pub enum PartKind {
     /// Zeros, and nothing else.
     Zeros,
     /// Something.
@@ -167,7 +167,7 @@ pub enum Content {
 struct Filling<'a> {
     buf: &'a mut [u8],
     filled: usize,
-    content: Content,
+    content: PartKind,
 }
 
 impl Filling<'_> {
@@ -178,11 +178,11 @@ impl Filling<'_> {
     /// The next bytes, at most as many as are left.
     fn take(&mut self, chunk: &[u8]) {
         let end = self.filled + chunk.len();
-        if self.content == Content::Zeros && !is_zero(chunk) {
+        if self.content == PartKind::Zeros && !is_zero(chunk) {
             self.buf[..self.filled].fill(0);
-            self.content = Content::Data;
+            self.content = PartKind::Data;
         }
-        if self.content == Content::Data {
+        if self.content == PartKind::Data {
             self.buf[self.filled..end].copy_from_slice(chunk);
         }
         self.filled = end;
@@ -245,7 +245,7 @@ impl Connection {
     /// # Cancel safety
     /// Not safe: bytes that arrived may be lost with the future. Cancel with the remote's token.
     pub async fn read(&mut self, at: u64, range_end: u64, buf: &mut [u8]) -> Result<(), ReadError> {
-        if self.read_unless_zero(at, range_end, buf).await? == Content::Zeros {
+        if self.read_unless_zero(at, range_end, buf).await? == PartKind::Zeros {
             buf.fill(0);
         }
         Ok(())
@@ -259,8 +259,8 @@ impl Connection {
     ///
     /// # Cancel safety
     /// As [`Connection::read`].
-    pub async fn read_unless_zero(&mut self, at: u64, range_end: u64, buf: &mut [u8]) -> Result<Content, ReadError> {
-        let mut filling = Filling { buf, filled: 0, content: Content::Zeros };
+    pub async fn read_unless_zero(&mut self, at: u64, range_end: u64, buf: &mut [u8]) -> Result<PartKind, ReadError> {
+        let mut filling = Filling { buf, filled: 0, content: PartKind::Zeros };
         loop {
             match self.try_read(at, range_end, &mut filling).await {
                 Ok(()) => return Ok(filling.content),
@@ -374,7 +374,7 @@ impl Connection {
             tries.renewed = true;
             tries.rejected = tries.used.clone();
         }
-        // a short or overlong body, or a Content-Range of another range, is an accident worth another try, too
+        // a short or overlong body, or a PartKind-Range of another range, is an accident worth another try, too
         let retryable = renew || error.is_retryable() || matches!(error, ApiError::Answer { .. });
         let image = self.remote.image_id.clone();
         if !retryable {
@@ -434,7 +434,7 @@ impl Connection {
         if let Some(range) = range {
             let text = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
             if !ContentRange::parse(text).is_some_and(|found| found.answers(range, *image_bytes)) {
-                let what = format!("range {:#x}+{}: server sent Content-Range {text:?}", range.start, range.end - range.start);
+                let what = format!("range {:#x}+{}: server sent PartKind-Range {text:?}", range.start, range.end - range.start);
                 return Err(self.answer(what));
             }
         }
@@ -452,9 +452,9 @@ mod tests {
     use super::*;
 
     /// Fills a buffer that holds somebody else's bytes, in pieces of `piece` bytes.
-    fn filled(bytes: &[u8], piece: usize) -> (Content, Vec<u8>) {
+    fn filled(bytes: &[u8], piece: usize) -> (PartKind, Vec<u8>) {
         let mut buf = vec![0xff; bytes.len()];
-        let mut filling = Filling { buf: &mut buf, filled: 0, content: Content::Zeros };
+        let mut filling = Filling { buf: &mut buf, filled: 0, content: PartKind::Zeros };
         bytes.chunks(piece).for_each(|chunk| filling.take(chunk));
         assert_eq!(filling.left(), 0);
         (filling.content, buf)
@@ -463,11 +463,11 @@ mod tests {
     #[test]
     fn zeros_are_told_and_what_stood_in_the_buffer_never_shows_through() {
         for piece in [1, 7, 512, 4096, 10_000] {
-            assert_eq!(filled(&[0; 10_000], piece).0, Content::Zeros, "pieces of {piece}");
+            assert_eq!(filled(&[0; 10_000], piece).0, PartKind::Zeros, "pieces of {piece}");
             for at in [0, 1, 511, 512, 4096, 9_999] {
                 let mut bytes = vec![0; 10_000];
                 bytes[at] = 1;
-                assert_eq!(filled(&bytes, piece), (Content::Data, bytes.clone()), "pieces of {piece}, data at {at}");
+                assert_eq!(filled(&bytes, piece), (PartKind::Data, bytes.clone()), "pieces of {piece}, data at {at}");
             }
         }
     }

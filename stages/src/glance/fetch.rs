@@ -1,7 +1,7 @@
 //! The source stage over an image in Glance.
 //!
 //! The first reading begins with one plain GET. On the way it looks for a place to probe for ranges (see [`super::probe`]); if they are
-//! served, others may fetch ranges ahead of it, as many at once as make it faster (see [`super::crew`]); if not, the GET goes on to the end. No
+//! served, others may fetch ranges ahead of it, as many at once as make it faster (see [`super::scaler`]); if not, the GET goes on to the end. No
 //! byte is fetched twice either way, but for the probe's few, and what is on its way when a GET is left.
 //!
 //! A second reading fetches the extents that are wanted: by ranges, or out of one GET that discards the rest. Its extents wait
@@ -19,10 +19,10 @@ use tokio::{
 };
 
 use super::{
-    connection::{Asking, Connection, Content, Remote},
-    crew::Crew,
+    connection::{Asking, Connection, PartKind, Remote},
     probe::{Candidate, Probe, probe},
     range::{RangeWindow, range_bytes},
+    scaler::ConnectionScaler,
 };
 use crate::{
     access::Access,
@@ -53,7 +53,7 @@ pub struct NotRaw {
 
 /// What to read.
 #[derive(Clone, Debug)]
-pub enum Plan {
+pub enum FetchPlan {
     /// Everything, for the first time: how it can be read is found out on the way.
     All,
     /// These extents once more, which ascend.
@@ -70,7 +70,7 @@ pub struct Fetch {
     /// The image.
     pub remote: Remote,
     /// What to read of it.
-    pub plan: Plan,
+    pub plan: FetchPlan,
     /// Another format than raw is an error, told by the first bytes.
     pub only_raw: bool,
     /// Parallel ranges, at most; with 1, ranges are not even probed for.
@@ -104,25 +104,25 @@ impl Stage for Fetch {
         let shared = Arc::new(Shared { remote, pool, watermark, only_raw, outlet, cx });
         let image_bytes = shared.remote.image_bytes;
         let access = match self.plan {
-            Plan::All => {
+            FetchPlan::All => {
                 let look_for_ranges = connections > 1 && image_bytes >= RANDOM_BYTES_MIN;
                 match sequential(&shared, look_for_ranges).await? {
                     Some((reached, connection)) => {
-                        let crew = match all_at_once {
-                            true => Crew::all_at_once(connections),
-                            false => Crew::new(connections, image_bytes - reached),
+                        let scaler = match all_at_once {
+                            true => ConnectionScaler::all_at_once(connections),
+                            false => ConnectionScaler::new(connections, image_bytes - reached),
                         };
-                        parallel(&shared, reached, connection, to_u64(connections), crew).await?;
+                        parallel(&shared, reached, connection, to_u64(connections), scaler).await?;
                         Access::Random
                     }
                     None => Access::Sequential,
                 }
             }
-            Plan::Again { access: Access::Random, wanted } => {
+            FetchPlan::Again { access: Access::Random, wanted } => {
                 again_by_ranges(&shared, wanted, connections).await?;
                 Access::Random
             }
-            Plan::Again { access, wanted } => {
+            FetchPlan::Again { access, wanted } => {
                 again_in_one_stream(&shared, &wanted).await?;
                 access
             }
@@ -164,12 +164,12 @@ impl Shared {
         &self,
         connection: &mut Connection,
         guest: GuestRange,
-        content: Content,
+        content: PartKind,
         lease: Lease,
     ) -> Result<Option<Lease>, StageError> {
         let (payload, lease) = match content {
-            Content::Zeros => (Payload::Zeros, Some(lease)),
-            Content::Data => (Payload::Bytes(lease), None),
+            PartKind::Zeros => (Payload::Zeros, Some(lease)),
+            PartKind::Data => (Payload::Bytes(lease), None),
         };
         connection.while_waiting(self.outlet.send(Extent { guest, payload })).await?;
         Ok(lease)
@@ -184,7 +184,7 @@ impl Shared {
         mut lease: Lease,
     ) -> Result<(), StageError> {
         connection.read(guest.start.0, range_end, &mut lease[..to_usize(guest.bytes())]).await?;
-        self.send_content(connection, guest, Content::Data, lease).await.map(|_| ())
+        self.send_content(connection, guest, PartKind::Data, lease).await.map(|_| ())
     }
 }
 
@@ -210,8 +210,8 @@ async fn sequential(shared: &Arc<Shared>, look_for_ranges: bool) -> Result<Optio
         let bytes = to_usize(guest.bytes());
         let content = connection.read_unless_zero(at, guest.end.0, &mut lease[..bytes]).await?;
         let head = match content {
-            Content::Zeros => &ZEROS[..bytes.min(ZEROS.len())],
-            Content::Data => &lease[..bytes],
+            PartKind::Zeros => &ZEROS[..bytes.min(ZEROS.len())],
+            PartKind::Data => &lease[..bytes],
         };
         if at == 0 && shared.only_raw {
             refuse_other_formats(shared, head)?;
@@ -272,26 +272,32 @@ pub fn glance_advice(format: DiskFormat, image: &str) -> String {
 }
 
 /// Reads the rest with parallel ranges. `first` is open at `start`.
-async fn parallel(shared: &Arc<Shared>, start: u64, first: Connection, connections: u64, crew: Crew) -> Result<(), StageError> {
+async fn parallel(
+    shared: &Arc<Shared>,
+    start: u64,
+    first: Connection,
+    connections: u64,
+    scaler: ConnectionScaler,
+) -> Result<(), StageError> {
     let remote = &shared.remote;
     let image_bytes = remote.image_bytes;
     let mut first = Some(first.by_ranges());
     let range = range_bytes(image_bytes - start, connections, shared.watermark.window_bytes());
-    let most = if crew.allowed() == 1 { "up to " } else { "" };
+    let most = if scaler.allowed() == 1 { "up to " } else { "" };
     remote.retries.say(format!("ranges are served: {most}{connections} connections, {} MiB each time", range >> 20));
     let window = Arc::new(RangeWindow::new(start, image_bytes, range, connections * range));
-    let crew = Arc::new(crew);
+    let scaler = Arc::new(scaler);
     join_all((0..to_usize(connections)).map(|number| {
-        let (shared, window, crew) = (Arc::clone(shared), Arc::clone(&window), Arc::clone(&crew));
+        let (shared, window, scaler) = (Arc::clone(shared), Arc::clone(&window), Arc::clone(&scaler));
         let mut connection = first.take().unwrap_or_else(|| shared.connection(Asking::Ranges));
         async move {
             loop {
-                connection.while_waiting(shared.remote.cancel.guard(crew.turn(number))).await?;
+                connection.while_waiting(shared.remote.cancel.guard(scaler.turn(number))).await?;
                 let Some(range) = connection.while_waiting(window.claim()).await else { break };
-                crew.begins(number);
+                scaler.begins(number);
                 // Glance closes a connection at the range's end: who is alone asks for all that is left. When others join, what it has open
                 // does not fit its next range any more, and is closed
-                let asked_end = if crew.allowed() == 1 { image_bytes } else { range.end };
+                let asked_end = if scaler.allowed() == 1 { image_bytes } else { range.end };
                 let admitted = shared.watermark.admit(range.end);
                 connection.while_waiting(shared.remote.cancel.guard(admitted)).await?;
                 // given back before the next range is claimed: whoever waits for its turn holds no lease
@@ -302,15 +308,15 @@ async fn parallel(shared: &Arc<Shared>, start: u64, first: Connection, connectio
                     let lease = shared.lease(&mut connection, &mut spare).await?;
                     spare = shared.extent_or_zeros(&mut connection, guest, asked_end, lease).await?;
                     at = guest.end.0;
-                    crew.arrived(number, guest.bytes());
+                    scaler.arrived(number, guest.bytes());
                 }
                 if range.end == image_bytes {
                     connection.check_end().await?;
                 }
-                crew.ends(number);
+                scaler.ends(number);
                 window.landed(range.start);
             }
-            crew.over();
+            scaler.over();
             Ok(())
         }
     }))

@@ -3,7 +3,7 @@
 //! | module | noun |
 //! |---|---|
 //! | [`range`] | Content-Range, and the window of ranges in flight |
-//! | [`crew`] | how many connections fetch at once |
+//! | [`scaler`] | how many connections fetch at once |
 //! | [`body`] | a response's body, read with a watch for silence |
 //! | [`connection`] | an image's bytes from any offset on, over connections that break |
 //! | [`probe`] | does this image store serve ranges, really? |
@@ -20,12 +20,12 @@
 
 pub mod body;
 pub mod connection;
-pub mod crew;
 pub mod fetch;
 pub mod file;
 pub mod peek;
 pub mod probe;
 pub mod range;
+pub mod scaler;
 pub mod trickle;
 pub mod upload;
 

@@ -7,7 +7,7 @@ use engine::{BlockingStage, ErrorKind, Inlet, NoOutput, Outlet, StageContext, St
 use super::{ExpectedHash, Hasher};
 use crate::{
     compress::{Codec, Decoder},
-    extent::{Home, Place, Placed},
+    extent::{Holder, Position, StoredExtent},
     progress::Progress,
     read_at::ReadAt,
     units::{ClusterBits, to_u64, to_usize},
@@ -37,7 +37,7 @@ const READ_BYTES: usize = 2 << 20;
 pub struct HashLane {
     /// What the digest has to be; `None` where there is nothing to check: then it only drains its port.
     pub expected: Option<ExpectedHash>,
-    /// The file that [`Home::File`] or [`Home::Scratch`] speaks of.
+    /// The file that [`Holder::File`] or [`Holder::Scratch`] speaks of.
     pub file: Option<File>,
     /// Cluster size.
     pub cluster_bits: ClusterBits,
@@ -50,11 +50,11 @@ pub struct HashLane {
 }
 
 impl BlockingStage for HashLane {
-    type In = Placed;
+    type In = StoredExtent;
     type Out = NoOutput;
     type Report = Option<ExpectedHash>;
 
-    fn run(self, inlet: Inlet<Placed>, outlet: Outlet<NoOutput>, _: StageContext) -> Result<Self::Report, StageError> {
+    fn run(self, inlet: Inlet<StoredExtent>, outlet: Outlet<NoOutput>, _: StageContext) -> Result<Self::Report, StageError> {
         let mut hasher = match &self.expected {
             Some(expected) => Some(Hasher::new(&expected.algorithm).ok_or_else(|| {
                 StageError::new(ErrorKind::Unsupported, format!("hash algorithm {} is not known", expected.algorithm))
@@ -64,20 +64,22 @@ impl BlockingStage for HashLane {
         let mut decoder = self.codec.map(Decoder::new);
         let (mut buffer, mut cluster) = (Vec::new(), Vec::new());
         let mut passing = false;
-        while let Some(placed) = inlet.recv_blocking()? {
-            passing |= matches!(placed.home, Home::Passing(_));
-            let end = placed.guest.end.0;
+        while let Some(stored_extent) = inlet.recv_blocking()? {
+            passing |= matches!(stored_extent.holder, Holder::Passing(_));
+            let end = stored_extent.guest.end.0;
             if let Some(hasher) = hasher.as_mut() {
-                for run in &placed.runs {
+                for run in &stored_extent.runs {
                     let bytes = run.guest.bytes();
-                    match run.place {
-                        Place::Zeros => hasher.update_zeros(bytes),
-                        Place::Plain(at) => self.each_part(&placed.home, at, bytes, &mut buffer, |part| hasher.update(part))?,
-                        Place::Compressed(at, stored) => {
+                    match run.position {
+                        Position::Zeros => hasher.update_zeros(bytes),
+                        Position::Plain(at) => {
+                            self.each_part(&stored_extent.holder, at, bytes, &mut buffer, |part| hasher.update(part))?
+                        }
+                        Position::Compressed(at, stored) => {
                             cluster.resize(to_usize(self.cluster_bits.cluster_bytes()), 0);
                             let decoder = decoder.as_mut().ok_or_else(|| StageError::bug("compressed bytes, but no codec"))?;
                             let mut decoded = Ok(());
-                            self.each_part(&placed.home, at, u64::from(stored), &mut buffer, |part| {
+                            self.each_part(&stored_extent.holder, at, u64::from(stored), &mut buffer, |part| {
                                 decoded = decoder.decode(part, &mut cluster);
                             })?;
                             decoded.map_err(|error| StageError::new(ErrorKind::InvalidData, error))?;
@@ -87,7 +89,7 @@ impl BlockingStage for HashLane {
                     self.progress.add_hashed(bytes);
                 }
             }
-            drop(placed);
+            drop(stored_extent);
             if let Some(watermark) = self.watermark.as_ref().filter(|_| passing) {
                 watermark.advance(end);
             }
@@ -105,24 +107,24 @@ impl BlockingStage for HashLane {
 }
 
 impl HashLane {
-    /// Lets `take` have bytes `[at, at + bytes)` of `home`; in one part if they are at most [`READ_BYTES`].
+    /// Lets `take` have bytes `[at, at + bytes)` of `holder`; in one part if they are at most [`READ_BYTES`].
     fn each_part(
         &self,
-        home: &Home,
+        holder: &Holder,
         at: u64,
         bytes: u64,
         buffer: &mut Vec<u8>,
         mut take: impl FnMut(&[u8]),
     ) -> Result<(), StageError> {
-        let first = match home {
-            Home::Memory(stored) | Home::Passing(stored) => {
+        let first = match holder {
+            Holder::Memory(stored) | Holder::Passing(stored) => {
                 let part = stored.get(to_usize(at)..to_usize(at + bytes));
                 take(part.ok_or_else(|| StageError::bug("bytes were let go before the hash lane"))?);
                 return Ok(());
             }
-            Home::Scratch(first) => first + at,
-            Home::File => at,
-            Home::Nowhere => return Err(StageError::bug("data clusters that are nowhere")),
+            Holder::Scratch(first) => first + at,
+            Holder::File => at,
+            Holder::Nowhere => return Err(StageError::bug("data clusters that are nowhere")),
         };
         let file = self.file.as_ref().ok_or_else(|| StageError::bug("bytes in a file, but no file"))?;
         buffer.resize(READ_BYTES, 0);

@@ -58,7 +58,7 @@ pub struct Inspection {
     /// Its partitions; `None` where the format is not read here.
     pub table: Option<Table>,
     /// What they hold.
-    pub contents: Vec<Content>,
+    pub contents: Vec<Contents>,
     /// Linux systems that were looked into.
     pub systems: Vec<RootSystem>,
     /// What a conversion would make of it.
@@ -71,7 +71,7 @@ pub struct Inspection {
 
 /// A partition, a logical volume, or the whole disk, and what it holds.
 #[derive(Clone, Debug, Serialize)]
-pub struct Content {
+pub struct Contents {
     /// The partition's number; `None` for the whole disk.
     pub partition: Option<u32>,
     /// `group/volume`.
@@ -86,7 +86,7 @@ pub struct Content {
     pub filesystem: Filesystem,
 }
 
-impl Content {
+impl Contents {
     /// Where it is, for people.
     #[must_use]
     pub fn place(&self) -> String {
@@ -254,9 +254,15 @@ fn look_into(disk: &Disk, virtual_bytes: u64, found: &mut Inspection) {
     found.table = Some(table);
 }
 
-fn content(place: &Scattered, partition: Option<u32>, volume: Option<String>, start: Option<u64>, bytes: u64) -> Option<Content> {
+fn content(
+    place: &Scattered,
+    partition: Option<u32>,
+    volume: Option<String>,
+    start: Option<u64>,
+    bytes: u64,
+) -> Option<Contents> {
     let part = Part::new(place, 0, bytes).ok()?;
-    Some(Content { partition, volume, start, bytes, filesystem: filesystem::detect(&part) })
+    Some(Contents { partition, volume, start, bytes, filesystem: filesystem::detect(&part) })
 }
 
 fn volumes(disk: &Disk, place: &Scattered, number: Option<u32>, start: u64, table: &Table, found: &mut Inspection) {
@@ -280,7 +286,7 @@ fn volumes(disk: &Disk, place: &Scattered, number: Option<u32>, start: u64, tabl
 }
 
 /// Looks into the files of an ext4 file system, if it is a system's root.
-fn root(place: &Scattered, content: &Content, table: &Table, number: Option<u32>, found: &mut Inspection) {
+fn root(place: &Scattered, content: &Contents, table: &Table, number: Option<u32>, found: &mut Inspection) {
     match content.filesystem.kind {
         "ext2" | "ext3" | "ext4" => {}
         "xfs" | "btrfs" => {

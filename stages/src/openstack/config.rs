@@ -10,8 +10,8 @@ use std::{fmt, path::PathBuf};
 use serde_json::{Map, Value};
 
 use super::ConfigError;
-pub use super::surroundings::Surroundings;
-use super::surroundings::{AUTH_KEYS, env_cloud, load_files, merge};
+pub use super::environment::Environment;
+use super::environment::{AUTH_KEYS, env_cloud, load_files, merge};
 
 /// A value that is never printed.
 #[derive(Clone, PartialEq, Eq)]
@@ -170,10 +170,10 @@ impl CloudConfig {
     ///
     /// # Errors
     /// [`ConfigError`], each saying what to do.
-    pub fn resolve(flags: &CloudFlags, surroundings: &Surroundings) -> Result<Self, ConfigError> {
-        let wanted = flags.cloud.clone().or_else(|| surroundings.var("OS_CLOUD").map(str::to_owned));
-        let (file, mut clouds) = load_files(surroundings)?;
-        let env_cloud = env_cloud(surroundings);
+    pub fn resolve(flags: &CloudFlags, environment: &Environment) -> Result<Self, ConfigError> {
+        let wanted = flags.cloud.clone().or_else(|| environment.var("OS_CLOUD").map(str::to_owned));
+        let (file, mut clouds) = load_files(environment)?;
+        let env_cloud = env_cloud(environment);
         let (name, section, mut notices) = match (wanted, env_cloud) {
             (Some(name), _) if clouds.contains_key(&name) => {
                 let section = clouds.remove(&name).unwrap_or_default();
@@ -190,14 +190,14 @@ impl CloudConfig {
         };
         let from_file = name != "envvars";
         let mut cloud = Cloud { name, section: normalise(&section) };
-        cloud.apply_profile(surroundings)?;
+        cloud.apply_profile(environment)?;
         // openstackclient lays these over what the file says
         for (key, flag, variable) in [
             ("region_name", &flags.region_name, "OS_REGION_NAME"),
             ("interface", &flags.interface, "OS_INTERFACE"),
             ("cacert", &flags.cacert, "OS_CACERT"),
         ] {
-            if let Some(value) = flag.as_deref().or_else(|| surroundings.var(variable)) {
+            if let Some(value) = flag.as_deref().or_else(|| environment.var(variable)) {
                 cloud.section.insert(key.to_owned(), Value::String(value.to_owned()));
             }
         }
@@ -206,7 +206,7 @@ impl CloudConfig {
         }
         if from_file
             && cloud.auth("password").is_none()
-            && let Some(password) = surroundings.var("OS_PASSWORD")
+            && let Some(password) = environment.var("OS_PASSWORD")
         {
             cloud.set_auth("password", password);
         }
@@ -257,9 +257,9 @@ impl Cloud {
     }
 
     /// `profile:` names a section of clouds-public.yaml that lies under this one.
-    fn apply_profile(&mut self, surroundings: &Surroundings) -> Result<(), ConfigError> {
+    fn apply_profile(&mut self, environment: &Environment) -> Result<(), ConfigError> {
         let Some(profile) = self.key("profile").or_else(|| self.key("cloud")) else { return Ok(()) };
-        let public = surroundings.first_file(None, "clouds-public")?;
+        let public = environment.first_file(None, "clouds-public")?;
         let section = public.and_then(|(_, map)| match map.get("public-clouds")?.get(&profile)? {
             Value::Object(section) => Some(normalise(section)),
             _ => None,
@@ -417,7 +417,7 @@ mod tests {
 
     struct Place {
         folder: tempfile::TempDir,
-        surroundings: Surroundings,
+        environment: Environment,
     }
 
     fn place(env: &[(&str, &str)]) -> Place {
@@ -427,7 +427,7 @@ mod tests {
         env.insert("XDG_CONFIG_DIRS".to_owned(), folder.path().join("site").display().to_string());
         let cwd = folder.path().join("cwd");
         std::fs::create_dir_all(&cwd).unwrap();
-        Place { surroundings: Surroundings { env, cwd }, folder }
+        Place { environment: Environment { env, cwd }, folder }
     }
 
     impl Place {
@@ -438,7 +438,7 @@ mod tests {
         }
 
         fn resolve(&self) -> Result<CloudConfig, ConfigError> {
-            CloudConfig::resolve(&CloudFlags::default(), &self.surroundings)
+            CloudConfig::resolve(&CloudFlags::default(), &self.environment)
         }
     }
 
@@ -482,7 +482,7 @@ mod tests {
         for (key, value) in
             [("OS_USERNAME", "jdoe"), ("OS_PASSWORD", "x"), ("OS_PROJECT_ID", "y"), ("OS_PROJECT_DOMAIN_ID", "default")]
         {
-            place.surroundings.env.insert(key.to_owned(), value.to_owned());
+            place.environment.env.insert(key.to_owned(), value.to_owned());
         }
         let cloud = place.resolve().unwrap();
         assert!(cloud.notices[0].contains("OS_USERNAME") && cloud.notices[0].contains("OS_PROJECT_ID"), "{:?}", cloud.notices);
@@ -523,12 +523,12 @@ mod tests {
         assert_eq!(place.resolve().unwrap().auth_url, "http://cwd");
         place.write("elsewhere/my.yaml", &cloud("http://named", "d"));
         let named = place.folder.path().join("elsewhere/my.yaml").display().to_string();
-        place.surroundings.env.insert("OS_CLIENT_CONFIG_FILE".to_owned(), named);
+        place.environment.env.insert("OS_CLIENT_CONFIG_FILE".to_owned(), named);
         assert_eq!(place.resolve().unwrap().auth_url, "http://named");
-        place.surroundings.env.insert("OS_CLOUD".to_owned(), "a".to_owned());
+        place.environment.env.insert("OS_CLOUD".to_owned(), "a".to_owned());
         let error = place.resolve().unwrap_err().to_string();
         assert!(error.contains("cloud a is in none") && error.contains("there are: d"), "{error}");
-        place.surroundings.env.insert("OS_CLIENT_CONFIG_FILE".to_owned(), "/nowhere".to_owned());
+        place.environment.env.insert("OS_CLIENT_CONFIG_FILE".to_owned(), "/nowhere".to_owned());
         assert!(matches!(place.resolve(), Err(ConfigError::File { .. })), "a file that was named has to be there");
     }
 
@@ -541,7 +541,7 @@ mod tests {
              region-name: one\n    image_endpoint_override: http://glance\n    verify: false\n    cacert: /ca.pem\n    interface: publicURL\n",
         );
         let flags = CloudFlags { region_name: Some("two".to_owned()), ..CloudFlags::default() };
-        let cloud = CloudConfig::resolve(&flags, &place.surroundings).unwrap();
+        let cloud = CloudConfig::resolve(&flags, &place.environment).unwrap();
         assert_eq!((cloud.region_name.as_deref(), cloud.interface.as_str()), (Some("two"), "internal"));
         assert_eq!(cloud.image_endpoint_override.as_deref(), Some("http://glance"));
         assert_eq!(
@@ -549,7 +549,7 @@ mod tests {
             Project { name: Some("t".to_owned()), domain_id: Some("d".to_owned()), ..Project::default() }
         );
         assert!(cloud.insecure && cloud.notices[0].contains("not checked"));
-        place.surroundings.env.remove("OS_CLOUD");
+        place.environment.env.remove("OS_CLOUD");
         assert!(matches!(place.resolve(), Err(ConfigError::Choose { names, .. }) if names == ["a", "b"]));
     }
 

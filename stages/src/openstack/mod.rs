@@ -3,7 +3,7 @@
 //! | module | noun |
 //! |---|---|
 //! | [`config`] | which cloud, whose credentials: clouds.yaml, secure.yaml, `OS_*`, flags |
-//! | [`surroundings`] | the files and variables that say so |
+//! | [`environment`] | the files and variables that say so |
 //! | [`http`] | clients: trust store, `OS_CACERT`, proxies, no total time-out |
 //! | [`session`] | a token that renews itself, the catalog, requests with it |
 //! | [`image`] | images: find, create, change, delete; what carries over to a converted one |
@@ -25,6 +25,7 @@
 pub mod carry_over;
 pub mod config;
 mod config_error;
+pub mod environment;
 pub mod error;
 pub mod http;
 pub mod image;
@@ -34,7 +35,6 @@ mod moment;
 pub mod rate;
 pub mod server;
 pub mod session;
-pub mod surroundings;
 
 pub use config::{CloudConfig, CloudFlags};
 pub use config_error::ConfigError;

@@ -7,7 +7,7 @@
 use super::{
     Geometry, Qcow2Error,
     entry::L2Entry,
-    layout::Placement,
+    layout::Sections,
     packing::{Look, Packing, count_references},
     tables::{self, L2Tables},
 };
@@ -136,10 +136,10 @@ impl Arrival {
             }
         }
         let data_clusters = self.packing.end() - 1;
-        let mut placement = Placement::data_first(geometry, to_u64(populated.len()), data_clusters)?;
+        let mut sections = Sections::data_first(geometry, to_u64(populated.len()), data_clusters)?;
         let any_compressed = self.runs.iter().any(|run| run.compressed_bytes > 0);
-        placement.codec = self.codec.filter(|_| any_compressed);
-        placement.check_compressed()?;
+        sections.codec = self.codec.filter(|_| any_compressed);
+        sections.check_compressed()?;
         // one for each table and each cluster that is stored as it is; only compressed ones share
         let mut refcounts = Vec::new();
         if any_compressed {
@@ -153,14 +153,14 @@ impl Arrival {
             refcounts = count_references(bits, self.packing.end(), places);
             refcounts[0] = 1;
         }
-        Ok(Sealed { placement, populated, runs: self.runs, refcounts })
+        Ok(Sealed { sections, populated, runs: self.runs, refcounts })
     }
 }
 
 /// A file of which all data is in place.
 #[derive(Debug)]
 pub struct Sealed {
-    placement: Placement,
+    sections: Sections,
     populated: Vec<u32>,
     runs: Vec<MappedRun>,
     /// Of header and data; empty where all are 1.
@@ -170,12 +170,12 @@ pub struct Sealed {
 impl Sealed {
     /// Where the parts lie.
     #[must_use]
-    pub const fn placement(&self) -> &Placement {
-        &self.placement
+    pub const fn sections(&self) -> &Sections {
+        &self.sections
     }
 
     fn entries(&self) -> impl Iterator<Item = (u64, L2Entry)> + '_ {
-        let bits = self.placement.geometry.cluster_bits();
+        let bits = self.sections.geometry.cluster_bits();
         self.runs.iter().flat_map(move |run| {
             (0..u64::from(run.count)).map(move |step| {
                 let host = HostOffset(run.host + step * bits.cluster_bytes());
@@ -190,13 +190,13 @@ impl Sealed {
 
     /// Tables, each piece with its host offset, in file order from the end of the data to the end of the file.
     pub fn tables(&self) -> impl Iterator<Item = (HostOffset, Vec<u8>)> + '_ {
-        let mut host_next = self.placement.host_offset(self.placement.l2.first);
-        let ones = self.placement.total_clusters() - to_u64(self.refcounts.len());
+        let mut host_next = self.sections.host_offset(self.sections.l2.first);
+        let ones = self.sections.total_clusters() - to_u64(self.refcounts.len());
         let refcounts = self.refcounts.iter().copied().chain(std::iter::repeat_n(1, to_usize(ones)));
-        L2Tables::new(&self.placement, self.entries())
-            .chain(tables::refcount_blocks(&self.placement, refcounts))
-            .chain(tables::refcount_table(&self.placement))
-            .chain(tables::l1_table(&self.placement, &self.populated))
+        L2Tables::new(&self.sections, self.entries())
+            .chain(tables::refcount_blocks(&self.sections, refcounts))
+            .chain(tables::refcount_table(&self.sections))
+            .chain(tables::l1_table(&self.sections, &self.populated))
             .map(move |piece| {
                 let host = host_next;
                 host_next = host.plus(to_u64(piece.len()));
@@ -207,6 +207,6 @@ impl Sealed {
     /// The header's cluster, for host offset 0. Written after everything else is on disk.
     #[must_use]
     pub fn header_cluster(&self) -> Vec<u8> {
-        tables::header_cluster(&self.placement)
+        tables::header_cluster(&self.sections)
     }
 }

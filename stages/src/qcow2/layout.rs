@@ -104,7 +104,7 @@ impl Section {
 
 /// Where each part of a qcow2 file lies. Both writers use it, each with its own order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Placement {
+pub struct Sections {
     /// Disk and cluster size.
     pub geometry: Geometry,
     /// The refcount table.
@@ -121,7 +121,7 @@ pub struct Placement {
     pub codec: Option<Codec>,
 }
 
-impl Placement {
+impl Sections {
     /// Data last, as the stream writer needs it.
     ///
     /// # Errors
@@ -139,7 +139,7 @@ impl Placement {
     /// Data right behind the header, as the single-pass file writer needs it.
     ///
     /// # Errors
-    /// As [`Placement::metadata_first`].
+    /// As [`Sections::metadata_first`].
     pub fn data_first(geometry: Geometry, l2_tables: u64, data_clusters: u64) -> Result<Self, Qcow2Error> {
         let (table, blocks) = refcount_clusters(geometry, l2_tables, data_clusters)?;
         let data = Section { first: 1, clusters: data_clusters };
@@ -234,7 +234,7 @@ fn refcount_clusters(geometry: Geometry, l2_tables: u64, data_clusters: u64) -> 
 /// The complete plan of a metadata-first file.
 #[derive(Clone, Debug)]
 pub struct Layout {
-    placement: Placement,
+    sections: Sections,
     /// L1 indices that have an L2 table, ascending.
     populated: Vec<u32>,
 }
@@ -270,28 +270,28 @@ impl Layout {
                 packing.place(u64::from(record.stored_bytes));
             }
         }
-        let mut placement = Placement::metadata_first(geometry, populated.len() as u64, packing.end())?;
-        placement.codec = codec.filter(|_| index.compressed_clusters() > 0);
-        placement.check_compressed()?;
-        Ok(Self { placement, populated })
+        let mut sections = Sections::metadata_first(geometry, populated.len() as u64, packing.end())?;
+        sections.codec = codec.filter(|_| index.compressed_clusters() > 0);
+        sections.check_compressed()?;
+        Ok(Self { sections, populated })
     }
 
     /// Where the parts lie.
     #[must_use]
-    pub const fn placement(&self) -> &Placement {
-        &self.placement
+    pub const fn sections(&self) -> &Sections {
+        &self.sections
     }
 
     /// Exact length of the file, bytes.
     #[must_use]
     pub const fn file_bytes(&self) -> u64 {
-        self.placement.file_bytes()
+        self.sections.file_bytes()
     }
 
     /// Bytes before the first data cluster.
     #[must_use]
     pub const fn metadata_bytes(&self) -> u64 {
-        self.placement.host_offset(self.placement.data.first).0
+        self.sections.host_offset(self.sections.data.first).0
     }
 
     /// L1 indices that have an L2 table, ascending.
@@ -307,14 +307,14 @@ mod tests {
 
     use super::*;
 
-    fn sections(placement: &Placement) -> Vec<Section> {
+    fn sorted(sections: &Sections) -> Vec<Section> {
         let mut all = vec![
             Section { first: 0, clusters: 1 },
-            placement.refcount_table,
-            placement.refcount_blocks,
-            placement.l1,
-            placement.l2,
-            placement.data,
+            sections.refcount_table,
+            sections.refcount_blocks,
+            sections.l1,
+            sections.l2,
+            sections.data,
         ];
         all.sort_by_key(|section| (section.first, section.clusters));
         all
@@ -326,19 +326,19 @@ mod tests {
             bits in 9_u32..=21, l2_tables in 0_u64..5000, data in 0_u64..3_000_000, gib in 1_u64..128,
         ) {
             let geometry = Geometry::new(gib << 30, ClusterBits::from_bits(bits).unwrap()).unwrap();
-            for placement in [
-                Placement::metadata_first(geometry, l2_tables, data).unwrap(),
-                Placement::data_first(geometry, l2_tables, data).unwrap(),
+            for sections in [
+                Sections::metadata_first(geometry, l2_tables, data).unwrap(),
+                Sections::data_first(geometry, l2_tables, data).unwrap(),
             ] {
                 let mut next = 0;
-                for section in sections(&placement) {
+                for section in sorted(&sections) {
                     prop_assert_eq!(section.first, next);
                     next = section.end();
                 }
-                prop_assert_eq!(next, placement.total_clusters());
+                prop_assert_eq!(next, sections.total_clusters());
                 let bits = geometry.cluster_bits();
-                prop_assert!(placement.refcount_blocks.clusters * bits.refcounts_per_block() >= next);
-                prop_assert!(placement.refcount_table.clusters * bits.entries_per_cluster() >= placement.refcount_blocks.clusters);
+                prop_assert!(sections.refcount_blocks.clusters * bits.refcounts_per_block() >= next);
+                prop_assert!(sections.refcount_table.clusters * bits.entries_per_cluster() >= sections.refcount_blocks.clusters);
             }
         }
     }

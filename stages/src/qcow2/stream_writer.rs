@@ -25,8 +25,8 @@ impl<'a> StreamWriter<'a> {
 
     /// The metadata, piece by piece, in file order: [`Layout::metadata_bytes`] bytes in all.
     pub fn metadata(self) -> impl Iterator<Item = Vec<u8>> + 'a {
-        let placement = *self.layout.placement();
-        let (bits, first) = (placement.geometry.cluster_bits(), placement.data.first);
+        let sections = *self.layout.sections();
+        let (bits, first) = (sections.geometry.cluster_bits(), sections.data.first);
         let tables_of_ones = std::iter::repeat_n(1_u16, to_usize(first));
         let lengths = self.index.records().map(|record| u64::from(record.stored_bytes));
         let refcounts = tables_of_ones.chain(Refcounts::new(bits, first, lengths));
@@ -37,17 +37,17 @@ impl<'a> StreamWriter<'a> {
             let whole = bytes == bits.cluster_bytes();
             (cluster, if whole { L2Entry::data(host) } else { L2Entry::compressed(host, bytes, bits) })
         });
-        std::iter::once(tables::header_cluster(&placement))
-            .chain(tables::refcount_table(&placement))
-            .chain(tables::refcount_blocks(&placement, refcounts))
-            .chain(tables::l1_table(&placement, self.layout.populated()))
-            .chain(L2Tables::new(&placement, entries))
+        std::iter::once(tables::header_cluster(&sections))
+            .chain(tables::refcount_table(&sections))
+            .chain(tables::refcount_blocks(&sections, refcounts))
+            .chain(tables::l1_table(&sections, self.layout.populated()))
+            .chain(L2Tables::new(&sections, entries))
     }
 
     /// Takes the stored clusters in guest order and gives the file's data in its order.
     #[must_use]
     pub fn data(self) -> InFileOrder {
-        let placement = self.layout.placement();
-        InFileOrder::new(placement.geometry.cluster_bits(), placement.data.first)
+        let sections = self.layout.sections();
+        InFileOrder::new(sections.geometry.cluster_bits(), sections.data.first)
     }
 }

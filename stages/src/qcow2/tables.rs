@@ -2,7 +2,7 @@
 
 use super::{
     entry::{L1Entry, L2Entry, RefcountTableEntry},
-    layout::Placement,
+    layout::Sections,
 };
 use crate::units::{ClusterBits, to_u64, to_usize};
 
@@ -12,9 +12,9 @@ const PIECE_BYTES: u64 = 256 << 10;
 
 /// The header's cluster.
 #[must_use]
-pub fn header_cluster(placement: &Placement) -> Vec<u8> {
-    let mut cluster = vec![0; to_usize(placement.geometry.cluster_bits().cluster_bytes())];
-    let header = placement.header().to_bytes();
+pub fn header_cluster(sections: &Sections) -> Vec<u8> {
+    let mut cluster = vec![0; to_usize(sections.geometry.cluster_bits().cluster_bytes())];
+    let header = sections.header().to_bytes();
     cluster[..header.len()].copy_from_slice(&header);
     cluster
 }
@@ -31,11 +31,11 @@ fn word_table(bits: ClusterBits, clusters: u64, word_at: impl Fn(u64) -> u64) ->
 }
 
 /// The refcount table in pieces.
-pub fn refcount_table(placement: &Placement) -> impl Iterator<Item = Vec<u8>> + use<> {
-    let placement = *placement;
-    word_table(placement.geometry.cluster_bits(), placement.refcount_table.clusters, move |index| {
-        if index < placement.refcount_blocks.clusters {
-            RefcountTableEntry::block(placement.host_offset(placement.refcount_blocks.first + index)).word()
+pub fn refcount_table(sections: &Sections) -> impl Iterator<Item = Vec<u8>> + use<> {
+    let sections = *sections;
+    word_table(sections.geometry.cluster_bits(), sections.refcount_table.clusters, move |index| {
+        if index < sections.refcount_blocks.clusters {
+            RefcountTableEntry::block(sections.host_offset(sections.refcount_blocks.first + index)).word()
         } else {
             0
         }
@@ -43,9 +43,9 @@ pub fn refcount_table(placement: &Placement) -> impl Iterator<Item = Vec<u8>> + 
 }
 
 /// The refcount blocks in pieces, from the refcounts of the file's clusters in order; what they do not reach is 0.
-pub fn refcount_blocks<I: Iterator<Item = u16>>(placement: &Placement, counts: I) -> impl Iterator<Item = Vec<u8>> + use<I> {
-    let bits = placement.geometry.cluster_bits();
-    let blocks = placement.refcount_blocks.clusters;
+pub fn refcount_blocks<I: Iterator<Item = u16>>(sections: &Sections, counts: I) -> impl Iterator<Item = Vec<u8>> + use<I> {
+    let bits = sections.geometry.cluster_bits();
+    let blocks = sections.refcount_blocks.clusters;
     let blocks_per_piece = (PIECE_BYTES / bits.cluster_bytes()).max(1);
     let mut counts = counts;
     (0..blocks.div_ceil(blocks_per_piece)).map(move |piece| {
@@ -60,11 +60,11 @@ pub fn refcount_blocks<I: Iterator<Item = u16>>(placement: &Placement, counts: I
 }
 
 /// The L1 table in pieces. `populated` are the L1 indices that have an L2 table, ascending.
-pub fn l1_table<'a>(placement: &Placement, populated: &'a [u32]) -> impl Iterator<Item = Vec<u8>> + use<'a> {
-    let placement = *placement;
-    word_table(placement.geometry.cluster_bits(), placement.l1.clusters, move |index| {
+pub fn l1_table<'a>(sections: &Sections, populated: &'a [u32]) -> impl Iterator<Item = Vec<u8>> + use<'a> {
+    let sections = *sections;
+    word_table(sections.geometry.cluster_bits(), sections.l1.clusters, move |index| {
         let table = u32::try_from(index).ok().and_then(|index| populated.binary_search(&index).ok());
-        table.map_or(0, |table| L1Entry::table(placement.host_offset(placement.l2.first + to_u64(table))).word())
+        table.map_or(0, |table| L1Entry::table(sections.host_offset(sections.l2.first + to_u64(table))).word())
     })
 }
 
@@ -76,8 +76,8 @@ pub struct L2Tables<I: Iterator<Item = (u64, L2Entry)>> {
 
 impl<I: Iterator<Item = (u64, L2Entry)>> L2Tables<I> {
     /// Tables for these guest clusters, which ascend.
-    pub fn new(placement: &Placement, entries: I) -> Self {
-        Self { entries: entries.peekable(), bits: placement.geometry.cluster_bits() }
+    pub fn new(sections: &Sections, entries: I) -> Self {
+        Self { entries: entries.peekable(), bits: sections.geometry.cluster_bits() }
     }
 }
 

@@ -34,8 +34,8 @@ use crate::{
     run::FoundServer,
     text::{causes, printable, size},
 };
-pub use plan::Plan;
 use plan::SHUTDOWN_TIMEOUT;
+pub use plan::SnapshotPlan;
 use restore::{bring_back, images_of_run};
 pub use restore::{by_hand, restore};
 pub use watch::Waiting;
@@ -51,7 +51,7 @@ pub struct Snapshot<'a> {
     /// Nova.
     pub compute: &'a Compute,
     /// What is to be done.
-    pub plan: &'a Plan,
+    pub plan: &'a SnapshotPlan,
     /// The run's name, in the image that it makes.
     pub run: &'a str,
     /// How long what may take.

@@ -13,7 +13,7 @@ pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What is going to be done to a server, checked before anything is.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct SnapshotPlan {
     /// The server.
     pub server: Server,
     /// What the image will be called.
@@ -26,7 +26,7 @@ pub struct Plan {
     pub warnings: Vec<String>,
 }
 
-impl Plan {
+impl SnapshotPlan {
     /// Looks at a server. `live`: a running one stays running.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use engine::{BlockingStage, ErrorKind, Inlet, Outlet, Reorder, StageContext, Sta
 
 use crate::{
     disk::write::IndexFull,
-    extent::{Home, Placed},
+    extent::{Holder, StoredExtent},
     qcow2::ClusterIndex,
     units::{ClusterBits, GuestRange, to_u64},
     watermark::Watermark,
@@ -17,7 +17,7 @@ pub const HELD_MAX: usize = 1 << 16;
 
 /// Where an extent's data clusters are until they are emitted.
 #[derive(Clone, Debug)]
-pub enum KeptIn {
+pub enum Tier {
     /// Here, packed.
     Memory(Bytes),
     /// In the scratch file, packed, from this file offset on.
@@ -34,7 +34,7 @@ pub struct KeptExtent {
     /// Number of its data clusters.
     pub data_clusters: u32,
     /// Where they are.
-    pub kept: KeptIn,
+    pub kept: Tier,
 }
 
 /// What a survey of the source found.
@@ -54,7 +54,7 @@ impl Survey {
     /// Extents that are to be read again.
     #[must_use]
     pub fn wanted(&self) -> Vec<GuestRange> {
-        self.extents.iter().filter(|extent| matches!(extent.kept, KeptIn::Source)).map(|extent| extent.guest).collect()
+        self.extents.iter().filter(|extent| matches!(extent.kept, Tier::Source)).map(|extent| extent.guest).collect()
     }
 }
 
@@ -73,33 +73,33 @@ pub struct Collect {
 }
 
 impl BlockingStage for Collect {
-    type In = Placed;
-    type Out = Placed;
+    type In = StoredExtent;
+    type Out = StoredExtent;
     type Report = Survey;
 
-    fn run(self, inlet: Inlet<Placed>, outlet: Outlet<Placed>, _: StageContext) -> Result<Survey, StageError> {
+    fn run(self, inlet: Inlet<StoredExtent>, outlet: Outlet<StoredExtent>, _: StageContext) -> Result<Survey, StageError> {
         let cluster_bytes = self.cluster_bits.cluster_bytes();
         let mut order = Reorder::new(HELD_MAX);
         let mut survey =
             Survey { source_bytes: 0, cluster_bits: self.cluster_bits, index: ClusterIndex::new(), extents: Vec::new() };
         let mut passing = false;
-        while let Some(placed) = inlet.recv_blocking()? {
-            let guest = placed.guest;
-            order.push(guest.start.0, guest.end.0, placed).map_err(StageError::bug)?;
-            while let Some(placed) = order.pop() {
+        while let Some(stored_extent) = inlet.recv_blocking()? {
+            let guest = stored_extent.guest;
+            order.push(guest.start.0, guest.end.0, stored_extent).map_err(StageError::bug)?;
+            while let Some(stored_extent) = order.pop() {
                 if self.survey {
-                    survey.add(&placed, cluster_bytes)?;
+                    survey.add(&stored_extent, cluster_bytes)?;
                     let index_bytes = survey.index.memory_bytes() + to_u64(survey.extents.capacity() * size_of::<KeptExtent>());
                     if index_bytes > self.index_limit_bytes {
-                        let full = IndexFull { limit_bytes: self.index_limit_bytes, guest_offset: placed.guest.start.0 };
+                        let full = IndexFull { limit_bytes: self.index_limit_bytes, guest_offset: stored_extent.guest.start.0 };
                         return Err(StageError::new(ErrorKind::Limit, full));
                     }
                 }
-                passing |= matches!(&placed.home, Home::Passing(bytes) if !bytes.is_empty());
+                passing |= matches!(&stored_extent.holder, Holder::Passing(bytes) if !bytes.is_empty());
                 if let Some(watermark) = self.watermark.as_ref().filter(|_| !passing) {
-                    watermark.advance(placed.guest.end.0);
+                    watermark.advance(stored_extent.guest.end.0);
                 }
-                outlet.send_blocking(placed)?;
+                outlet.send_blocking(stored_extent)?;
             }
         }
         // Every byte of the source has passed, once: an image that lacks a part is never sealed.
@@ -115,17 +115,17 @@ impl BlockingStage for Collect {
 }
 
 impl Survey {
-    fn add(&mut self, placed: &Placed, cluster_bytes: u64) -> Result<(), StageError> {
-        let kept = match &placed.home {
-            Home::Nowhere => return Ok(()),
-            Home::Memory(bytes) => Some(KeptIn::Memory(bytes.clone())),
-            Home::Scratch(at) => Some(KeptIn::Scratch(*at)),
-            Home::Passing(_) => Some(KeptIn::Source),
-            Home::File => None, // written already: the index alone is wanted
+    fn add(&mut self, stored_extent: &StoredExtent, cluster_bytes: u64) -> Result<(), StageError> {
+        let kept = match &stored_extent.holder {
+            Holder::Nowhere => return Ok(()),
+            Holder::Memory(bytes) => Some(Tier::Memory(bytes.clone())),
+            Holder::Scratch(at) => Some(Tier::Scratch(*at)),
+            Holder::Passing(_) => Some(Tier::Source),
+            Holder::File => None, // written already: the index alone is wanted
         };
-        let mut records = placed.records.iter();
+        let mut records = stored_extent.records.iter();
         let mut data_clusters = 0;
-        for run in placed.runs.iter().filter(|run| run.place != crate::extent::Place::Zeros) {
+        for run in stored_extent.runs.iter().filter(|run| run.position != crate::extent::Position::Zeros) {
             for step in 0..run.guest.bytes().div_ceil(cluster_bytes) {
                 let record = records.next().ok_or_else(|| StageError::bug("a data cluster without a record"))?;
                 let whole = u64::from(record.stored_bytes) == cluster_bytes;
@@ -133,7 +133,7 @@ impl Survey {
                 data_clusters += 1;
             }
         }
-        self.extents.extend(kept.map(|kept| KeptExtent { guest: placed.guest, data_clusters, kept }));
+        self.extents.extend(kept.map(|kept| KeptExtent { guest: stored_extent.guest, data_clusters, kept }));
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs::File, sync::Arc};
 use bytes::Bytes;
 use engine::{BlockingStage, ErrorKind, Inlet, Outlet, StageContext, StageError};
 
-use super::{KeptIn, Survey, collect::KeptExtent, reread::Rebuilt};
+use super::{Survey, Tier, collect::KeptExtent, reread::Rebuilt};
 use crate::{
     compress::{Decoder, encode::digest},
     extent::{Chunk, Record},
@@ -73,9 +73,9 @@ impl BlockingStage for Emit {
             let records: Vec<Record> = records.by_ref().take(to_usize(u64::from(extent.data_clusters))).collect();
             let lengths: Vec<u32> = records.iter().map(|record| record.stored_bytes).collect();
             let (packed, credit) = match &extent.kept {
-                KeptIn::Memory(packed) => (packed.clone(), None),
-                KeptIn::Scratch(at) => (self.read_scratch(*at, extent.guest, &records)?, None),
-                KeptIn::Source => {
+                Tier::Memory(packed) => (packed.clone(), None),
+                Tier::Scratch(at) => (self.read_scratch(*at, extent.guest, &records)?, None),
+                Tier::Source => {
                     let rebuilt = next_rebuilt(&inlet, &mut early, extent.guest)?;
                     (rebuilt.packed.clone(), Some(rebuilt))
                 }
@@ -129,7 +129,7 @@ impl Emit {
             let good = if stored.len() == cluster.len() {
                 digest(stored) == record.digest
             } else {
-                let codec = self.layout.placement().codec.ok_or_else(|| StageError::bug("compressed bytes, but no codec"))?;
+                let codec = self.layout.sections().codec.ok_or_else(|| StageError::bug("compressed bytes, but no codec"))?;
                 let decoder = self.decoder.get_or_insert_with(|| Decoder::new(codec));
                 decoder.decode(stored, &mut cluster).is_ok() && digest(&cluster) == record.digest
             };

@@ -112,7 +112,7 @@ impl Buffers {
         Some(buffer)
     }
 
-    /// Free buffers that have no place any more.
+    /// Free buffers that have no position any more.
     fn evict(&mut self) -> Vec<Vec<u8>> {
         let mut evicted = Vec::new();
         while self.in_use_bytes + self.free_bytes > self.limit_bytes

@@ -11,7 +11,7 @@ use engine::{Emitter, ErrorKind, StageError, Transform};
 use super::FreeList;
 use crate::{
     compress::EncodeClusters,
-    extent::{Classified, Home, Placed, Stored},
+    extent::{Classified, Holder, Stored, StoredExtent},
     text::size,
     units::{ClusterBits, to_u64, to_usize},
 };
@@ -91,12 +91,12 @@ impl MemoryStore {
     ///
     /// # Errors
     /// [`StoreFull`] where what does not fit would be lost.
-    pub fn keep(&self, classified: Classified, cluster_bits: ClusterBits) -> Result<Placed, StoreFull> {
-        let runs = Placed::packed_runs(&classified, cluster_bits, 0);
+    pub fn keep(&self, classified: Classified, cluster_bits: ClusterBits) -> Result<StoredExtent, StoreFull> {
+        let runs = StoredExtent::packed_runs(&classified, cluster_bits, 0);
         let Classified { guest, records, stored, runs: fates } = classified;
         let data_clusters: u64 = to_u64(records.len());
-        let home = match stored {
-            Stored::Nothing => Home::Nowhere,
+        let holder = match stored {
+            Stored::Nothing => Holder::Nowhere,
             Stored::Packed(packed) => self.find_home(to_u64(packed.len()), guest.start.0, || self.buffers.counted(packed))?,
             Stored::Whole(slice) => {
                 let cluster_bytes = cluster_bits.cluster_bytes();
@@ -114,16 +114,16 @@ impl MemoryStore {
                 })?
             }
         };
-        Ok(Placed { guest, runs, records, home })
+        Ok(StoredExtent { guest, runs, records, holder })
     }
 
-    fn find_home(&self, bytes: u64, guest_offset: u64, packed: impl FnOnce() -> Bytes) -> Result<Home, StoreFull> {
+    fn find_home(&self, bytes: u64, guest_offset: u64, packed: impl FnOnce() -> Bytes) -> Result<Holder, StoreFull> {
         if self.take(bytes) {
-            return Ok(Home::Memory(packed()));
+            return Ok(Holder::Memory(packed()));
         }
         match self.overflow {
-            Overflow::PassOn => Ok(Home::Passing(packed())),
-            Overflow::LetGo => Ok(Home::Passing(Bytes::new())),
+            Overflow::PassOn => Ok(Holder::Passing(packed())),
+            Overflow::LetGo => Ok(Holder::Passing(Bytes::new())),
             Overflow::Refuse { memory_bytes } => Err(StoreFull { limit_bytes: self.limit_bytes, memory_bytes, guest_offset }),
         }
     }
@@ -141,16 +141,16 @@ pub struct Keep {
 
 impl Transform for Keep {
     type In = Classified;
-    type Out = Placed;
+    type Out = StoredExtent;
     type Report = ();
 
-    fn apply(&mut self, classified: Classified, out: &mut Emitter<'_, Placed>) -> Result<(), StageError> {
+    fn apply(&mut self, classified: Classified, out: &mut Emitter<'_, StoredExtent>) -> Result<(), StageError> {
         // the lease returns before this thread may have to wait
-        let placed = self.store.keep(self.encoder.encode(classified), self.cluster_bits);
-        out.emit(placed.map_err(|full| StageError::new(ErrorKind::Limit, full))?)
+        let stored_extent = self.store.keep(self.encoder.encode(classified), self.cluster_bits);
+        out.emit(stored_extent.map_err(|full| StageError::new(ErrorKind::Limit, full))?)
     }
 
-    fn finish(self, _: &mut Emitter<'_, Placed>) -> Result<(), StageError> {
+    fn finish(self, _: &mut Emitter<'_, StoredExtent>) -> Result<(), StageError> {
         Ok(())
     }
 }

@@ -13,7 +13,7 @@
 //!
 //! The store never keeps a pool lease: [`keep::Keep`] copies data clusters, packed, into memory of the store's own,
 //! and the lease returns. Otherwise the survey would wait for a lease that only emit frees. What no tier keeps stays in memory until
-//! the hash lane has passed it ([`crate::extent::Home::Passing`]), bounded by the [`crate::watermark::Watermark`].
+//! the hash lane has passed it ([`crate::extent::Holder::Passing`]), bounded by the [`crate::watermark::Watermark`].
 //!
 //! What is read again obeys the survey's record: each cluster's digest is compared, and its stored form made again to the same length,
 //! before a byte of it leaves ([`reread`]).
@@ -39,7 +39,7 @@ pub mod keep;
 pub mod reread;
 pub mod scratch;
 
-pub use collect::{Collect, KeptIn, Survey};
+pub use collect::{Collect, Survey, Tier};
 pub use emit::{Emit, EmitReport};
 pub use free_list::FreeList;
 pub use keep::{Keep, MemoryStore};

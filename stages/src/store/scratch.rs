@@ -11,7 +11,7 @@ use engine::{Cancelled, ErrorKind, Inlet, LocalStage, Outlet, StageContext, Stag
 
 use crate::{
     disk::queue::{Completion, WriteBytes, WriteOp, WriteQueue},
-    extent::{Home, Placed},
+    extent::{Holder, StoredExtent},
     progress::Progress,
     retry::Retries,
     units::to_u64,
@@ -100,18 +100,18 @@ struct Writer<Q> {
     used: u64,
     /// No more is written: it is full, or failed.
     closed: bool,
-    pending: HashMap<u64, (Placed, u64)>,
+    pending: HashMap<u64, (StoredExtent, u64)>,
     next_tag: u64,
     progress: Progress,
     retries: Retries,
 }
 
 impl<Q: WriteQueue> LocalStage for ScratchWrite<Q> {
-    type In = Placed;
-    type Out = Placed;
+    type In = StoredExtent;
+    type Out = StoredExtent;
     type Report = ();
 
-    async fn run(self, inlet: Inlet<Placed>, outlet: Outlet<Placed>, _: StageContext) -> Result<(), StageError> {
+    async fn run(self, inlet: Inlet<StoredExtent>, outlet: Outlet<StoredExtent>, _: StageContext) -> Result<(), StageError> {
         let Self { queue, limit_bytes, refuse, progress, retries } = self;
         let mut writer = Writer {
             queue,
@@ -139,7 +139,7 @@ impl<Q: WriteQueue> LocalStage for ScratchWrite<Q> {
 }
 
 impl<Q: WriteQueue> Writer<Q> {
-    async fn pass_all(&mut self, inlet: &Inlet<Placed>, outlet: &Outlet<Placed>) -> Result<(), StageError> {
+    async fn pass_all(&mut self, inlet: &Inlet<StoredExtent>, outlet: &Outlet<StoredExtent>) -> Result<(), StageError> {
         loop {
             let received = if self.queue.in_flight() == 0 {
                 inlet.recv().await?
@@ -154,27 +154,27 @@ impl<Q: WriteQueue> Writer<Q> {
                     received = inlet.recv() => received?,
                 }
             };
-            let Some(placed) = received else { return Ok(()) };
-            self.pass(placed, outlet).await?;
+            let Some(stored_extent) = received else { return Ok(()) };
+            self.pass(stored_extent, outlet).await?;
         }
     }
 
-    async fn pass(&mut self, placed: Placed, outlet: &Outlet<Placed>) -> Result<(), StageError> {
-        let bytes = match &placed.home {
-            Home::Passing(bytes) if !self.closed => bytes.clone(),
-            _ => return self.let_go(placed, outlet).await,
+    async fn pass(&mut self, stored_extent: StoredExtent, outlet: &Outlet<StoredExtent>) -> Result<(), StageError> {
+        let bytes = match &stored_extent.holder {
+            Holder::Passing(bytes) if !self.closed => bytes.clone(),
+            _ => return self.let_go(stored_extent, outlet).await,
         };
         let len = to_u64(bytes.len());
         if self.used + len > self.limit_bytes {
             self.closed = true;
             self.retries.say(format!("the scratch file has reached its limit of {}", crate::text::size(self.limit_bytes)));
-            return self.let_go(placed, outlet).await;
+            return self.let_go(stored_extent, outlet).await;
         }
         let tag = self.next_tag;
         self.next_tag += 1;
         let at = self.used;
         self.used += len;
-        self.pending.insert(tag, (placed, at));
+        self.pending.insert(tag, (stored_extent, at));
         let mut op = WriteOp { host_offset: at, bytes: WriteBytes::Shared(bytes), tag };
         while let Err(rejected) = self.queue.submit(op) {
             op = rejected;
@@ -186,26 +186,26 @@ impl<Q: WriteQueue> Writer<Q> {
     }
 
     /// Passes an extent on that nothing keeps.
-    async fn let_go(&self, placed: Placed, outlet: &Outlet<Placed>) -> Result<(), StageError> {
-        match (self.refuse, &placed.home) {
-            (Some(memory_bytes), Home::Passing(_)) => {
-                let full = ScratchFull { memory_bytes, guest_offset: placed.guest.start.0 };
+    async fn let_go(&self, stored_extent: StoredExtent, outlet: &Outlet<StoredExtent>) -> Result<(), StageError> {
+        match (self.refuse, &stored_extent.holder) {
+            (Some(memory_bytes), Holder::Passing(_)) => {
+                let full = ScratchFull { memory_bytes, guest_offset: stored_extent.guest.start.0 };
                 Err(StageError::new(ErrorKind::Limit, full))
             }
-            _ => Ok(outlet.send(placed).await?),
+            _ => Ok(outlet.send(stored_extent).await?),
         }
     }
 
-    async fn completed(&mut self, completion: Completion, outlet: &Outlet<Placed>) -> Result<(), StageError> {
-        let Some((mut placed, at)) = self.pending.remove(&completion.tag) else {
+    async fn completed(&mut self, completion: Completion, outlet: &Outlet<StoredExtent>) -> Result<(), StageError> {
+        let Some((mut stored_extent, at)) = self.pending.remove(&completion.tag) else {
             return Err(StageError::bug("a write completed that nobody started"));
         };
         match completion.result {
             Ok(()) => {
-                if let Home::Passing(bytes) = &placed.home {
+                if let Holder::Passing(bytes) = &stored_extent.holder {
                     self.progress.add_scratch(to_u64(bytes.len()));
                 }
-                placed.home = Home::Scratch(at);
+                stored_extent.holder = Holder::Scratch(at);
             }
             Err(error) if !self.closed => {
                 self.closed = true;
@@ -214,6 +214,6 @@ impl<Q: WriteQueue> Writer<Q> {
             }
             Err(_) => {}
         }
-        self.let_go(placed, outlet).await
+        self.let_go(stored_extent, outlet).await
     }
 }

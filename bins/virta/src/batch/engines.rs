@@ -9,7 +9,7 @@ use std::{
 
 use clap::ValueEnum;
 use stages::{
-    batch::{Plan, Wish},
+    batch::{Plan, Request},
     convert::After,
     error::JobError,
     reporter::Notices,
@@ -50,7 +50,7 @@ fn task_flags(arguments: &BatchArgs) -> Vec<String> {
         "--dry-run",
         "--yes",
     ];
-    let mut flags = super::end::typed_flags(&dropped);
+    let mut flags = super::summary::typed_flags(&dropped);
     if !flags.iter().any(|flag| flag.starts_with("--os-cloud"))
         && let Some(cloud) = arguments.cloud.os_cloud.clone().or_else(|| std::env::var("OS_CLOUD").ok())
     {
@@ -77,21 +77,21 @@ fn write_file(path: &Path, text: &str, mode: u32) -> io::Result<()> {
 
 /// Writes the files of a plan, and prints the command that submits it.
 pub fn write(engine: Engine, arguments: &BatchArgs, plan: &Plan, display: &Display) -> Result<(), JobError> {
-    let wishes: Vec<Wish> = plan
+    let requests: Vec<Request> = plan
         .entries
         .iter()
         .filter(|entry| entry.is_work())
-        .map(|entry| Wish {
+        .map(|entry| Request {
             // by id, and with the name that was planned: tasks run later, and elsewhere
-            image: entry.image.as_ref().map_or_else(|| entry.wish.image.clone(), |image| image.id.clone()),
+            image: entry.image.as_ref().map_or_else(|| entry.request.image.clone(), |image| image.id.clone()),
             name: Some(entry.new_name.clone()),
-            ..entry.wish.clone()
+            ..entry.request.clone()
         })
         .collect();
     for entry in plan.entries.iter().filter(|entry| !entry.is_work()) {
         display.note(&format!("not in the plan: {}: {}", entry.shown(), why(&entry.verdict)));
     }
-    if wishes.is_empty() {
+    if requests.is_empty() {
         return Err(JobError::Refused("there is nothing to convert, so there is no plan".to_owned()));
     }
     let mut words = Vec::new();
@@ -117,7 +117,7 @@ pub fn write(engine: Engine, arguments: &BatchArgs, plan: &Plan, display: &Displ
     let submit = match engine {
         Engine::Hyperqueue => {
             let items = folder.join("items.json");
-            let text = serde_json::to_string_pretty(&wishes).unwrap_or_default() + "\n";
+            let text = serde_json::to_string_pretty(&requests).unwrap_or_default() + "\n";
             write_file(&items, &text, 0o600).map_err(failed)?;
             // --task-dir is what makes HyperQueue look for the error text
             let mut hq: Vec<String> =
@@ -128,19 +128,19 @@ pub fn write(engine: Engine, arguments: &BatchArgs, plan: &Plan, display: &Displ
             }
             let submit = format!("{} -- {}", quoted(&hq), quoted(&words));
             write_file(&folder.join("submit.sh"), &format!("#!/bin/sh\nexec {submit}\n"), 0o700).map_err(failed)?;
-            display.note(&format!("{} tasks in {}", wishes.len(), items.display()));
+            display.note(&format!("{} tasks in {}", requests.len(), items.display()));
             display.note("what failed: hq job task-ids last --filter failed; why: hq task list last --filter failed; again, what is done stays done: the same command");
             submit
         }
         Engine::Slurm => {
             let items = folder.join("items.jsonl");
-            let text: String = wishes.iter().map(|wish| serde_json::to_string(wish).unwrap_or_default() + "\n").collect();
+            let text: String = requests.iter().map(|request| serde_json::to_string(request).unwrap_or_default() + "\n").collect();
             write_file(&items, &text, 0o600).map_err(failed)?;
             words.extend(["--from".to_owned(), items.display().to_string()]);
             let script = folder.join("virta.sbatch");
-            write_file(&script, &slurm_script(wishes.len(), arguments.jobs.get(), cpus, &quoted(&words)), 0o700)
+            write_file(&script, &slurm_script(requests.len(), arguments.jobs.get(), cpus, &quoted(&words)), 0o700)
                 .map_err(failed)?;
-            display.note(&format!("{} tasks in {}, {} at once", wishes.len(), items.display(), arguments.jobs));
+            display.note(&format!("{} tasks in {}, {} at once", requests.len(), items.display(), arguments.jobs));
             display.note(
                 "what failed: sacct -j JOB --state FAILED -o JobID,ExitCode; again, what is done stays done: the same command",
             );

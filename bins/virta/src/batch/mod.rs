@@ -9,9 +9,9 @@
 //! | [`task`] | one image, handed over by an engine |
 
 mod display;
-mod end;
 mod engines;
 mod planned;
+mod summary;
 mod task;
 
 use std::{io::Read, num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc};
@@ -21,14 +21,14 @@ use engine::CancelToken;
 use jiff::SignedDuration;
 use stages::{
     batch::{
-        Batch, Event, Journal, Listing, Outcome, Plan, Summary, Wish, list,
+        Batch, Event, Journal, Listing, Outcome, Plan, Request, Summary, list,
         plan::finish_replacements,
         run::Limits,
         select::{Filter, parse_age, snapshots},
     },
     convert::{After, Options, Verify},
     error::JobError,
-    openstack::{Compute, Image, Session, config::Surroundings},
+    openstack::{Compute, Image, Session, config::Environment},
     progress::Progress,
     reporter::Notices,
     text::{causes, counted, printable, size},
@@ -49,9 +49,9 @@ use crate::{
     signals::watch_signals,
 };
 use display::BatchDisplay;
-use end::conclude;
 pub use engines::Engine;
 use planned::show_plan;
+use summary::conclude;
 
 /// Names of images that a question lists.
 const ASKED_MAX: usize = 12;
@@ -190,16 +190,16 @@ impl BatchArgs {
     }
 
     /// What tells this command from another one, for the name of its journal.
-    fn selection(&self, wishes: &[Wish]) -> String {
+    fn selection(&self, requests: &[Request]) -> String {
         if self.all_snapshots {
             let Self { all_users, larger_than, older_than, name, instance, .. } = self;
             return format!("snapshots {all_users} {larger_than:?} {older_than:?} {name:?} {instance:?} {}", self.name_template);
         }
-        format!("{} {}", serde_json::to_string(wishes).unwrap_or_default(), self.name_template)
+        format!("{} {}", serde_json::to_string(requests).unwrap_or_default(), self.name_template)
     }
 }
 
-/// Reads a list of wishes; `-` is stdin.
+/// Reads a list of requests; `-` is stdin.
 fn read_list(path: &str) -> Result<String, JobError> {
     let mut text = String::new();
     let read = match path {
@@ -217,7 +217,7 @@ fn read_list(path: &str) -> Result<String, JobError> {
     Ok(text)
 }
 
-fn wishes(arguments: &BatchArgs) -> Result<Vec<Wish>, JobError> {
+fn requests(arguments: &BatchArgs) -> Result<Vec<Request>, JobError> {
     let filters = [
         (arguments.all_users, "--all-users"),
         (arguments.larger_than.is_some(), "--larger-than"),
@@ -228,26 +228,26 @@ fn wishes(arguments: &BatchArgs) -> Result<Vec<Wish>, JobError> {
     if let Some((_, flag)) = filters.iter().find(|(given, _)| *given && !arguments.all_snapshots) {
         return Err(JobError::Usage(format!("{flag} chooses among snapshots: it needs --all-snapshots")));
     }
-    let mut wishes: Vec<Wish> = arguments.images.iter().map(|word| Wish::of(word)).collect();
+    let mut requests: Vec<Request> = arguments.images.iter().map(|word| Request::of(word)).collect();
     if arguments.task_from_env {
-        wishes.push(task::wish(arguments.from.as_deref())?);
+        requests.push(task::request(arguments.from.as_deref())?);
     } else if let Some(path) = &arguments.from {
         let listed = list::parse(&read_list(path)?);
-        wishes.extend(listed.map_err(|error| JobError::Usage(format!("--from {}, {error}", printable(path))))?);
+        requests.extend(listed.map_err(|error| JobError::Usage(format!("--from {}, {error}", printable(path))))?);
     }
-    if wishes.is_empty()
+    if requests.is_empty()
         && let Some(path) = &arguments.from
     {
         return Err(JobError::Usage(format!("--from {}: there is no image in it", printable(path))));
     }
-    if wishes.is_empty() && !arguments.all_snapshots {
+    if requests.is_empty() && !arguments.all_snapshots {
         return Err(JobError::Usage("which images? Name them, or give --from FILE or --all-snapshots".to_owned()));
     }
-    Ok(wishes)
+    Ok(requests)
 }
 
 /// What a batch came to.
-enum Came {
+enum Ending {
     /// It ran.
     Summary(Box<Summary>, Option<PathBuf>),
     /// There was something to show.
@@ -257,15 +257,15 @@ enum Came {
 /// Runs the command.
 pub async fn run(arguments: BatchArgs) -> ExitCode {
     let as_task = arguments.task_from_env;
-    let wishes = match wishes(&arguments) {
-        Ok(wishes) => wishes,
+    let requests = match requests(&arguments) {
+        Ok(requests) => requests,
         Err(error) => return ended_early(&error, as_task),
     };
     if let Some(Err(error)) = arguments.output.report.as_deref().map(check_report_file) {
         return ended_early(&error, as_task);
     }
     let only_shows = arguments.dry_run || arguments.plan.is_some();
-    let run = if only_shows { Run::default() } else { Run::begin(&described(&arguments, &wishes), &arguments.name_template) };
+    let run = if only_shows { Run::default() } else { Run::begin(&described(&arguments, &requests), &arguments.name_template) };
     let options = match arguments.options(&run) {
         Ok(options) => options,
         Err(text) => return ended_early(&JobError::Usage(text), as_task),
@@ -276,11 +276,11 @@ pub async fn run(arguments: BatchArgs) -> ExitCode {
     if !only_shows {
         warn_without_record(&run, &display);
     }
-    let result = batch(&arguments, wishes, options, &display, &run, &cancel).await;
+    let result = batch(&arguments, requests, options, &display, &run, &cancel).await;
     display.finish().await;
     match result {
-        Ok(Came::Shown(code)) => code,
-        Ok(Came::Summary(summary, journal)) => {
+        Ok(Ending::Shown(code)) => code,
+        Ok(Ending::Summary(summary, journal)) => {
             let code = summary.exit_code();
             let done = summary.count(Outcome::is_good);
             run.end_with(code, &format!("{done} of {} done", summary.items.len()), code != 0);
@@ -297,23 +297,23 @@ fn ended_early(error: &JobError, as_task: bool) -> ExitCode {
     if as_task { task::failed(error) } else { exit::failure(error, error.exit_code()) }
 }
 
-fn described(arguments: &BatchArgs, wishes: &[Wish]) -> String {
-    match wishes {
-        [wish] => format!("batch of glance:{}", wish.image),
+fn described(arguments: &BatchArgs, requests: &[Request]) -> String {
+    match requests {
+        [request] => format!("batch of glance:{}", request.image),
         _ if arguments.all_snapshots => "batch of all snapshots".to_owned(),
-        _ => format!("batch of {} images", wishes.len()),
+        _ => format!("batch of {} images", requests.len()),
     }
 }
 
 async fn batch(
     arguments: &BatchArgs,
-    wishes: Vec<Wish>,
+    requests: Vec<Request>,
     options: Options,
     display: &Display,
     run: &Run,
     cancel: &CancelToken,
-) -> Result<Came, JobError> {
-    let (planned, journal) = match cancel.guard(prepare(arguments, wishes, &options, display, run, cancel)).await {
+) -> Result<Ending, JobError> {
+    let (planned, journal) = match cancel.guard(prepare(arguments, requests, &options, display, run, cancel)).await {
         Ok(result) => result?,
         Err(_) => return Err(JobError::interrupted()),
     };
@@ -321,12 +321,12 @@ async fn batch(
     plan.notes.iter().for_each(|note| display.note(note));
     if let Some(engine) = arguments.plan {
         engines::write(engine, arguments, plan, display)?;
-        return Ok(Came::Shown(ExitCode::SUCCESS));
+        return Ok(Ending::Shown(ExitCode::SUCCESS));
     }
     if arguments.dry_run {
         show_plan(arguments, session, plan, left_out, display, cancel).await?;
         let lacks = plan.entries.iter().any(|entry| matches!(entry.verdict, stages::batch::Verdict::Fail { .. }));
-        return Ok(Came::Shown(if lacks { ExitCode::from(4) } else { ExitCode::SUCCESS }));
+        return Ok(Ending::Shown(if lacks { ExitCode::from(4) } else { ExitCode::SUCCESS }));
     }
     left_out.iter().for_each(|line| display.note(line));
     ask(arguments, session, plan, cancel).await?;
@@ -362,7 +362,7 @@ async fn batch(
     };
     let summary = batch.run().await.map_err(|error| JobError::Usage(error.to_string()));
     shown.finish().await;
-    Ok(Came::Summary(Box::new(summary?), journal_path))
+    Ok(Ending::Summary(Box::new(summary?), journal_path))
 }
 
 struct Prepared {
@@ -375,25 +375,25 @@ struct Prepared {
 /// Signs in, looks, plans.
 async fn prepare(
     arguments: &BatchArgs,
-    mut wishes: Vec<Wish>,
+    mut requests: Vec<Request>,
     options: &Options,
     display: &Display,
     run: &Run,
     cancel: &CancelToken,
 ) -> Result<(Prepared, Option<Journal>), JobError> {
-    let session = sign_in("cloud", &arguments.cloud, &Surroundings::current(), display, cancel).await?;
+    let session = sign_in("cloud", &arguments.cloud, &Environment::current(), display, cancel).await?;
     let changes = !arguments.dry_run && arguments.plan.is_none();
     if changes {
         run.in_cloud(&session);
         leftovers::clean_up_before(&session, display, cancel).await?;
     }
     let mut listing = Listing::of_project(&session).await?;
-    let replaces = options.after == After::Replace || wishes.iter().any(|wish| wish.replace == Some(true));
+    let replaces = options.after == After::Replace || requests.iter().any(|request| request.replace == Some(true));
     if changes && replaces && finish_replacements(&session, &listing.images).await? {
         listing = Listing::of_project(&session).await?;
     }
     let mut left_out = Vec::new();
-    let selection = arguments.selection(&wishes);
+    let selection = arguments.selection(&requests);
     if arguments.all_snapshots {
         let instance = match &arguments.instance {
             Some(server) => Some(Compute::connect(&session).await?.find(server).await?.id),
@@ -421,8 +421,8 @@ async fn prepare(
         if selected.filtered > 0 {
             left_out.push(format!("{} left out by the filters", counted(selected.filtered, "snapshot")));
         }
-        wishes = selected.images.iter().map(|image| Wish::of(&image.id)).collect();
-        if wishes.is_empty() {
+        requests = selected.images.iter().map(|image| Request::of(&image.id)).collect();
+        if requests.is_empty() {
             let own = |image: &&Image| session.owns(image) && image.disk_format.as_deref() == Some("raw");
             let raw = listing.images.iter().filter(own).count();
             let others = match raw {
@@ -436,8 +436,8 @@ async fn prepare(
         }
     } else {
         // an image that lists do not show, for it is hidden or shared by another project, is found by its id
-        for wish in &wishes {
-            let id = wish.image.strip_prefix("glance:").unwrap_or(&wish.image);
+        for request in &requests {
+            let id = request.image.strip_prefix("glance:").unwrap_or(&request.image);
             if uuid::Uuid::parse_str(id).is_ok()
                 && !listing.images.iter().any(|image| image.id.eq_ignore_ascii_case(id))
                 && let Ok(image) = session.image(id).await
@@ -468,7 +468,7 @@ async fn prepare(
             }
         },
     };
-    let mut plan = Plan::make(&session, listing, wishes, options, &arguments.name_template, journal.as_ref())?;
+    let mut plan = Plan::make(&session, listing, requests, options, &arguments.name_template, journal.as_ref())?;
     if arguments.dry_run {
         // a run finds that out itself, image by image
         let looking = cancel.guard(plan.refuse_shared(&session)).await;

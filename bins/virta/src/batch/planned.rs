@@ -64,7 +64,7 @@ pub(super) async fn show_plan(
         let text = |text: Option<&str>| Cell::plain(text.map(str::to_owned));
         vec![
             text(image.map(|image| image.id.as_str())),
-            text(image.map_or(Some(entry.wish.image.as_str()), |image| image.name.as_deref())),
+            text(image.map_or(Some(entry.request.image.as_str()), |image| image.name.as_deref())),
             text(image.and_then(|image| image.property("user_id"))),
             Cell::shown(entry.bytes(), size(entry.bytes())),
             Cell::plain(match (&entry.verdict, entry.options.after) {

@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use stages::{
-    batch::{Outcome, Summary, Wish, list, outcome::task_exit_code},
-    error::{JobError, Nature},
+    batch::{Outcome, Request, Summary, list, outcome::task_exit_code},
+    error::{FailureKind, JobError},
     text::{chain, printable},
 };
 
@@ -13,8 +13,8 @@ use crate::{exit, flags::FormatChoice};
 /// HyperQueue shows so much of an error (`HQ_ERROR_FILENAME`).
 const ERROR_BYTES_MAX: usize = 2048;
 
-/// The wish that the environment names.
-pub fn wish(from: Option<&str>) -> Result<Wish, JobError> {
+/// The request that the environment names.
+pub fn request(from: Option<&str>) -> Result<Request, JobError> {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let usage = |text: String| JobError::Usage(text);
     if let Some(entry) = set("HQ_ENTRY") {
@@ -59,11 +59,11 @@ fn write_error(text: &str) {
 
 /// A task that ended before its image was looked at.
 pub fn failed(error: &JobError) -> ExitCode {
-    let code = match error.nature() {
-        Nature::Interrupted => 130,
+    let code = match error.failure_kind() {
+        FailureKind::Interrupted => 130,
         _ if error.exit_code() == 2 => 64,
         // a password that is wrong is wrong the next time, too, and locks the account
-        Nature::Permanent | Nature::Credentials => 65,
+        FailureKind::Permanent | FailureKind::Credentials => 65,
         _ => 75,
     };
     write_error(&chain(error).iter().map(|line| printable(line)).collect::<Vec<_>>().join(": "));

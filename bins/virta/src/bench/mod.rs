@@ -35,7 +35,7 @@ use clap::{ArgAction, Args};
 use engine::CancelToken;
 use stages::{
     error::JobError,
-    openstack::{config::Surroundings, error::now_utc},
+    openstack::{config::Environment, error::now_utc},
     progress::Progress,
     reporter::Notices,
     text::{causes, printable, size},
@@ -316,10 +316,10 @@ async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken)
             None => (None, None),
         },
     };
-    let surroundings = Surroundings::current();
+    let environment = Environment::current();
     // signed in first: who has mistyped a cloud's name need not wait for the disk
-    let session = if !arguments.no_cloud && names_a_cloud(arguments, &surroundings) {
-        let session = sign_in("cloud", &arguments.cloud, &surroundings, display, cancel).await?;
+    let session = if !arguments.no_cloud && names_a_cloud(arguments, &environment) {
+        let session = sign_in("cloud", &arguments.cloud, &environment, display, cancel).await?;
         // and so need not whoever has mistyped an image's
         if let Some(image) = &arguments.image {
             interruptible(cancel, async { Ok(session.find_image(image).await?) }).await?;
@@ -357,8 +357,8 @@ async fn measure(arguments: &BenchArgs, display: &Display, cancel: &CancelToken)
 }
 
 /// Was a cloud asked for?
-fn names_a_cloud(arguments: &BenchArgs, surroundings: &Surroundings) -> bool {
-    let set = |name: &str| surroundings.env.get(name).is_some_and(|value| !value.is_empty());
+fn names_a_cloud(arguments: &BenchArgs, environment: &Environment) -> bool {
+    let set = |name: &str| environment.env.get(name).is_some_and(|value| !value.is_empty());
     arguments.cloud.os_cloud.is_some() || arguments.image.is_some() || set("OS_CLOUD") || set("OS_AUTH_URL")
 }
 

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// The bytes of an image, which can be sent as often as it takes.
-pub(super) trait Content {
+pub(super) trait ImageBytes {
     /// How many, exactly.
     fn bytes(&self) -> u64;
 
@@ -40,7 +40,7 @@ pub(super) trait Content {
 }
 
 /// What is sent, and for whom.
-pub(super) struct Sending<'a, 'b, C> {
+pub(super) struct Transfer<'a, 'b, C> {
     pub(super) maker: &'a Maker<'b>,
     pub(super) content: &'a C,
     pub(super) progress: &'a Progress,
@@ -63,7 +63,7 @@ pub(super) enum Sent {
     Useless,
 }
 
-impl<C: Content> Sending<'_, '_, C> {
+impl<C: ImageBytes> Transfer<'_, '_, C> {
     /// Work that the job's end ends.
     async fn guard<T>(&self, work: impl Future<Output = T>) -> Result<T, JobError> {
         self.maker.guard(work).await

@@ -161,13 +161,13 @@ impl State {
 
 /// Connections that share an image's ranges.
 #[derive(Debug)]
-pub struct Crew {
+pub struct ConnectionScaler {
     state: Mutex<State>,
     changed: Notify,
     started: Instant,
 }
 
-impl Crew {
+impl ConnectionScaler {
     /// At most `most` fetch at once, `bytes` in all; they are numbered from 0.
     #[must_use]
     pub fn new(most: usize, bytes: u64) -> Self {
@@ -177,12 +177,12 @@ impl Crew {
     /// All `most` fetch from the start to the end: somebody knows better.
     #[must_use]
     pub fn all_at_once(most: usize) -> Self {
-        let crew = Self::new(most, 0);
+        let scaler = Self::new(most, 0);
         {
-            let mut state = crew.state();
+            let mut state = scaler.state();
             (state.allowed, state.next_look) = (state.most, Duration::MAX);
         }
-        crew
+        scaler
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -330,15 +330,15 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_waits_for_its_turn_goes_when_there_is_nothing_left() {
-        let crew = std::sync::Arc::new(Crew::new(2, 1));
-        crew.turn(0).await;
+        let scaler = std::sync::Arc::new(ConnectionScaler::new(2, 1));
+        scaler.turn(0).await;
         let waiting = tokio::spawn({
-            let crew = std::sync::Arc::clone(&crew);
-            async move { crew.turn(1).await }
+            let scaler = std::sync::Arc::clone(&scaler);
+            async move { scaler.turn(1).await }
         });
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
-        crew.over();
+        scaler.over();
         waiting.await.unwrap();
     }
 }

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use stages::{
-    batch::{Outcome, Summary, Wish, outcome::Line},
+    batch::{Outcome, Request, Summary, outcome::Line},
     text::{counted, printable, shell_word, size, time},
     whole_file::write_whole,
 };
@@ -182,8 +182,8 @@ fn retry_command(arguments: &BatchArgs, left: &[&Line], journal: Option<&std::pa
         // with the flags that each had
         let lines = left.iter().map(|line| {
             let image = line.id.clone().unwrap_or_else(|| line.word.clone());
-            let name = line.wish.name.clone().or_else(|| line.new_name.clone());
-            serde_json::to_string(&Wish { image, name, ..line.wish.clone() }).unwrap_or_default() + "\n"
+            let name = line.request.name.clone().or_else(|| line.new_name.clone());
+            serde_json::to_string(&Request { image, name, ..line.request.clone() }).unwrap_or_default() + "\n"
         });
         write_whole(&path, lines.collect::<String>().as_bytes(), false)?;
         format!("--from {}", shell_word(&path.display().to_string()))

@@ -9,16 +9,16 @@ use serde_json::{Map, Value};
 
 use super::ConfigError;
 
-/// The process's surroundings, as far as they matter here; a value, so that tests need not change the process.
+/// The process's environment, as far as they matter here; a value, so that tests need not change the process.
 #[derive(Clone, Debug, Default)]
-pub struct Surroundings {
+pub struct Environment {
     /// Environment variables.
     pub env: BTreeMap<String, String>,
     /// Working folder.
     pub cwd: PathBuf,
 }
 
-impl Surroundings {
+impl Environment {
     /// Does the environment choose a cloud?
     #[must_use]
     pub fn names_a_cloud(&self) -> bool {
@@ -110,9 +110,9 @@ pub(super) type ConfigFile = (PathBuf, Map<String, Value>);
 pub(super) type Clouds = BTreeMap<String, Map<String, Value>>;
 
 /// clouds.yaml with secure.yaml over it.
-pub(super) fn load_files(surroundings: &Surroundings) -> Result<(String, Clouds), ConfigError> {
-    let clouds = surroundings.first_file(surroundings.var("OS_CLIENT_CONFIG_FILE"), "clouds")?;
-    let secure = surroundings.first_file(surroundings.var("OS_CLIENT_SECURE_FILE"), "secure")?;
+pub(super) fn load_files(environment: &Environment) -> Result<(String, Clouds), ConfigError> {
+    let clouds = environment.first_file(environment.var("OS_CLIENT_CONFIG_FILE"), "clouds")?;
+    let secure = environment.first_file(environment.var("OS_CLIENT_SECURE_FILE"), "secure")?;
     let file = clouds.as_ref().map_or_else(|| "clouds.yaml".to_owned(), |(path, _)| path.display().to_string());
     let mut merged = clouds.map(|(_, map)| map).unwrap_or_default();
     if let Some((_, secure)) = secure {
@@ -131,11 +131,11 @@ pub(super) fn load_files(surroundings: &Surroundings) -> Result<(String, Clouds)
 }
 
 /// The cloud that the `OS_*` variables of an openrc file make, if they make one.
-pub(super) fn env_cloud(surroundings: &Surroundings) -> Option<(Map<String, Value>, Vec<String>)> {
-    surroundings.var("OS_AUTH_URL")?;
+pub(super) fn env_cloud(environment: &Environment) -> Option<(Map<String, Value>, Vec<String>)> {
+    environment.var("OS_AUTH_URL")?;
     let mut section = Map::new();
     let mut auth = Map::new();
-    for (name, value) in &surroundings.env {
+    for (name, value) in &environment.env {
         let Some(key) = name.strip_prefix("OS_") else { continue };
         if value.is_empty() || matches!(key, "CLOUD" | "CLIENT_CONFIG_FILE" | "CLIENT_SECURE_FILE" | "CLOUD_NAME") {
             continue;

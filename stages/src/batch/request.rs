@@ -12,7 +12,7 @@ use crate::{
 /// An image, and what is to be different for it. What is not said is as for all.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Wish {
+pub struct Request {
     /// A name or an id.
     pub image: String,
     /// The new image's name.
@@ -41,7 +41,7 @@ pub struct Wish {
     pub copy_members: Option<bool>,
 }
 
-impl Wish {
+impl Request {
     /// For an image, with nothing of its own.
     #[must_use]
     pub fn of(image: &str) -> Self {
@@ -115,33 +115,35 @@ mod tests {
     #[test]
     fn what_one_image_says_goes_before_what_is_said_for_all() {
         let all = Options { properties: vec![("a".into(), "1".into()), ("b".into(), "2".into())], ..Options::default() };
-        let wish = Wish {
+        let request = Request {
             properties: [("b".to_owned(), "3".to_owned())].into(),
             compress: Some("zstd".into()),
             delete_source: Some(true),
-            ..Wish::of("x")
+            ..Request::of("x")
         };
-        let options = wish.options(&all).unwrap();
+        let options = request.options(&all).unwrap();
         assert_eq!(options.properties, [("a".to_owned(), "1".to_owned()), ("b".to_owned(), "3".to_owned())]);
         assert_eq!(options.compression.unwrap().codec(), Codec::Zstd);
         assert_eq!((options.after, options.verify), (After::Delete, Verify::Readback), "what is deleted was read back before");
         for after in [After::Delete, After::Replace] {
             let all = Options { after, verify: Verify::Readback, ..Options::default() };
-            let kept = Wish { delete_source: Some(false), ..Wish::of("x") }.options(&all).unwrap();
+            let kept = Request { delete_source: Some(false), ..Request::of("x") }.options(&all).unwrap();
             assert_eq!(kept.after, After::Keep, "{after:?}: a source that shall stay stays");
         }
     }
 
     #[test]
     fn contradictions_are_named() {
-        let bad = |wish: Wish| wish.options(&Options::default()).unwrap_err();
-        assert!(bad(Wish { compress: Some("gzip".into()), ..Wish::of("x") }).contains("gzip"));
-        assert!(bad(Wish { compress_level: Some(3), ..Wish::of("x") }).contains("compress_level needs"));
-        assert!(bad(Wish { delete_source: Some(true), verify: Some("none".into()), ..Wish::of("x") }).contains("verification"));
-        assert!(bad(Wish { delete_source: Some(true), replace: Some(true), ..Wish::of("x") }).contains("exclude"));
-        assert!(bad(Wish { delete_source: Some(false), replace: Some(true), ..Wish::of("x") }).contains("say no to both"));
+        let bad = |request: Request| request.options(&Options::default()).unwrap_err();
+        assert!(bad(Request { compress: Some("gzip".into()), ..Request::of("x") }).contains("gzip"));
+        assert!(bad(Request { compress_level: Some(3), ..Request::of("x") }).contains("compress_level needs"));
         assert!(
-            bad(Wish { properties: [("disk_format".to_owned(), "raw".to_owned())].into(), ..Wish::of("x") })
+            bad(Request { delete_source: Some(true), verify: Some("none".into()), ..Request::of("x") }).contains("verification")
+        );
+        assert!(bad(Request { delete_source: Some(true), replace: Some(true), ..Request::of("x") }).contains("exclude"));
+        assert!(bad(Request { delete_source: Some(false), replace: Some(true), ..Request::of("x") }).contains("say no to both"));
+        assert!(
+            bad(Request { properties: [("disk_format".to_owned(), "raw".to_owned())].into(), ..Request::of("x") })
                 .contains("disk_format")
         );
     }
