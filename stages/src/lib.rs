@@ -17,9 +17,9 @@
 //! | [`hash::HashLane`] | [`extent::StoredExtent`], in order | – | one thread | lags by its port |
 //! | [`store::ReadAgain`] | – | [`extent::Extent`] | threads | a lease before each read |
 //! | [`store::Recheck`] | [`extent::Extent`] | [`store::Rebuilt`] | cpu | the leases it keeps |
-//! | [`store::Emit`] | [`store::Rebuilt`] | [`store::Chunk`] | one thread | the layout's look-ahead |
-//! | [`glance::Trickle`] | [`store::Chunk`] | the same, never silent | network | its reserve |
-//! | [`glance::Upload`] | [`store::Chunk`] | – | network | – |
+//! | [`store::Emit`] | [`store::Rebuilt`] | [`extent::Chunk`] | one thread | the layout's look-ahead |
+//! | [`glance::Trickle`] | [`extent::Chunk`] | the same, never silent | network | its reserve |
+//! | [`glance::Upload`] | [`extent::Chunk`] | – | network | – |
 //! | [`compare::Compare`] | – | – | threads | two buffers a worker |
 //!
 //! Beside them: [`inspect`], which looks into images, [`batch`], which converts many, [`convert`], which joins the stages into the main job, [`download`], and [`snapshot`], which makes an image of a server.

@@ -1,7 +1,7 @@
 //! `virta completions` and `virta man`: what a shell and `man` want to know, out of the command line's own definition.
 //!
 //! The shell's script asks this program for each completion (`COMPLETE=bash virta -- …`), so that it is never older than the program. Names of images come
-//! from Glance if it answers within [`PATIENCE`]; they are kept for [`FRESH`] in the cache folder, readable for their owner alone.
+//! from Glance if it answers within a second or two; they are kept for a minute in the cache folder, readable for their owner alone.
 
 use std::{
     fs,

@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`Family`] | the images that one conversion may end in: 64 ids that follow from source, project, name and content, one for each *generation* |
 //! | maker | the one run whose POST of a generation was answered 201. Each start of the program is a new run |
-//! | [`look`] | what two lists of the family's ids show. One answer for all of them: only a snapshot shows the highest mark |
+//! | [`look()`] | what two lists of the family's ids show. One answer for all of them: only a snapshot shows the highest mark |
 //! | claim | in the POST: how long others leave this image alone. Never renewed ([`claim`]) |
 //! | [`Mark`] | one PATCH: name, `virta_verified`, `protected`, `virta_replaces`; the claim goes. Until then the image is called `NAME (unfinished)` |
 //! | [`Proof`] | how the marked image was proven, written in the mark |

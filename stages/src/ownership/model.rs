@@ -1,4 +1,4 @@
-//! The rules, checked: every schedule of two runs (or three, sampled) against an abstract Glance, with [`look`] and [`next_step`] themselves.
+//! The rules, checked: every schedule of two runs (or three, sampled) against an abstract Glance, with [`look`](super::look()) and [`next_step`] themselves.
 //!
 //! # What is abstracted, and why nothing is lost by it
 //! - A request is in flight from when it is sent; it takes effect at any later moment, or never. "At once", "late", "unanswered" and "refused" are schedules of

@@ -3,7 +3,7 @@
 //! | module | noun |
 //! |---|---|
 //! | [`display`] | what is shown of it, on a terminal, in a log, to a program |
-//! | [`end`] | what is said and written when it is over, and the command for what is left |
+//! | [`summary`] | what is said and written when it is over, and the command for what is left |
 //! | [`engines`] | files and commands for HyperQueue and Slurm |
 //! | [`planned`] | what `--dry-run` shows |
 //! | [`task`] | one image, handed over by an engine |
@@ -147,8 +147,9 @@ Examples:
       files and the command for many machines
 
 What became of an image is in Glance (virta_source_id, virta_verified), so the same command on another machine, or without its journal, comes to \
-the same. A source is claimed by making its new image, under an id that follows from the source's: two batches at once never convert the \
-same image twice. A claim that a dead run left ends after 10 minutes, or an hour and more if it was uploading or the source is of 600 MiB or less; on the dead run's own machine at once.
+the same. Each begins with its new image, called \
+NAME (unfinished), which tells other runs for how long to leave the source to it: an hour at least, four times the predicted time for large ones. A run that \
+died holds nothing on its own machine, nor against another try of the same task; elsewhere --take-over passes it by.
 Exit status: 0 all done, 1 failed, 2 wrong usage, 4 some are not done (a table says why, with the command for just those; of --dry-run: some cannot be done), 130 interrupted.
 With --task-from-env: 0 done, now or before, 75 try again, 64 wrong usage, 65 never worth another try.";
 
