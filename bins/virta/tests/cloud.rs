@@ -565,17 +565,3 @@ async fn an_interrupt_at_any_moment_ends_with_130_or_with_the_finished_image() {
         }
     }
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_download_that_falls_silent_is_asked_for_again_after_a_minute() {
-    let cloud = Cloud::start(|faults| {
-        faults.stalling_gets = 1;
-        faults.cut_after_bytes = 5 << 20;
-        faults.stall = Duration::from_secs(3600);
-    })
-    .await;
-    let run = cloud.convert(&["--connections", "1"]).await;
-    run.ends(0, &["tried again", "nothing came for 60 s"]);
-    assert!(run.elapsed > Duration::from_secs(60) && run.elapsed < Duration::from_secs(120), "{:?}", run.elapsed);
-    cloud.assert_converted();
-}

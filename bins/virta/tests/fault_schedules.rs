@@ -255,3 +255,26 @@ async fn an_upload_that_glance_itself_gave_up_goes_into_a_new_image_without_wait
     assert!(lines.0.lock().unwrap().iter().any(|line| line.contains("a new one is made")));
     assert_eq!(service.images().len(), 2, "the source, and one conversion");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_download_that_falls_silent_is_asked_for_again() {
+    assert_eq!(Patience::default().silence, Duration::from_secs(60), "what a run of its own waits");
+    let mut chance = Chance(1);
+    let raw = raw_disk(&mut chance);
+    let service = MiniGlance::start(Config::default()).await.unwrap();
+    let record = json!({ "name": "snap", "disk_format": "raw", "container_format": "bare", "visibility": "private" });
+    let source = service.add_image(&record, |storing| storing.write(&raw)).unwrap();
+    service.faults(|faults| {
+        faults.stalling_gets = 1;
+        faults.cut_after_bytes = 5 << 20;
+        faults.stall = Duration::from_secs(3600);
+    });
+    let mut options = options(&mut chance);
+    options.connections = 1.try_into().unwrap();
+    options.patience = Patience { silence: Duration::from_secs(1), ..Patience::default() };
+    let lines = Arc::new(Lines::default());
+    let started = Instant::now();
+    let report = convert(&service, &source, options, &lines).await.unwrap();
+    assert!(report.retries.iter().any(|line| line.contains("nothing came for 1 s")), "{:?}", report.retries);
+    assert!(started.elapsed() >= Duration::from_secs(1));
+}
