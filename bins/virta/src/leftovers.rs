@@ -59,7 +59,9 @@ pub async fn remove_leftovers(
     notices: &dyn Notices,
 ) -> Result<usize, JobError> {
     let project = session.whoami().project_id.as_deref();
-    let found = leftovers(images, project, session.now(), &|run| runs::died_here(run_of(run)));
+    let found = leftovers(images, project, session.now(), &|image| {
+        image.property(RUN).is_some_and(|run| runs::died_here(run_of(run), &image.id))
+    });
     let (mut left, mut stuck) = (0, Vec::new());
     for (image, leftover) in found {
         let (id, name) = (image.shown_id(), image.shown());

@@ -357,9 +357,11 @@ pub fn is_dead(run: &str) -> bool {
     found(run).is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
 }
 
-/// The same, of this boot of the machine: what such a run has sent is answered, or lost.
-pub fn died_here(run: &str) -> bool {
-    is_dead(run) && found(run).is_some_and(|found| found.record.boot_id.is_some() && found.record.boot_id == boot_id())
+/// The same, of this boot of the machine, and did it make this image? What such a run has sent is answered, or lost.
+pub fn died_here(run: &str, image_id: &str) -> bool {
+    let of_this_boot = |record: &Record| record.boot_id.is_some() && record.boot_id == boot_id();
+    is_dead(run)
+        && found(run).is_some_and(|found| of_this_boot(&found.record) && found.record.images.iter().any(|id| id == image_id))
 }
 
 /// Ids of images that runs of this machine from `source` to `destination` made, or worked on, in the project of `session`, the latest first.

@@ -122,6 +122,7 @@ pub async fn share(arguments: ShareArgs) -> ExitCode {
 pub async fn unshare(arguments: UnshareArgs) -> ExitCode {
     in_cloud(&arguments.cloud, async |session, display, _| {
         let image = own_image(session, &arguments.image).await?;
+        refuse_unmarked(session, &image)?;
         let members = session.members(&image.id).await?;
         // a member that was added by a wrong name has to go by that name
         let mut wanted = Vec::new();

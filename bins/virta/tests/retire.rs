@@ -114,6 +114,16 @@ async fn a_source_without_a_hash_is_read_twice_before_it_goes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_source_without_a_hash_does_not_go_on_the_word_of_an_earlier_run() {
+    let cloud = Cloud::start_with(8, Config::default(), |faults| faults.null_hashes = true).await;
+    cloud.service.faults(|faults| faults.null_hashes = false);
+    cloud.convert(&["--verify", "readback"]).await.ends(0, &[]);
+    // it was read once, and marked as read back: that proves the image, not what was read
+    cloud.convert(&["--delete-source", "--yes"]).await.ends(0, &["it is read and compared with the source", "already done"]);
+    assert!(cloud.is_gone(&cloud.snapshot));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_replacement_takes_name_and_visibility() {
     let cloud = Cloud::start(|_| {}).await;
     cloud.service.set(&cloud.snapshot, "visibility", json!("shared"));

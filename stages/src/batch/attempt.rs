@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use engine::CancelToken;
-use reqwest::StatusCode;
 
 use super::{
     Entry,
@@ -96,8 +95,8 @@ pub(super) async fn convert_one(
             Ok(Ended::Made(report))
         }
         Ok(Conversion::Earlier(image)) => Ok(Ended::Earlier(image.id)),
-        Err(error) if is_gone(&error) && session.image_if_there(&image.id).await?.is_none() => {
-            // another run may have converted and deleted it meanwhile
+        // gone before it was begun
+        Err(JobError::Image(ImageError::NotFound { .. })) => {
             let found = conversion_of_gone(session, session, &image.id, &[], None).await?;
             found.map(|done| Ended::Earlier(done.id)).ok_or_else(|| {
                 JobError::Refused(format!("image {} ({}) is gone: it was deleted meanwhile", image.shown(), image.shown_id()))
@@ -105,9 +104,4 @@ pub(super) async fn convert_one(
         }
         Err(error) => Err(error),
     }
-}
-
-pub(super) fn is_gone(error: &JobError) -> bool {
-    error.api().is_some_and(|api| api.status() == Some(StatusCode::NOT_FOUND))
-        || matches!(error, JobError::Image(ImageError::NotFound { .. }))
 }

@@ -242,11 +242,12 @@ pub async fn as_is(
         notices,
         retries: &retries,
         seen: Vec::new(),
+        of_source: Vec::new(),
         failed_posts: 0,
     };
     let content = FileContent { file, shown: shown.clone(), identity };
     let mut work = Sender { content, progress, tries: 0, image_hash: HashReport::none() };
-    let goal = Goal { proof: Proof::Sent, deletes_source: false };
+    let goal = Goal { proof: Proof::Sent, deletes_source: false, own_proof: false };
     let (Finished::Made(made) | Finished::Earlier(made)) = drive(&mut maker, &mut work, goal, None).await?;
     let (id, image_hash) = (made.id, work.image_hash);
     progress.set_phase(Phase::Finishing);

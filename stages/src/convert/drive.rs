@@ -1,8 +1,10 @@
 //! One conversion from its first look to its end: the loop around [`next_step`].
 
+use reqwest::StatusCode;
+
 use super::maker::Maker;
 use crate::{
-    error::JobError,
+    error::{FailureKind, JobError},
     openstack::{ApiError, Image, Session, marks::RUN},
     ownership::{Action, Answer, End, GENERATIONS, Goal, Mark, OTHER, Sighting, State, Step, claim, next_step},
     run::run_of,
@@ -55,6 +57,8 @@ pub(super) enum Finished {
 
 /// A DELETE of the source, each after a look.
 const DELETE_TRIES: u32 = 4;
+/// Looks before this run gives up: a person, or another tool, works against it.
+const LOOKS_MAX: u32 = 200;
 /// Marks that are sent before this run gives up.
 const MARK_TRIES: u32 = 6;
 
@@ -73,7 +77,11 @@ struct Drive<'a, 'b, W> {
     deletes: u32,
     /// A DELETE of the source may have been heard.
     going: bool,
+    /// A POST may still be on its way.
     unheard: bool,
+    /// The image under way was begun by this run: its POST was answered, or found.
+    begun: bool,
+    looks: u32,
     error: Option<JobError>,
     /// Own images that could not be deleted, and why.
     left: Vec<(String, Option<ApiError>)>,
@@ -101,6 +109,8 @@ pub(super) async fn drive<W: Work>(
         deletes: 0,
         going: false,
         unheard: false,
+        begun: false,
+        looks: 0,
         error: None,
         left: Vec::new(),
     };
@@ -132,21 +142,34 @@ impl<W: Work> Drive<'_, '_, W> {
                     Step::LookingBefore(own) | Step::LookingAfter(own) => Some(own),
                     _ => None,
                 };
+                self.looks += 1;
+                if self.looks > LOOKS_MAX {
+                    return Err(JobError::Refused(format!(
+                        "the images of this conversion change faster than they can be looked at: {LOOKS_MAX} looks"
+                    )));
+                }
                 self.sighting = self.maker.look(own.is_none(), own, self.known.take()).await?;
                 return Ok(None);
             }
             Action::Post(generation) => {
                 let answer = self.maker.post(*generation).await;
-                self.unheard = !matches!(answer, Ok(Answer::Posted));
+                self.begun = false;
+                self.unheard = match &answer {
+                    Ok(answer) => *answer == Answer::Unheard,
+                    Err(error) => matches!(error.failure_kind(), FailureKind::Interrupted | FailureKind::Transient),
+                };
                 answer?
             }
             Action::Check(generation) => self.maker.check(*generation).await?,
             Action::Make(generation) => {
-                self.unheard = false;
+                (self.unheard, self.begun) = (false, true);
                 self.fill(*generation).await?
             }
             Action::Mark(generation) => {
                 self.marks += 1;
+                if self.marks > 1 {
+                    self.maker.guard(tokio::time::sleep(self.maker.patience.pause_after(self.marks - 1, None))).await?;
+                }
                 if self.marks > MARK_TRIES {
                     return Err(JobError::Refused("Glance took the change, and does not show it".to_owned()));
                 }
@@ -161,11 +184,14 @@ impl<W: Work> Drive<'_, '_, W> {
                 answer
             }
             Action::Clear(lower) => {
-                let Step::Clearing { result, .. } = state.step else { return Err(JobError::bug("nothing to clear")) };
+                let Step::Clearing { result, proven } = state.step else { return Err(JobError::bug("nothing to clear")) };
                 self.take(result)?;
                 self.maker.clear(lower).await;
-                let result = self.result()?.clone();
-                self.work.settle(&result).await?;
+                // nothing is handed out that is yet to be proven
+                if proven {
+                    let result = self.result()?.clone();
+                    self.work.settle(&result).await?;
+                }
                 Answer::Done
             }
             Action::Prove(_) => self.prove().await?,
@@ -183,7 +209,7 @@ impl<W: Work> Drive<'_, '_, W> {
             Action::DeleteSource => self.delete_source().await?,
             Action::Abandon(generation) => {
                 let hasty = matches!(self.error, Some(JobError::Interrupted(_)));
-                if let Err(left) = self.maker.abandon(*generation, self.unheard, hasty).await {
+                if let Err(left) = self.maker.abandon(*generation, self.begun, self.unheard, hasty).await {
                     self.left.push((self.maker.id(*generation), left));
                 }
                 Answer::Done
@@ -203,9 +229,6 @@ impl<W: Work> Drive<'_, '_, W> {
 
     /// The result's record, as the look had it.
     fn take(&mut self, result: u8) -> Result<(), JobError> {
-        if self.own == Some(result) {
-            return Ok(());
-        }
         let id = match (&self.sighting.other, result) {
             (Some((id, _)), OTHER) => id.clone(),
             _ => self.maker.id(result),
@@ -248,7 +271,10 @@ impl<W: Work> Drive<'_, '_, W> {
             result.shown_id()
         ));
         match self.work.prove(&result).await {
-            Ok(true) => Ok(Answer::Proven),
+            Ok(true) => {
+                self.work.settle(&result).await?;
+                Ok(Answer::Proven)
+            }
             Ok(false) => Ok(Answer::Differs),
             Err(error) if self.maker.cancel.is_cancelled() => Err(error),
             Err(error) => match self.maker.guard(self.maker.session.image_if_there(&result.id)).await?? {
@@ -279,8 +305,8 @@ impl<W: Work> Drive<'_, '_, W> {
         if !error.may_have_been_heard() {
             return Err(error.into());
         }
-        // an answer says that it was not done; none says nothing
-        self.going |= error.status().is_none();
+        // no answer says nothing, nor does that of a gateway
+        self.going |= error.status().is_none_or(|status| status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT);
         let pause = self.maker.patience.pause_after(self.deletes, error.retry_after_s());
         self.error = Some(error.into());
         if self.maker.cancel.is_cancelled() {
@@ -296,6 +322,14 @@ impl<W: Work> Drive<'_, '_, W> {
             _ => self.maker.id(generation),
         };
         let error = self.error;
+        if end != End::Failed {
+            for (id, why) in &self.left {
+                let why = why.as_ref().map_or_else(|| "not in time".to_owned(), |error| causes(error));
+                self.maker
+                    .notices
+                    .warn(&format!("image {id}, which this run began, was not deleted ({why}): virta image delete {id}"));
+            }
+        }
         match end {
             End::Result(result) => {
                 let Some(image) = self.result else { return Err(JobError::bug("there is no result")) };
@@ -335,7 +369,7 @@ impl<W: Work> Drive<'_, '_, W> {
                 )
             })),
             End::Differs(_) => Err(JobError::Verification(format!(
-                "image {} does not show what the source shows; nothing was deleted",
+                "image {} does not show what the source shows; the source is not deleted",
                 self.result.map_or_else(String::new, |image| image.shown_id())
             ))),
             End::Failed => {

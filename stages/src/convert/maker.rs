@@ -48,8 +48,10 @@ pub(super) struct Maker<'a> {
     pub(super) cancel: &'a CancelToken,
     pub(super) notices: &'a Arc<dyn Notices>,
     pub(super) retries: &'a Retries,
-    /// What the last look listed.
+    /// What the last look listed of the family.
     pub(super) seen: Vec<Image>,
+    /// What else it listed that names the source.
+    pub(super) of_source: Vec<Image>,
     pub(super) failed_posts: u32,
 }
 
@@ -108,13 +110,14 @@ impl Maker<'_> {
         let is_source = |image: &Image| self.source.as_ref().is_some_and(|(source, _)| *source == image.id);
         of_source.retain(|image| !is_source(image));
         let sighting = look(&lookout, &self.seen, if first && !self.family.is_alone() { &of_source } else { &[] });
-        self.seen.extend(of_source);
+        self.seen.retain(|image| self.family.generation(&image.id).is_some());
+        self.of_source = of_source;
         Ok(sighting)
     }
 
     /// An image of the last look.
     pub(super) fn seen(&self, id: &str) -> Option<&Image> {
-        self.seen.iter().find(|image| image.id == id)
+        self.seen.iter().chain(&self.of_source).find(|image| image.id == id)
     }
 
     /// Makes the image's record. After an interrupt its answer is waited for a while: an image has to be there before it can be deleted.
@@ -222,29 +225,35 @@ impl Maker<'_> {
         })
     }
 
-    /// Deletes this run's own image. `late`: its POST was not answered. `hasty`: after an interrupt.
+    /// Deletes this run's own image. `begun`: it is known to be; `late`: its POST was not answered, and may land yet. `hasty`: after an interrupt.
     ///
     /// # Errors
-    /// [`ApiError`]; `None`: not in time.
-    pub(super) async fn abandon(&self, generation: u8, late: bool, hasty: bool) -> Result<(), Option<ApiError>> {
+    /// [`ApiError`]; `None`: not in time, or not there yet.
+    pub(super) async fn abandon(&self, generation: u8, begun: bool, late: bool, hasty: bool) -> Result<(), Option<ApiError>> {
         let id = self.id(generation);
         self.run.abandon(&id);
         let deleting = async {
-            if !self.delete_own(&id).await? && late {
+            let mut was_there = self.delete_own(&id, begun).await?;
+            if !was_there && late {
                 tokio::time::sleep(LATE_POST).await;
-                self.delete_own(&id).await?;
+                was_there = self.delete_own(&id, begun).await?;
             }
-            Ok::<_, ApiError>(())
+            Ok::<_, ApiError>(was_there || !late)
         };
         let within = if hasty { self.patience.clean_up } else { self.patience.silence.max(self.patience.clean_up) };
-        tokio::time::timeout(within, deleting).await.map_err(|_| None)?.map_err(Some)
+        match tokio::time::timeout(within, deleting).await.map_err(|_| None)?.map_err(Some)? {
+            true => Ok(()),
+            false => Err(None),
+        }
     }
 
-    /// Whether it was there. Another run's image under that id is left alone.
-    async fn delete_own(&self, id: &str) -> Result<bool, ApiError> {
+    /// Whether it was there. Another run's image under that id is left alone, and one that an earlier try of this run may have marked.
+    async fn delete_own(&self, id: &str, begun: bool) -> Result<bool, ApiError> {
         let session = self.session;
         let delete = async || match session.image_if_there(id).await? {
-            Some(image) if image.property(RUN) == Some(&self.run.text()) => session.delete_image(id).await.map(|()| true),
+            Some(image) if image.property(RUN) == Some(&self.run.text()) && (begun || image.status == "queued") => {
+                session.delete_image(id).await.map(|()| true)
+            }
             Some(_) => Ok(true),
             None => Ok(false),
         };

@@ -11,7 +11,7 @@ use crate::{
         Change, Image, Session,
         marks::{REPLACES, REPLACES_NAME, SOURCE_ID},
     },
-    ownership::{Family, proof_of},
+    ownership::{Content, Family, proof_of},
     text::{printable, shell_word},
 };
 
@@ -98,16 +98,13 @@ pub async fn conversion_of_gone(
     for key in [REPLACES, REPLACES_NAME, SOURCE_ID] {
         let mut found = session.images_and_hidden(&[(key, name_or_id)]).await?;
         found.retain(|image| image.property(key) == Some(name_or_id) && is_done(image) && is_called(image));
-        // two that a name may mean are none
-        if let [image] = found.as_slice() {
-            candidates.push(image.clone());
-        }
+        candidates.extend(sole_result(found, project));
     }
     // what was deleted tells its name to nobody any more
-    for id in made {
-        let found = session.image_if_there(id).await?;
-        candidates.extend(found.filter(|image| is_done(image) && is_called(image)));
-    }
+    let ids: Vec<&str> = made.iter().map(String::as_str).collect();
+    let mut found = session.images_of_ids(&ids).await?;
+    found.retain(|image| is_done(image) && is_called(image));
+    candidates.extend(sole_result(found, project));
     for image in candidates {
         // it may only be called otherwise by now
         let Some(source) = image.property(REPLACES).or(image.property(SOURCE_ID)) else { continue };
@@ -117,6 +114,19 @@ pub async fn conversion_of_gone(
         }
     }
     Ok(None)
+}
+
+/// Of finished conversions, the one that they all are: two runs may have marked one each, and the highest is the result. Those of several sources, or names, are
+/// none.
+fn sole_result(found: Vec<Image>, project: Option<&str>) -> Option<Image> {
+    let of = |image: &Image| (image.property(SOURCE_ID).map(str::to_owned), image.name.clone());
+    let first = of(found.first()?);
+    if found.iter().any(|image| of(image) != first) {
+        return None;
+    }
+    let (source, name) = (first.0.unwrap_or_default(), first.1.unwrap_or_default());
+    let family = Family::of_image(&source, project.unwrap_or_default(), &name, Content::Exact);
+    found.into_iter().max_by_key(|image| family.generation(&image.id))
 }
 
 /// The last step of a replacement that an earlier release was killed in: the name. Whether there was one to set.
@@ -140,10 +150,21 @@ pub async fn finish_rename(session: &Session, image: &Image) -> Result<bool, Job
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ownership::Content;
 
     fn image(id: &str, status: &str, replaces: Option<&str>) -> Image {
         serde_json::from_value(json!({ "id": id, "status": status, "name": "n", REPLACES: replaces })).unwrap()
+    }
+
+    #[test]
+    fn of_two_marked_images_of_one_conversion_the_highest_is_the_result() {
+        let family = Family::of_image("s", "p", "n", Content::Exact);
+        let made = |id: &str, source: &str| -> Image {
+            serde_json::from_value(json!({ "id": id, "status": "active", "name": "n", SOURCE_ID: source })).unwrap()
+        };
+        let both = vec![made(&family.id(2), "s"), made(&family.id(5), "s"), made(&family.id(0), "s")];
+        assert_eq!(sole_result(both.clone(), Some("p")).unwrap().id, family.id(5));
+        assert_eq!(sole_result([both, vec![made("x", "t")]].concat(), Some("p")), None, "of two sources");
+        assert_eq!(sole_result(Vec::new(), None), None);
     }
 
     #[test]

@@ -6,13 +6,14 @@
 //! How uploads that fail are mended: `transfer.rs`.
 
 use engine::{CancelToken, ErrorKind, Pipeline, ReportHandle, RunError};
+use reqwest::StatusCode;
 
 use super::{
     After, Job, Report, Source, Verify,
     drive::{Both, Filled, Finished, Work, drive},
     job::ReportOf,
     maker::Maker,
-    names::{images_of_name, in_the_way, taken},
+    names::{conversion_of_gone, images_of_name, in_the_way, taken},
     readback::{Target, against_survey, prove},
     report::HashReport,
     retire,
@@ -92,12 +93,16 @@ pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: 
             return Err(refusal);
         }
     }
+    if source.is_some_and(|source| source.os_hidden == Some(true)) {
+        job.notices.note("the source is hidden; the new image is visible");
+    }
     let proof = match job.options.verify {
         Verify::None => Proof::Sent,
         Verify::Hash => Proof::Hash,
         Verify::Readback => Proof::Readback,
     };
-    let goal = Goal { proof, deletes_source: job.options.after != After::Keep && source.is_some() };
+    let deletes_source = job.options.after != After::Keep && source.is_some();
+    let goal = Goal { proof, deletes_source, own_proof: deletes_source && job.source.expected_hash().is_none() };
     let mut work =
         Converting { job, session, name: name.to_owned(), surveyed: None, tries: 0, proven: None, carried: Vec::new() };
     if source.is_none() {
@@ -113,7 +118,15 @@ pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: 
         job.cancel.cancel(engine::Cause::Requested("another part of the job failed".to_owned()));
         let _ = running.join().await;
     }
-    let finished = driven?;
+    let finished = match driven {
+        Err(error) if !matches!(error, JobError::LeftBehind { .. }) => {
+            match converted_meanwhile(job, session, name, &error).await {
+                Some(image) => Finished::Earlier(image),
+                None => return Err(error),
+            }
+        }
+        driven => driven?,
+    };
     if job.options.after == After::Replace {
         job.notices.note(&format!(
             "the new image is called {}; its id has changed: what names the old id has to be changed, too",
@@ -130,6 +143,17 @@ pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: 
         }
         Finished::Made(image) => Ok(Conversion::Made(Box::new(work.report(&image)?))),
     }
+}
+
+/// Another run may have finished, and deleted the source while this one read it: a request for it failed then, and this run's stages with it.
+async fn converted_meanwhile(job: &Job, session: &Session, name: &str, error: &JobError) -> Option<Image> {
+    let Source::Glance { session: source_session, image, .. } = &job.source else { return None };
+    let gone = || error.api().is_some_and(|api| api.status() == Some(StatusCode::NOT_FOUND));
+    if !gone() || source_session.image_if_there(&image.id).await.ok()?.is_some() {
+        return None;
+    }
+    let found = conversion_of_gone(source_session, session, &image.id, &[], Some(name)).await.ok()?;
+    found.inspect(|_| job.notices.note("another run has converted this source, and deleted it"))
 }
 
 /// The family that a conversion ends in: what a plan asks, too.
@@ -191,6 +215,7 @@ fn maker<'a>(job: &'a Job, session: &'a Session, name: &str) -> Result<Maker<'a>
         notices: &job.notices,
         retries: &job.retries,
         seen: Vec::new(),
+        of_source: Vec::new(),
         failed_posts: 0,
     })
 }
@@ -213,7 +238,9 @@ async fn survey_within_quota(maker: &Maker<'_>, job: &Job, session: &Session, na
     if let Some(left) = quota_left
         && image_bytes > left
     {
-        let unfinished: Vec<String> = maker.seen.iter().map(Image::shown_id).collect();
+        let project = session.whoami().project_id.as_deref();
+        let others = maker.seen.iter().filter(|image| ownership::proof_of(image, project).is_none());
+        let unfinished: Vec<String> = others.map(Image::shown_id).collect();
         let room = match unfinished.as_slice() {
             [] => String::new(),
             ids => format!(

@@ -34,22 +34,21 @@ impl Leftover {
 /// Is this an image that a run of Virta has begun, and that was never marked? What Nova copies marks onto carries another image's.
 #[must_use]
 pub fn is_unfinished(image: &Image, project: Option<&str>) -> bool {
-    let begun = matches!(image.status.as_str(), "queued" | "saving" | "importing" | "uploading");
     image.property(RUN).is_some()
         && proof_of(image, project).is_none()
         && (claim::is_claimed(image)
-            || begun
             || image.property(BENCH).is_some()
             || (image.property(SOURCE_ID).is_some() && image.property(VERIFIED).is_none()))
 }
 
-/// The unfinished ones of a project's images, and what may become of each. `died_here`: is this a run of this boot of this machine that is dead? By `virta_run`.
+/// The unfinished ones of a project's images, and what may become of each. `died_here`: did a run of this boot of this machine make this very image, and is it dead? What
+/// Nova copies `virta_run` onto is no such image.
 #[must_use]
 pub fn leftovers<'a>(
     images: &'a [Image],
     project: Option<&str>,
     now: Timestamp,
-    died_here: &dyn Fn(&str) -> bool,
+    died_here: &dyn Fn(&Image) -> bool,
 ) -> Vec<(&'a Image, Leftover)> {
     let own = |image: &&Image| project.is_none() || image.owner.as_deref() == project;
     let mut of_source: HashMap<&str, Vec<Image>> = HashMap::new();
@@ -66,9 +65,12 @@ pub fn leftovers<'a>(
         let lookout = Lookout { family: &family, project, now, is_over: &|_| false, source_hash: None, any_name: None };
         look(&lookout, of_source.get(source).map_or(&[], Vec::as_slice), &[]).lower().contains(&generation)
     };
-    let judge = |image: &Image| {
+    let of_dead_run = |image: &Image| {
         let begun = matches!(image.status.as_str(), "queued" | "saving") || image.property(BENCH).is_some();
-        if begun && image.property(RUN).is_some_and(died_here) {
+        begun && proof_of(image, project).is_none() && died_here(image)
+    };
+    let judge = |image: &Image| {
+        if of_dead_run(image) {
             return Leftover::OfDeadRun;
         }
         if is_below(image) {
@@ -76,7 +78,7 @@ pub fn leftovers<'a>(
         }
         claim::good_until(image, now).map_or(Leftover::Unclaimed, Leftover::Claimed)
     };
-    let unfinished = images.iter().filter(own).filter(|image| is_unfinished(image, project));
+    let unfinished = images.iter().filter(own).filter(|image| is_unfinished(image, project) || of_dead_run(image));
     unfinished.map(|image| (image, judge(image))).collect()
 }
 
@@ -115,11 +117,25 @@ mod tests {
             image("a bench's", json!({ "virta_run": "dead", "virta_bench": "yes", "virta_source_id": null })),
             image("an upload", json!({ "virta_run": "dead", "virta_source_id": null, "virta_claim_s": null })),
             image("nova's copy", json!({ "virta_verified": "hash:sha512:cd", "virta_claim_s": null })),
+            // the snapshot of a server that was booted from a dead run's conversion, while Nova uploads it
+            image(
+                "nova's upload",
+                json!({ "virta_run": "dead", "status": "saving", "virta_verified": "hash:sha512:cd", "virta_claim_s": null }),
+            ),
+            image(
+                "nova's other",
+                json!({ "virta_run": "dead", "status": "queued", "virta_source_id": null, "virta_claim_s": null }),
+            ),
+            image(
+                "a snapshot's",
+                json!({ "virta_run": "dead", "status": "queued", "virta_source_id": null, "virta_claim_s": null }),
+            ),
             image("of an earlier release", json!({ "name": "n", "virta_claim_s": null })),
         ];
         let found = |now: &str| -> Vec<(String, Leftover)> {
             let now = now.parse().unwrap();
-            let found = leftovers(&images, Some("p"), now, &|run| run == "dead");
+            let made_here = |image: &Image| image.property(RUN) == Some("dead") && !image.id.starts_with("nova");
+            let found = leftovers(&images, Some("p"), now, &made_here);
             found.into_iter().map(|(image, leftover)| (image.id.clone(), leftover)).collect()
         };
         let claimed = Leftover::Claimed("2026-01-01T01:00:00Z".parse().unwrap());
@@ -129,6 +145,7 @@ mod tests {
             (id(3), claimed),
             (id(4), claimed),
             ("a bench's".to_owned(), Leftover::OfDeadRun),
+            ("a snapshot's".to_owned(), Leftover::OfDeadRun),
             ("of an earlier release".to_owned(), Leftover::Unclaimed),
         ];
         assert_eq!(found("2026-01-01T00:30:00Z"), expected);

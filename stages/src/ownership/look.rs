@@ -21,7 +21,7 @@ pub enum Member {
     Claimed(Timestamp),
     /// Unmarked, and its claim is over, or its run is known to be dead.
     Unclaimed,
-    /// Another project's: nothing can be done about it.
+    /// Another project's, or unmarked and hidden by a person: it is passed by, and left alone.
     Foreign,
 }
 
@@ -60,6 +60,8 @@ impl Lookout<'_> {
         match (proof_of(image, self.project), image.status.as_str()) {
             (Some(proof), "active") => Member::Marked(proof),
             (Some(_), "deactivated") => Member::Deactivated,
+            // only the list of visible images is one snapshot with the marks in it
+            _ if image.os_hidden == Some(true) => Member::Foreign,
             _ if (self.is_over)(image) => Member::Unclaimed,
             _ => claim::good_until(image, self.now).map_or(Member::Unclaimed, Member::Claimed),
         }
@@ -169,6 +171,7 @@ mod tests {
             image(&id(3), json!({ "virta_verified": "hash:sha512:ab" })),
             image(&id(4), json!({ "virta_verified": "readback:sha512:ab", "status": "deactivated" })),
             image(&id(5), json!({ "owner": "q" })),
+            image(&id(6), json!({ "status": "saving", "os_hidden": true })),
             image("of nobody", json!({})),
         ];
         let sighting = seen(None, &images, &[]);
@@ -179,14 +182,15 @@ mod tests {
             Member::Marked(Proof::Hash),
             Member::Deactivated,
             Member::Foreign,
+            Member::Foreign,
         ];
         assert_eq!(sighting.members.into_iter().collect::<Vec<_>>(), (0..).zip(expected).collect::<Vec<_>>());
         let mut images = images.to_vec();
-        images.push(image(&id(6), json!({ "virta_verified": "sent:sha512:ab" })));
+        images.push(image(&id(7), json!({ "virta_verified": "sent:sha512:ab" })));
         let sighting = seen(None, &images, &[]);
-        assert_eq!(sighting.highest(), Some((6, Proof::Sent)));
-        assert_eq!(sighting.lower(), [0, 1, 2], "neither marked ones nor another project's");
-        assert_eq!(sighting.marked().collect::<Vec<_>>(), [3, 6]);
+        assert_eq!(sighting.highest(), Some((7, Proof::Sent)));
+        assert_eq!(sighting.lower(), [0, 1, 2], "neither marked nor hidden ones, nor another project's");
+        assert_eq!(sighting.marked().collect::<Vec<_>>(), [3, 7]);
         assert_eq!(seen(None, &images[..3], &[]).lower(), [] as [u8; 0], "nothing goes without a mark");
     }
 

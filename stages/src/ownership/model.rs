@@ -125,9 +125,9 @@ struct Model {
 }
 
 const GOALS: [Goal; 3] = [
-    Goal { proof: Proof::Hash, deletes_source: false },
-    Goal { proof: Proof::Hash, deletes_source: true },
-    Goal { proof: Proof::Readback, deletes_source: true },
+    Goal { proof: Proof::Hash, deletes_source: false, own_proof: false },
+    Goal { proof: Proof::Hash, deletes_source: true, own_proof: false },
+    Goal { proof: Proof::Hash, deletes_source: true, own_proof: true },
 ];
 
 impl World {

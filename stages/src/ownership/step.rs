@@ -12,6 +12,15 @@ pub struct Goal {
     pub proof: Proof,
     /// The source is to be deleted.
     pub deletes_source: bool,
+    /// Only what this run has proven itself will do: the source has no hash, and what another run read of it once may have been wrong.
+    pub own_proof: bool,
+}
+
+impl Goal {
+    /// Is a result proven as strictly as this run asks that another run made?
+    const fn is_met_by(self, proof: Proof) -> bool {
+        !self.own_proof && proof as u8 >= self.proof as u8
+    }
 }
 
 /// Where a conversion stands. A number is a generation.
@@ -197,10 +206,10 @@ pub fn next_step(goal: Goal, state: State, answer: Answer<'_>) -> (State, Action
     match (state.step, answer) {
         (Step::Looking, Answer::Seen(sighting)) => {
             if let Some((result, proof)) = sighting.highest() {
-                return clear(result, proof >= goal.proof, sighting.lower());
+                return clear(result, goal.is_met_by(proof), sighting.lower());
             }
             if let Some((_, Member::Marked(proof))) = sighting.other {
-                return clear(OTHER, proof >= goal.proof, Vec::new());
+                return clear(OTHER, goal.is_met_by(proof), Vec::new());
             }
             walk(state, sighting)
         }
@@ -224,7 +233,7 @@ pub fn next_step(goal: Goal, state: State, answer: Answer<'_>) -> (State, Action
             (State { source_gone: true, ..state }, action)
         }
         (Step::LookingBefore(generation), Answer::Seen(sighting)) => match sighting.highest() {
-            Some((result, proof)) => abandon(generation, Then::Take(result, proof >= goal.proof)),
+            Some((result, proof)) => abandon(generation, Then::Take(result, goal.is_met_by(proof))),
             None if !sighting.members.contains_key(&generation) => abandon(generation, Then::Look),
             None => go(Step::Marking(generation), Action::Mark(generation)),
         },
@@ -237,7 +246,7 @@ pub fn next_step(goal: Goal, state: State, answer: Answer<'_>) -> (State, Action
         }
         (Step::LookingAfter(own), Answer::Seen(sighting)) => match sighting.highest() {
             // what this run itself has marked is proven as it asks
-            Some((result, proof)) => clear(result, result == own || proof >= goal.proof, sighting.lower()),
+            Some((result, proof)) => clear(result, result == own || goal.is_met_by(proof), sighting.lower()),
             None => look(),
         },
         (Step::Abandoning(Then::Look), Answer::Done | Answer::Failed) => look(),
@@ -257,7 +266,7 @@ pub fn next_step(goal: Goal, state: State, answer: Answer<'_>) -> (State, Action
         // an error, or an interrupt
         (
             Step::Posting(generation)
-            | Step::Checking { generation, refused: false }
+            | Step::Checking { generation, .. }
             | Step::Making(generation)
             | Step::LookingBefore(generation),
             _,
@@ -271,7 +280,7 @@ pub fn next_step(goal: Goal, state: State, answer: Answer<'_>) -> (State, Action
             | Step::DeletingSource(result),
             _,
         ) => end(End::Kept(result)),
-        (Step::Looking | Step::Checking { .. } | Step::Abandoning(_) | Step::Ended(_), _) => end(End::Failed),
+        (Step::Looking | Step::Abandoning(_) | Step::Ended(_), _) => end(End::Failed),
     }
 }
 
