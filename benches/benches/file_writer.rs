@@ -9,16 +9,16 @@ use stages::{
     convert::{Job, Options, Source, to_file::to_file},
     disk::IoMode,
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
 };
 use virta_benches::sparse_disk;
 
 fn convert(runtime: &tokio::runtime::Runtime, raw: &Path, image: &Path, io: IoMode) {
     let options = Options { io, sync: false, force: true, ..Options::default() };
     let source = Source::local(raw).expect("the disk opens");
-    let notices: Arc<dyn Notices> = Arc::new(());
+    let reporter: Arc<dyn Reporter> = Arc::new(());
     let (progress, cancel) = (Progress::default(), CancelToken::new());
-    let job = Job::new(source, options, &progress, &notices, &cancel);
+    let job = Job::new(source, options, &progress, &reporter, &cancel);
     runtime.block_on(to_file(&job, image)).expect("the conversion works");
 }
 

@@ -26,8 +26,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     });
     let limits = Limits { jobs: NonZeroUsize::new(2).ok_or("two is not zero")?, ..Limits::default() };
-    let (notices, cancel, journal) = (Arc::new(()), CancelToken::new(), None);
-    let summary = Batch { session, plan, options, limits, journal, notices, listener, cancel }.run().await?;
+    let (cancel, journal) = (CancelToken::new(), None);
+    let summary = Batch { session, plan, options, limits, journal, listener, cancel }.run().await?;
     println!("{} bytes became {}", summary.converted_bytes, summary.made_bytes);
     std::process::exit(summary.exit_code().into());
 }

@@ -15,7 +15,7 @@ use stages::{
     compress::{Codec, Compression},
     convert::{Job, Options, Source, to_file::to_file},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
 };
 
 /// Every `qemu-img` that there is: the system's and the fetched ones.
@@ -75,8 +75,8 @@ async fn every_qemu_reads_every_level() {
     let levels = [1, 2, 6, 9, 12].map(|level| Compression::with_level(Codec::Deflate, level).unwrap());
     for compression in levels.into_iter().chain([Compression::new(Codec::Zstd)]) {
         let options = Options { compression: Some(compression), force: true, sync: false, ..Options::default() };
-        let notices: Arc<dyn Notices> = Arc::new(());
-        let job = Job::new(Source::local(&raw).unwrap(), options, &Progress::default(), &notices, &CancelToken::new());
+        let reporter: Arc<dyn Reporter> = Arc::new(());
+        let job = Job::new(Source::local(&raw).unwrap(), options, &Progress::default(), &reporter, &CancelToken::new());
         let report = to_file(&job, &image).await.unwrap();
         assert!(report.stored_bytes < report.data_bytes, "{compression:?}: something was compressed");
         for (name, reader) in &readers {

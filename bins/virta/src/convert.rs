@@ -15,7 +15,7 @@ use stages::{
     error::JobError,
     openstack::{Session, config::Environment, image::ImageError},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     text::{causes, printable, size},
 };
 
@@ -101,18 +101,18 @@ pub async fn run(mut arguments: ConvertArgs) -> ExitCode {
     };
     let (after, verify) = (arguments.source_after.after(), arguments.source_after.verify(arguments.conversion.verify));
     let run = Run::begin(&arguments.source, &arguments.destination);
+    let progress = Progress::default();
+    let display = Display::start(arguments.output.progress, &progress, run.clone());
     let options = Options {
         force: arguments.force,
         verify,
         after,
         copy_members: arguments.source_after.copy_members,
         elsewhere: arguments.to_os_cloud.is_some(),
-        run: run.this(),
+        run: display.this_run(),
         take_over: arguments.take_over,
         ..usual
     };
-    let progress = Progress::default();
-    let display = Display::start(arguments.output.progress, &progress, run.clone());
     let cancel = CancelToken::new();
     watch_signals(&cancel, display.held());
     warn_without_record(&run, &display);
@@ -138,7 +138,7 @@ async fn convert(
     run: &Run,
     cancel: &CancelToken,
 ) -> Result<Outcome, JobError> {
-    let notices: Arc<dyn Notices> = Arc::new(display.clone());
+    let reporter: Arc<dyn Reporter> = Arc::new(display.clone());
     let (from, to) = (End::parse(&arguments.source), End::parse(&arguments.destination));
     check_report(arguments)?;
     check_ends(arguments, &from, &to)?;
@@ -175,7 +175,7 @@ async fn convert(
         },
         End::Stdio => Source::stdin(arguments.source_size)?,
     };
-    let job = Job::new(source, options, progress, &notices, cancel);
+    let job = Job::new(source, options, progress, &reporter, cancel);
     interruptible(cancel, retire::check(&job, arguments.force)).await?;
     confirm(&job, arguments.source_after.yes).await?;
     let report = match &to {
@@ -277,7 +277,7 @@ async fn confirm(job: &Job, yes: bool) -> Result<(), JobError> {
         who.project
     );
     if yes {
-        job.notices.note(&format!("after verification will be deleted: {what}"));
+        job.reporter.note(&format!("after verification will be deleted: {what}"));
         return Ok(());
     }
     match asked(&format!("After the new image is verified, delete {what}"), &job.cancel).await? {

@@ -14,7 +14,7 @@ use stages::{
     error::JobError,
     openstack::{CloudConfig, CloudFlags, Image, Session, config::Environment},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     text::size,
 };
 
@@ -98,8 +98,8 @@ async fn demo(progress: &Progress, display: &Display, cancel: &CancelToken) -> R
     let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &environment)?).await?;
     display.note("the command on a cloud would be: virta convert glance:my-server-snapshot glance:my-server");
     let source = Source::glance(&session, "my-server-snapshot").await?;
-    let notices: Arc<dyn Notices> = Arc::new(display.clone());
-    let job = Job::new(source, Options::default(), progress, &notices, cancel);
+    let reporter: Arc<dyn Reporter> = Arc::new(display.clone());
+    let job = Job::new(source, Options::default(), progress, &reporter, cancel);
     let convert::Conversion::Made(report) = convert::to_glance::to_glance(&job, &session, "my-server").await? else {
         return Err(JobError::bug("a new service has the image already"));
     };

@@ -11,8 +11,8 @@ use engine::{CancelToken, Cause};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use stages::{
     progress::{Phase, Progress},
-    reporter::Notices,
-    run::FoundServer,
+    reporter::Reporter,
+    run::{FoundServer, RunRecord, ThisRun},
     text::{printable, size},
 };
 
@@ -107,13 +107,18 @@ impl Display {
         (self.kind == Kind::Bars).then_some(&self.bars)
     }
 
+    /// This run, as conversions and snapshots take it.
+    pub fn this_run(&self) -> ThisRun {
+        self.run.this().recorded(Arc::new(Kept { run: self.run.clone(), held: self.held() }))
+    }
+
     /// Warnings so far.
     pub fn warnings(&self) -> Vec<String> {
         self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-impl Notices for Display {
+impl Reporter for Display {
     fn note(&self, line: &str) {
         let line = printable(line);
         self.run.log(&line);
@@ -135,18 +140,26 @@ impl Notices for Display {
             exit::say(&format!("warning: {}", printable(line))); // a warning is never swallowed
         }
     }
+}
 
+/// The run's record, and what an interrupt has to know.
+struct Kept {
+    run: Run,
+    held: Held,
+}
+
+impl RunRecord for Kept {
     fn making(&self, image_id: &str) {
         self.run.making(image_id);
-    }
-
-    fn is_dead(&self, run: &str) -> bool {
-        runs::is_dead(run)
     }
 
     fn holding(&self, server: Option<&FoundServer>) -> bool {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = server.cloned();
         self.run.holding(server.cloned())
+    }
+
+    fn is_dead(&self, run: &str) -> bool {
+        runs::is_dead(run)
     }
 }
 

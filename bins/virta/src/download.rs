@@ -10,7 +10,7 @@ use stages::{
     error::JobError,
     openstack::{Session, config::Environment},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     retry::Patience,
     text::{causes, printable, size},
 };
@@ -111,7 +111,7 @@ async fn download(
         Ok::<_, JobError>((session, image))
     };
     let (session, image) = cancel.guard(looking).await.unwrap_or_else(|_| Err(JobError::interrupted()))?;
-    let notices: Arc<dyn Notices> = Arc::new(display.clone());
+    let reporter: Arc<dyn Reporter> = Arc::new(display.clone());
     let download = Download {
         session,
         image,
@@ -122,7 +122,7 @@ async fn download(
         sync: !arguments.no_sync,
         patience: Patience::default(),
         progress: progress.clone(),
-        notices,
+        reporter,
         cancel: cancel.clone(),
     };
     match arguments.file.as_str() {

@@ -8,7 +8,7 @@ use stages::{
     error::JobError,
     openstack::{Change, Image, Session, marks::SOURCE_ID},
     ownership::{Proof, claim, is_conversion, leftover::is_unfinished, refuse_unmarked},
-    reporter::Notices,
+    reporter::Reporter,
     text::{causes, printable, size},
 };
 

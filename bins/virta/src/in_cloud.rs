@@ -8,7 +8,7 @@ use stages::{
     error::JobError,
     openstack::{Session, config::Environment},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     text::printable,
 };
 

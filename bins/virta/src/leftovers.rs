@@ -6,7 +6,7 @@ use stages::{
     error::JobError,
     openstack::{Compute, Image, Session, marks::RUN},
     ownership::leftover::{Leftover, leftovers},
-    reporter::Notices,
+    reporter::Reporter,
     run::{FoundServer, run_of},
     snapshot::{Waiting, restore},
     text::{causes, printable},
@@ -56,7 +56,7 @@ pub async fn remove_leftovers(
     images: &[Image],
     dead: &[RecordedRun],
     tells: bool,
-    notices: &dyn Notices,
+    reporter: &dyn Reporter,
 ) -> Result<usize, JobError> {
     let project = session.whoami().project_id.as_deref();
     let found = leftovers(images, project, session.now(), &|image| {
@@ -68,11 +68,11 @@ pub async fn remove_leftovers(
         let run = printable(image.property(RUN).map_or("unknown", run_of));
         if leftover.may_go() {
             match session.delete_image(&image.id).await {
-                Ok(()) => notices.note(&format!("removed image {name} ({id}, {}) of run {}", image.status, runs::short(&run))),
+                Ok(()) => reporter.note(&format!("removed image {name} ({id}, {}) of run {}", image.status, runs::short(&run))),
                 Err(error) => {
                     left += 1;
                     stuck.push(image.id.as_str());
-                    notices.warn(&format!("image {id} of run {} could not be removed: {}", runs::short(&run), causes(&error)));
+                    reporter.warn(&format!("image {id} of run {} could not be removed: {}", runs::short(&run), causes(&error)));
                 }
             }
             continue;
@@ -84,7 +84,7 @@ pub async fn remove_leftovers(
                 Leftover::Claimed(until) => format!("its run may be making it until {until}"),
                 _ => "no run claims it any more".to_owned(),
             };
-            notices.note(&format!(
+            reporter.note(&format!(
                 "image {name} ({id}) is {} and unfinished since {}, of run {}: {claim}. If no run is making it: virta image delete {id}",
                 image.status,
                 printable(since),
@@ -100,7 +100,7 @@ pub async fn remove_leftovers(
     let holds_a_server = |found: &&RecordedRun| found.again().is_some_and(|now| now.record.server.is_some());
     for found in dead.iter().filter(|found| !holds_a_server(found)).filter(is_clean) {
         if let Err(error) = found.cleaned() {
-            notices.warn(&format!("the record of run {} could not be written: {error}", runs::short(&found.record.run)));
+            reporter.warn(&format!("the record of run {} could not be written: {error}", runs::short(&found.record.run)));
         }
     }
     Ok(left)
@@ -112,17 +112,18 @@ pub async fn restore_server(
     compute: &Compute,
     held: &FoundServer,
     dead: &RecordedRun,
-    notices: &dyn Notices,
+    display: &Display,
 ) -> Result<(), JobError> {
-    notices.note(&format!(
+    let this = display.this_run();
+    display.note(&format!(
         "run {} was killed while it made a snapshot of server {}, which it had found {}",
         printable(&dead.record.run),
         printable(&held.name),
         printable(&held.status)
     ));
     // whoever interrupts hears of the server
-    let _ = notices.holding(Some(held));
-    restore(session, compute, held, &dead.record.run, &Waiting::default(), notices).await?;
-    let _ = notices.holding(None);
+    let _ = this.record().holding(Some(held));
+    restore(session, compute, held, &dead.record.run, &Waiting::default(), display).await?;
+    let _ = this.record().holding(None);
     dead.restored().map_err(|error| JobError::Refused(format!("the record of a run could not be written: {error}")))
 }

@@ -6,7 +6,7 @@ use engine::CancelToken;
 use stages::{
     error::JobError,
     openstack::Session,
-    reporter::Notices,
+    reporter::Reporter,
     text::{printable, shell_word},
 };
 

@@ -9,7 +9,7 @@ use stages::{
     error::JobError,
     openstack::{Image, Session, image::ImageError, member::is_project_id},
     ownership::refuse_unmarked,
-    reporter::Notices,
+    reporter::Reporter,
     text::{printable, shell_word},
 };
 

@@ -9,7 +9,7 @@ use stages::{
         CloudConfig, CloudFlags, Session,
         config::{Environment, Secret},
     },
-    reporter::Notices,
+    reporter::Reporter,
     text::printable,
 };
 
@@ -20,7 +20,7 @@ pub async fn sign_in(
     what: &str,
     arguments: &CloudArgs,
     environment: &Environment,
-    notices: &dyn Notices,
+    reporter: &dyn Reporter,
     cancel: &CancelToken,
 ) -> Result<Session, JobError> {
     let flags = CloudFlags {
@@ -32,7 +32,7 @@ pub async fn sign_in(
     };
     let mut cloud = CloudConfig::resolve(&flags, environment)?;
     for notice in &cloud.notices {
-        notices.warn(notice);
+        reporter.warn(notice);
     }
     if let Some(user) = cloud.wants_password_of()
         && std::io::stdin().is_terminal()
@@ -49,6 +49,6 @@ pub async fn sign_in(
     };
     let who = session.whoami();
     let region = who.region.as_ref().map(|region| format!(", region {region}")).unwrap_or_default();
-    notices.note(&format!("{what} {}{region}, project {}, user {}", who.cloud, who.project, who.user));
+    reporter.note(&format!("{what} {}{region}, project {}, user {}", who.cloud, who.project, who.user));
     Ok(session)
 }

@@ -10,7 +10,7 @@ use stages::{
     error::JobError,
     openstack::{Compute, Image, Session, config::Environment},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     snapshot::{Snapshot, SnapshotPlan, Waiting},
     text::{causes, printable, shell_word, size},
 };
@@ -116,7 +116,7 @@ pub async fn run(arguments: SnapshotArgs) -> ExitCode {
     };
     if arguments.convert {
         let (raw, raw_id) = (image.shown_id(), image.id.clone());
-        let result = convert(&arguments, &name, &session, image, options, &progress, &display, &run, &cancel).await;
+        let result = convert(&arguments, &name, &session, image, options, &progress, &display, &cancel).await;
         display.finish().await;
         match &result {
             Ok(_) => run.end(0, &format!("made {}", printable(&name))),
@@ -196,9 +196,9 @@ async fn snapshot(
         );
         confirm(&what, arguments.yes, cancel).await?;
     }
-    let id = run.name();
+    let this = display.this_run();
     let waiting = Waiting { image: Duration::from_secs(arguments.timeout.saturating_mul(60)), ..Waiting::default() };
-    let snapshot = Snapshot { session: &session, compute: &compute, plan: &plan, run: &id, waiting, notices: display, cancel };
+    let snapshot = Snapshot { session: &session, compute: &compute, plan: &plan, run: &this, waiting, reporter: display, cancel };
     let image = snapshot.run().await?;
     display.note(&format!("image {} ({}) is active, {}", image.shown(), image.shown_id(), size(image.size.unwrap_or(0))));
     Ok((session, image))
@@ -237,14 +237,13 @@ async fn convert(
     options: Options,
     progress: &Progress,
     display: &Display,
-    run: &Run,
     cancel: &CancelToken,
 ) -> Result<Outcome, JobError> {
-    let notices: Arc<dyn Notices> = Arc::new(display.clone());
+    let reporter: Arc<dyn Reporter> = Arc::new(display.clone());
     let verify = arguments.conversion.verify.map_or(Verify::Readback, Into::into);
-    let options = Options { after: After::Delete, verify, force: arguments.force, run: run.this(), ..options };
+    let options = Options { after: After::Delete, verify, force: arguments.force, run: display.this_run(), ..options };
     let source = cancel.guard(Source::glance(session, &image.id)).await.map_err(|_| JobError::interrupted())??;
-    let job = Job::new(source, options, progress, &notices, cancel);
+    let job = Job::new(source, options, progress, &reporter, cancel);
     let checking = stages::convert::retire::check(&job, arguments.force);
     cancel.guard(checking).await.map_err(|_| JobError::interrupted())??;
     into_glance(&job, session, name).await

@@ -15,7 +15,7 @@ use stages::{
     magic::DiskFormat,
     openstack::{Session, config::Environment},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     retry::Patience,
     text::{causes, printable, shell_word, size},
 };
@@ -152,13 +152,13 @@ async fn upload(
     match what {
         What::Convert => {
             let properties = properties(arguments);
-            let options = Options { properties, force: arguments.force, run: run.this(), ..options };
-            let notices: Arc<dyn Notices> = Arc::new(display.clone());
-            let job = Job::new(Source::local(&arguments.file)?, options, progress, &notices, cancel);
+            let options = Options { properties, force: arguments.force, run: display.this_run(), ..options };
+            let reporter: Arc<dyn Reporter> = Arc::new(display.clone());
+            let job = Job::new(Source::local(&arguments.file)?, options, progress, &reporter, cancel);
             Ok(Made::Converted(into_glance(&job, &session, name_of(arguments)).await?))
         }
         What::AsIs { opened, disk_format, virtual_bytes } => {
-            send(arguments, &session, opened, disk_format, virtual_bytes, progress, display, run, cancel).await
+            send(arguments, &session, opened, disk_format, virtual_bytes, progress, display, cancel).await
         }
     }
 }
@@ -249,7 +249,6 @@ async fn send(
     virtual_bytes: u64,
     progress: &Progress,
     display: &Display,
-    run: &Run,
     cancel: &CancelToken,
 ) -> Result<Made, JobError> {
     cancel
@@ -268,11 +267,11 @@ async fn send(
         disk_format,
         virtual_bytes,
         properties: properties(arguments),
-        run: run.this(),
+        run: display.this_run(),
         patience: Patience::default(),
     };
-    let notices: Arc<dyn Notices> = Arc::new(display.clone());
-    Ok(Made::AsIs(Box::new(as_is::as_is(session, &upload, progress, &notices, cancel).await?)))
+    let reporter: Arc<dyn Reporter> = Arc::new(display.clone());
+    Ok(Made::AsIs(Box::new(as_is::as_is(session, &upload, progress, &reporter, cancel).await?)))
 }
 
 /// What was sent, and what is proven of it.

@@ -10,7 +10,7 @@ use stages::{
     glance::Remote,
     openstack::{Session, config::Environment},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     retry::{Patience, Retries},
     text::{printable, size},
 };

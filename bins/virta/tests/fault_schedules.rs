@@ -20,7 +20,7 @@ use stages::{
     openstack::{CloudConfig, CloudFlags, Session, config::Environment},
     progress::Progress,
     qcow2::{Qcow2, verify},
-    reporter::Notices,
+    reporter::Reporter,
     retry::Patience,
 };
 
@@ -133,7 +133,7 @@ fn raw_disk(chance: &mut Chance) -> Vec<u8> {
 #[derive(Default)]
 struct Lines(std::sync::Mutex<Vec<String>>);
 
-impl Notices for Lines {
+impl Reporter for Lines {
     fn note(&self, line: &str) {
         self.0.lock().unwrap().push(line.to_owned());
     }
@@ -147,8 +147,8 @@ async fn convert(service: &MiniGlance, name: &str, options: Options, lines: &Arc
     let environment = Environment { env, cwd: folder.path().to_owned() };
     let session = Session::sign_in(CloudConfig::resolve(&CloudFlags::default(), &environment)?).await?;
     let source = Source::glance(&session, name).await?;
-    let notices: Arc<dyn Notices> = Arc::clone(lines) as Arc<dyn Notices>;
-    let job = Job::new(source, options, &Progress::default(), &notices, &CancelToken::new());
+    let reporter: Arc<dyn Reporter> = Arc::clone(lines) as Arc<dyn Reporter>;
+    let job = Job::new(source, options, &Progress::default(), &reporter, &CancelToken::new());
     match to_glance(&job, &session, "new").await? {
         Conversion::Made(report) => Ok(report),
         Conversion::Earlier(image) => panic!("{image:?} was there"),

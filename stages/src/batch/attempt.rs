@@ -18,8 +18,7 @@ use crate::{
     error::JobError,
     openstack::{Image, Session, image::ImageError},
     progress::Progress,
-    reporter::Notices,
-    run::FoundServer,
+    reporter::Reporter,
     text::printable,
 };
 
@@ -29,15 +28,14 @@ pub(super) enum Ended {
     Earlier(String),
 }
 
-/// A conversion's notices are the batch's, with its index.
-pub(super) struct ItemNotices {
+/// A conversion's reporter are the batch's, with its index.
+pub(super) struct ItemReporter {
     pub(super) index: usize,
     pub(super) listener: Listener,
-    pub(super) notices: Arc<dyn Notices>,
     pub(super) warnings: std::sync::Mutex<Vec<String>>,
 }
 
-impl Notices for ItemNotices {
+impl Reporter for ItemReporter {
     fn note(&self, line: &str) {
         (self.listener)(&Event::Note { index: self.index, line, warning: false });
     }
@@ -45,18 +43,6 @@ impl Notices for ItemNotices {
     fn warn(&self, line: &str) {
         self.warnings.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line.to_owned());
         (self.listener)(&Event::Note { index: self.index, line, warning: true });
-    }
-
-    fn making(&self, image_id: &str) {
-        self.notices.making(image_id);
-    }
-
-    fn is_dead(&self, run: &str) -> bool {
-        self.notices.is_dead(run)
-    }
-
-    fn holding(&self, server: Option<&FoundServer>) -> bool {
-        self.notices.holding(server)
     }
 }
 
@@ -67,7 +53,7 @@ pub(super) async fn convert_one(
     untouched: Option<Image>,
     options: Options,
     progress: &Progress,
-    notices: &Arc<dyn Notices>,
+    reporter: &Arc<dyn Reporter>,
     cancel: &CancelToken,
 ) -> Result<Ended, JobError> {
     let Some(image) = &entry.image else { return Err(JobError::bug("an entry without an image was begun")) };
@@ -84,14 +70,14 @@ pub(super) async fn convert_one(
             }
         };
         let source = cancel.guard(finding).await.map_err(|_| JobError::interrupted())??;
-        let job = Job::new(source, options, progress, notices, cancel);
+        let job = Job::new(source, options, progress, reporter, cancel);
         let checking = cancel.guard(retire::check(&job, job.options.force)).await;
         checking.unwrap_or_else(|_| Err(JobError::interrupted()))?;
         to_glance_knowing(&job, session, &entry.new_name, known).await
     };
     match converting.await {
         Ok(Conversion::Made(report)) => {
-            notices.note(&format!("made {}", printable(&report.destination)));
+            reporter.note(&format!("made {}", printable(&report.destination)));
             Ok(Ended::Made(report))
         }
         Ok(Conversion::Earlier(image)) => Ok(Ended::Earlier(image.id)),

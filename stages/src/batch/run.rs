@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Journal, Outcome, Plan, Summary, Verdict,
-    attempt::{Ended, ItemNotices, convert_one},
+    attempt::{Ended, ItemReporter, convert_one},
     event::{Event, Listener},
     outcome::{Line, is_transient},
     shares::{Grant, Shares, TooSmall},
@@ -25,7 +25,7 @@ use crate::{
     error::{FailureKind, JobError},
     openstack::Session,
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     text::causes,
 };
 
@@ -69,8 +69,6 @@ pub struct Batch {
     pub limits: Limits,
     /// Where it is written down, if anywhere.
     pub journal: Option<Journal>,
-    /// Who keeps a record of runs.
-    pub notices: Arc<dyn Notices>,
     /// Who is told.
     pub listener: Listener,
     /// Ends it.
@@ -252,12 +250,8 @@ impl Runner {
         if let Some(image) = &entry.image {
             self.write("started", &json!({ "id": image.id, "try": tries }));
         }
-        let notices = Arc::new(ItemNotices {
-            index,
-            listener: Arc::clone(&batch.listener),
-            notices: Arc::clone(&batch.notices),
-            warnings: std::sync::Mutex::default(),
-        });
+        let reporter =
+            Arc::new(ItemReporter { index, listener: Arc::clone(&batch.listener), warnings: std::sync::Mutex::default() });
         let jobs = batch.limits.jobs;
         let options = Options { run: batch.options.run.clone(), jobs, ..self.shares.applied(&grant, &entry.options) };
         let goes = options.after != After::Keep;
@@ -267,9 +261,9 @@ impl Runner {
         let untouched = untouched.and_then(|source| batch.plan.listing.untouched(source, &entry.new_name));
         let started = Instant::now();
         let task = async move {
-            let told: Arc<dyn Notices> = Arc::clone(&notices) as Arc<dyn Notices>;
+            let told: Arc<dyn Reporter> = Arc::clone(&reporter) as Arc<dyn Reporter>;
             let result = convert_one(&session, &entry, untouched, options, &progress, &told, &cancel).await;
-            let warnings = std::mem::take(&mut *notices.warnings.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+            let warnings = std::mem::take(&mut *reporter.warnings.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
             Finished { index, grant, tries, started, result, warnings }
         };
         let handle = self.running.spawn(task);

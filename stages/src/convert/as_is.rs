@@ -27,7 +27,7 @@ use crate::{
     ownership::{self, Family, Goal, Mark, Proof, claim::Moves},
     progress::{Phase, Progress},
     read_at::ReadAt,
-    reporter::Notices,
+    reporter::Reporter,
     retry::{Patience, Retries},
     run::ThisRun,
     store::EmitReport,
@@ -202,7 +202,7 @@ pub async fn as_is(
     session: &Session,
     upload: &Upload,
     progress: &Progress,
-    notices: &Arc<dyn Notices>,
+    reporter: &Arc<dyn Reporter>,
     cancel: &CancelToken,
 ) -> Result<UploadReport, JobError> {
     check_properties(&upload.properties).map_err(JobError::Usage)?;
@@ -220,7 +220,7 @@ pub async fn as_is(
     }
     progress.set_virtual_bytes(identity.bytes);
     progress.set_image_bytes(identity.bytes);
-    let told = Arc::clone(notices);
+    let told = Arc::clone(reporter);
     let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
     let rate_limit = session.rate_bytes_per_s();
     let moves = Moves { source_bytes: identity.bytes, readings: 0, read_back: false, rate_limit, jobs: 1 };
@@ -239,7 +239,7 @@ pub async fn as_is(
         take_over: false,
         patience: upload.patience,
         cancel,
-        notices,
+        reporter,
         retries: &retries,
         seen: Vec::new(),
         of_source: Vec::new(),

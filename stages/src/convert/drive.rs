@@ -250,7 +250,7 @@ impl<W: Work> Drive<'_, '_, W> {
                 Ok(Answer::Useless)
             }
             Err(error) if !self.maker.cancel.is_cancelled() && self.is_source_gone().await => {
-                self.maker.notices.note(&format!("the source is gone: {}", causes(&error)));
+                self.maker.reporter.note(&format!("the source is gone: {}", causes(&error)));
                 Ok(Answer::SourceGone)
             }
             Err(error) => Err(error),
@@ -266,7 +266,7 @@ impl<W: Work> Drive<'_, '_, W> {
 
     async fn prove(&mut self) -> Result<Answer<'static>, JobError> {
         let result = self.result()?.clone();
-        self.maker.notices.note(&format!(
+        self.maker.reporter.note(&format!(
             "image {} was made by an earlier run and is not proven as strictly as this one asks: it is read and compared with the source",
             result.shown_id()
         ));
@@ -293,7 +293,7 @@ impl<W: Work> Drive<'_, '_, W> {
         let deleting = session.delete_image_once(&source.id);
         let error = match self.maker.patience.to_its_end(self.maker.cancel, deleting).await {
             Some(Ok(())) => {
-                self.maker.notices.note(&format!("deleted the source image {shown} ({id})"));
+                self.maker.reporter.note(&format!("deleted the source image {shown} ({id})"));
                 return Ok(Answer::Done);
             }
             Some(Err(error)) => error,
@@ -326,7 +326,7 @@ impl<W: Work> Drive<'_, '_, W> {
             for (id, why) in &self.left {
                 let why = why.as_ref().map_or_else(|| "not in time".to_owned(), |error| causes(error));
                 self.maker
-                    .notices
+                    .reporter
                     .warn(&format!("image {id}, which this run began, was not deleted ({why}): virta image delete {id}"));
             }
         }
@@ -337,7 +337,7 @@ impl<W: Work> Drive<'_, '_, W> {
                     self.sighting.marked().filter(|other| *other != result).map(|other| self.maker.id(other)).collect();
                 if !others.is_empty() {
                     let others = others.join(" ");
-                    self.maker.notices.warn(&format!(
+                    self.maker.reporter.warn(&format!(
                         "two runs finished this conversion; image {} is the result, and not needed is {others}: virta image delete {others}",
                         image.shown_id()
                     ));

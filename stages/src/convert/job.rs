@@ -19,7 +19,7 @@ use crate::{
     openstack::{Image, Session},
     progress::Progress,
     qcow2::Geometry,
-    reporter::Notices,
+    reporter::Reporter,
     retry::Retries,
     text::size,
 };
@@ -36,7 +36,7 @@ pub struct Job {
     /// Counters.
     pub progress: Progress,
     /// Who is told.
-    pub notices: Arc<dyn Notices>,
+    pub reporter: Arc<dyn Reporter>,
     /// Ends it.
     pub cancel: CancelToken,
     /// The record of retries.
@@ -48,11 +48,17 @@ pub struct Job {
 impl Job {
     /// A conversion that is about to begin.
     #[must_use]
-    pub fn new(source: Source, options: Options, progress: &Progress, notices: &Arc<dyn Notices>, cancel: &CancelToken) -> Self {
-        let told = Arc::clone(notices);
+    pub fn new(
+        source: Source,
+        options: Options,
+        progress: &Progress,
+        reporter: &Arc<dyn Reporter>,
+        cancel: &CancelToken,
+    ) -> Self {
+        let told = Arc::clone(reporter);
         let retries = Retries::new(progress, Arc::new(move |line| told.note(&line)));
-        let (progress, notices, cancel) = (progress.clone(), Arc::clone(notices), cancel.clone());
-        Self { source, options, progress, notices, cancel, retries, started: Instant::now() }
+        let (progress, reporter, cancel) = (progress.clone(), Arc::clone(reporter), cancel.clone());
+        Self { source, options, progress, reporter, cancel, retries, started: Instant::now() }
     }
 
     /// An image as something to read for this job, beside what the conversion itself reads.
@@ -72,28 +78,28 @@ impl Job {
 
     /// The opening lines.
     pub(super) fn announce(&self, destination: &str, budget: &Budget) -> Result<(), JobError> {
-        let notices = &self.notices;
-        notices.note(&self.source.line());
+        let reporter = &self.reporter;
+        reporter.note(&self.source.line());
         let compression = match self.options.compression {
             Some(compression) => format!("{} level {}", compression.codec().name(), compression.level()),
             None => "uncompressed".to_owned(),
         };
-        notices.note(&format!(
+        reporter.note(&format!(
             "destination: {destination}, qcow2 with {} clusters, {compression}",
             size(self.options.cluster_bits.cluster_bytes())
         ));
-        notices.note(&format!("{}; {} workers", budget.describe(), self.options.workers));
+        reporter.note(&format!("{}; {} workers", budget.describe(), self.options.workers));
         if let Some(bytes) = self.source.bytes() {
             let geometry = Geometry::new(bytes, self.options.cluster_bits)?;
             if let Some(warning) = budget.index_warning(geometry) {
-                notices.warn(&warning);
+                reporter.warn(&warning);
             }
         }
         if let Some(warning) = budget.available_warning() {
-            notices.warn(&warning);
+            reporter.warn(&warning);
         }
         if self.source.expected_hash().is_none() && matches!(self.source, Source::Glance { .. }) {
-            notices.warn(
+            reporter.warn(
                 "Glance has no hash of the source (as after a direct Ceph snapshot): what is read cannot be checked against one",
             );
         }

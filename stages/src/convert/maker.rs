@@ -13,7 +13,7 @@ use crate::{
         marks::{CLAIM_S, REPLACES, RUN, SOURCE_ID, VERIFIED},
     },
     ownership::{Answer, Family, GENERATIONS, Lookout, Mark, Proof, Sighting, look},
-    reporter::Notices,
+    reporter::Reporter,
     retry::{Patience, Retries},
     run::{ThisRun, run_of},
     text::{causes, printable},
@@ -46,7 +46,7 @@ pub(super) struct Maker<'a> {
     pub(super) take_over: bool,
     pub(super) patience: Patience,
     pub(super) cancel: &'a CancelToken,
-    pub(super) notices: &'a Arc<dyn Notices>,
+    pub(super) reporter: &'a Arc<dyn Reporter>,
     pub(super) retries: &'a Retries,
     /// What the last look listed of the family.
     pub(super) seen: Vec<Image>,
@@ -73,7 +73,7 @@ impl Maker<'_> {
 
     /// Is the run that makes this image known to be over?
     pub(super) fn is_over(&self, image: &Image) -> bool {
-        self.take_over || self.run.made(image) || image.property(RUN).is_some_and(|run| self.notices.is_dead(run_of(run)))
+        self.take_over || self.run.made(image) || image.property(RUN).is_some_and(|run| self.run.record().is_dead(run_of(run)))
     }
 
     /// Lists the family; where `first`, what else answers the wish, too. `known`: such a list from just now.
@@ -123,7 +123,7 @@ impl Maker<'_> {
     /// Makes the image's record. After an interrupt its answer is waited for a while: an image has to be there before it can be deleted.
     pub(super) async fn post(&mut self, generation: u8) -> Result<Answer<'static>, JobError> {
         let id = self.id(generation);
-        self.notices.making(&id);
+        self.run.record().making(&id);
         loop {
             let mut record = self.record.clone();
             record.insert("id".to_owned(), json!(id));
@@ -141,7 +141,7 @@ impl Maker<'_> {
             // a property that is not ours to set here (policies differ between clouds) stays behind
             if let Some(key) = self.refused_property(&error) {
                 self.record.remove(&key);
-                self.notices.warn(&format!("property {} was not taken over: {}", printable(&key), causes(&error)));
+                self.reporter.warn(&format!("property {} was not taken over: {}", printable(&key), causes(&error)));
                 continue;
             }
             self.failed_posts += 1;
@@ -265,8 +265,8 @@ impl Maker<'_> {
         for id in lower.iter().map(|generation| self.id(*generation)) {
             let status = self.seen(&id).map_or_else(String::new, |image| format!(", {}", printable(&image.status)));
             match self.patience.failure_of(self.cancel, self.session.delete_image(&id)).await {
-                None => self.notices.note(&format!("deleted image {id}, an unfinished conversion of the same source{status}")),
-                Some(cause) => self.notices.warn(&format!(
+                None => self.reporter.note(&format!("deleted image {id}, an unfinished conversion of the same source{status}")),
+                Some(cause) => self.reporter.warn(&format!(
                     "image {id} is an unfinished conversion of the same source, and deleting it failed ({cause}): virta clean, or: virta image delete {id}"
                 )),
             }

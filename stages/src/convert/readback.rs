@@ -206,7 +206,7 @@ pub async fn prove(job: &Job, session: &Session, image: &Image) -> Result<bool, 
         Ok(_) => Ok(true),
         // different, or no image at all; what could not be asked is neither
         Err(error) if is_about_content(&error) => {
-            job.notices.note(&format!("image {}: {}", image.shown_id(), crate::text::causes(&error)));
+            job.reporter.note(&format!("image {}: {}", image.shown_id(), crate::text::causes(&error)));
             Ok(false)
         }
         Err(error) => Err(error),

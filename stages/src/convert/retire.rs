@@ -66,7 +66,7 @@ pub async fn check(job: &Job, force: bool) -> Result<(), JobError> {
             )));
         }
         Some(_) => {}
-        None => job.notices.note("this cloud has no compute service: nobody can say whether servers were built from the image"),
+        None => job.reporter.note("this cloud has no compute service: nobody can say whether servers were built from the image"),
     }
     if !members.is_empty() && options.elsewhere {
         return Err(JobError::Refused(format!(
@@ -84,7 +84,7 @@ pub async fn check(job: &Job, force: bool) -> Result<(), JobError> {
         )));
     }
     if image.expected_hash().is_none() {
-        job.notices.note(&format!(
+        job.reporter.note(&format!(
             "the source has no hash in Glance: before it is deleted, it is read a second time and compared ({} more to fetch)",
             size(*bytes)
         ));
@@ -128,7 +128,8 @@ pub(super) async fn carry_over(job: &Job, session: &Session, result: &Image) -> 
         Ok::<_, JobError>(members)
     };
     let members = job.cancel.guard(sharing).await.map_err(|_| JobError::interrupted())??;
-    job.notices.note(&format!("the new image is shared with {}; each has to accept it there", counted(members.len(), "project")));
+    job.reporter
+        .note(&format!("the new image is shared with {}; each has to accept it there", counted(members.len(), "project")));
     Ok(members)
 }
 
@@ -208,7 +209,7 @@ fn changed(job: &Job, before: &Image, now: &Image) -> Option<&'static str> {
 /// [`JobError::Verification`]; the new image is then not to be trusted.
 pub(super) async fn second_reading(job: &Job, survey: &Arc<Survey>) -> Result<bool, JobError> {
     let (Some(remote), None) = (job.source_remote(), job.source.expected_hash()) else { return Ok(false) };
-    job.notices.note("reading the source a second time, since it has no hash");
+    job.reporter.note("reading the source a second time, since it has no hash");
     let target = Target::glance(Remote { again: true, ..remote }).await?;
     against_survey(&target, survey, job.options.connections.get(), &job.progress, &job.cancel).await.map_err(|error| match error {
         JobError::Verification(_) => JobError::Verification(

@@ -91,7 +91,7 @@ impl Job {
             Source::Glance { .. } => "data beyond that is fetched twice",
             Source::Local(_) => "data beyond that is read twice",
         };
-        self.notices.note(&format!("stored data: up to {} in memory, {scratch}; {last}", size(budget.store_bytes)));
+        self.reporter.note(&format!("stored data: up to {} in memory, {scratch}; {last}", size(budget.store_bytes)));
     }
 
     /// Reads the source once: what is in it, where it is kept, and so the exact layout of the image.
@@ -163,9 +163,9 @@ impl Job {
                 again_bytes = if access == Access::Random { again_bytes + extent.guest.bytes() } else { extent.guest.end.0 };
             }
         }
-        self.notices.note(&format!("the image will be {}, exactly {} bytes", size(layout.file_bytes()), layout.file_bytes()));
+        self.reporter.note(&format!("the image will be {}, exactly {} bytes", size(layout.file_bytes()), layout.file_bytes()));
         if tiers.source_bytes > 0 {
-            self.notices.note(&format!(
+            self.reporter.note(&format!(
                 "{} of the disk's data did not fit and will be read again: {} to {} ({again_bytes} bytes)",
                 size(tiers.source_bytes),
                 size(again_bytes),

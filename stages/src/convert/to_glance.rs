@@ -94,7 +94,7 @@ pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: 
         }
     }
     if source.is_some_and(|source| source.os_hidden == Some(true)) {
-        job.notices.note("the source is hidden; the new image is visible");
+        job.reporter.note("the source is hidden; the new image is visible");
     }
     let proof = match job.options.verify {
         Verify::None => Proof::Sent,
@@ -128,14 +128,14 @@ pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: 
         driven => driven?,
     };
     if job.options.after == After::Replace {
-        job.notices.note(&format!(
+        job.reporter.note(&format!(
             "the new image is called {}; its id has changed: what names the old id has to be changed, too",
             printable(name)
         ));
     }
     match finished {
         Finished::Earlier(image) => {
-            job.notices.note(&format!(
+            job.reporter.note(&format!(
                 "made earlier, with the options of then ({}): for another one take another name, or --force",
                 image.line()
             ));
@@ -153,7 +153,7 @@ async fn converted_meanwhile(job: &Job, session: &Session, name: &str, error: &J
         return None;
     }
     let found = conversion_of_gone(source_session, session, &image.id, &[], Some(name)).await.ok()?;
-    found.inspect(|_| job.notices.note("another run has converted this source, and deleted it"))
+    found.inspect(|_| job.reporter.note("another run has converted this source, and deleted it"))
 }
 
 /// The family that a conversion ends in: what a plan asks, too.
@@ -212,7 +212,7 @@ fn maker<'a>(job: &'a Job, session: &'a Session, name: &str) -> Result<Maker<'a>
         take_over: options.take_over,
         patience: options.patience,
         cancel: &job.cancel,
-        notices: &job.notices,
+        reporter: &job.reporter,
         retries: &job.retries,
         seen: Vec::new(),
         of_source: Vec::new(),
@@ -408,7 +408,7 @@ impl Converting<'_> {
         let family = family_of(source, self.session, &self.name, false);
         let others = in_the_way(&named, &family, source, self.job.options.after);
         if let Some(other) = others.first().filter(|other| other.id != image.id) {
-            self.job.notices.warn(&format!(
+            self.job.reporter.warn(&format!(
                 "image {} is called {}, too, since this run began; the new one is {}",
                 other.shown_id(),
                 printable(&self.name),
@@ -421,7 +421,8 @@ impl Converting<'_> {
     async fn read_back(&self, image: &Image, survey: &Survey) -> Result<(), JobError> {
         let job = self.job;
         let remote = job.remote(self.session, image);
-        job.notices.note(&format!("reading {} back and comparing it with what was read of the source", size(remote.image_bytes)));
+        job.reporter
+            .note(&format!("reading {} back and comparing it with what was read of the source", size(remote.image_bytes)));
         let access = ImageFile::access(&remote).await?;
         let target = Target::Glance { remote, access };
         let workers = job.options.connections.get();

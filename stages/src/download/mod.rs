@@ -31,7 +31,7 @@ use crate::{
     magic::DiskFormat,
     openstack::{Image, Session},
     progress::{Phase, Progress},
-    reporter::Notices,
+    reporter::Reporter,
     retry::{Patience, Retries},
     text::{printable, size},
     units::{ClusterBits, GuestRange, to_usize},
@@ -71,7 +71,7 @@ pub struct Download {
     /// Counters.
     pub progress: Progress,
     /// Who is told.
-    pub notices: Arc<dyn Notices>,
+    pub reporter: Arc<dyn Reporter>,
     /// Ends it.
     pub cancel: CancelToken,
 }
@@ -123,14 +123,14 @@ impl Download {
     }
 
     fn remote(&self) -> Remote {
-        let told = Arc::clone(&self.notices);
+        let told = Arc::clone(&self.reporter);
         let retries = Retries::new(&self.progress, Arc::new(move |line| told.note(&line)));
         Remote::of_image(&self.session, &self.image, &self.progress, retries, self.patience, &self.cancel)
     }
 
     fn begin(&self, destination: &str) {
         let image = &self.image;
-        self.notices.note(&format!(
+        self.reporter.note(&format!(
             "source: image {} ({}), {} {}; destination: {}",
             image.shown(),
             image.shown_id(),
@@ -139,7 +139,7 @@ impl Download {
             printable(destination)
         ));
         if image.expected_hash().is_none() {
-            self.notices.warn(
+            self.reporter.warn(
                 "Glance has no hash of the image (as after a direct Ceph snapshot): what is read cannot be checked against one",
             );
         }
@@ -195,7 +195,7 @@ impl Download {
     pub async fn to_file(&self, destination: &Path) -> Result<DownloadReport, JobError> {
         let started = Instant::now();
         if self.resume && !self.force && self.is_complete(destination).await? {
-            self.notices.note(&format!("{} is complete already: it has the image's hash", destination.display()));
+            self.reporter.note(&format!("{} is complete already: it has the image's hash", destination.display()));
             let (bytes, remote) = (self.bytes(), self.remote());
             return Ok(self.report(destination.display().to_string(), Access::Sequential, bytes, started, &remote));
         }
@@ -222,7 +222,7 @@ impl Download {
             let _ = Mark { whole_bytes: start, ..mark.clone() }.write(&partial);
         }
         if start > 0 {
-            self.notices.note(&format!("going on at {} of {}", size(start), size(self.bytes())));
+            self.reporter.note(&format!("going on at {} of {}", size(start), size(self.bytes())));
         }
         let remote = self.remote();
         let landed = self.land(&output, file, &partial, mark, start, &remote).await;
@@ -301,7 +301,7 @@ impl Download {
             }
             Some(found) if !found.is_of(mark) && bytes > 0 => match self.force {
                 true => {
-                    self.notices.note(&format!(
+                    self.reporter.note(&format!(
                         "{} is of another image ({}): starting again",
                         partial.display(),
                         printable(&found.image)
@@ -317,7 +317,7 @@ impl Download {
             Some(found) => again(if found.is_of(mark) { Left::Ours } else { Left::Zeros }),
             None => {
                 if self.resume {
-                    self.notices.note("there is nothing to go on with: starting at the beginning");
+                    self.reporter.note("there is nothing to go on with: starting at the beginning");
                 }
                 Ok(Left::Zeros)
             }
@@ -334,7 +334,7 @@ impl Download {
                 error
             }
             (_, Some(mark)) => {
-                self.notices.note(&format!(
+                self.reporter.note(&format!(
                     "{} of {} are kept as {}: the same command with --resume goes on",
                     size(mark.whole_bytes),
                     size(mark.bytes),

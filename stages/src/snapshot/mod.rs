@@ -30,8 +30,8 @@ use crate::{
         marks::RUN,
         server::{Action, ServerError},
     },
-    reporter::Notices,
-    run::FoundServer,
+    reporter::Reporter,
+    run::{FoundServer, ThisRun},
     text::{causes, printable, size},
 };
 use plan::SHUTDOWN_TIMEOUT;
@@ -53,11 +53,11 @@ pub struct Snapshot<'a> {
     /// What is to be done.
     pub plan: &'a SnapshotPlan,
     /// The run's name, in the image that it makes.
-    pub run: &'a str,
+    pub run: &'a ThisRun,
     /// How long what may take.
     pub waiting: Waiting,
     /// Who is told.
-    pub notices: &'a dyn Notices,
+    pub reporter: &'a dyn Reporter,
     /// Ends it; the server is brought back all the same.
     pub cancel: &'a CancelToken,
 }
@@ -86,28 +86,28 @@ impl Snapshot<'_> {
         }
         let mut found =
             FoundServer { id: server.id.clone(), name: server.name.clone(), status: server.status.clone(), stopped: false };
-        if !self.notices.holding(Some(&found)) {
-            self.notices.warn("the record of this run cannot be written: after a kill nothing would bring the server back");
+        if !self.run.record().holding(Some(&found)) {
+            self.reporter.warn("the record of this run cannot be written: after a kill nothing would bring the server back");
         }
         let mut restored = false;
         let made = self.make(&mut found, &mut restored).await;
         if let Err(error) = &made {
             // an interrupt has its own words at the end
             if !matches!(error, JobError::Interrupted(_)) {
-                self.notices.warn(&format!("the snapshot failed: {}", causes(error)));
+                self.reporter.warn(&format!("the snapshot failed: {}", causes(error)));
             }
         }
         let back = match (&made, restored) {
             (Ok(_), true) => Ok(()),
-            _ => restore(self.session, self.compute, &found, self.run, &self.waiting, self.notices).await,
+            _ => restore(self.session, self.compute, &found, &self.run.text(), &self.waiting, self.reporter).await,
         };
         match (made, back) {
             (made, Ok(())) => {
-                let _ = self.notices.holding(None);
+                let _ = self.run.record().holding(None);
                 made
             }
             (Ok(image), Err(error)) => {
-                self.notices.note(&format!("the image is there all the same: {} ({})", image.shown(), image.shown_id()));
+                self.reporter.note(&format!("the image is there all the same: {} ({})", image.shown(), image.shown_id()));
                 Err(error)
             }
             (Err(_), Err(error)) => Err(error),
@@ -148,8 +148,8 @@ impl Snapshot<'_> {
             }
         }
         let id = self.settle(self.create()).await??;
-        self.notices.making(&id);
-        self.notices.note(&format!("image {} ({id}) is being made", printable(&self.plan.name)));
+        self.run.record().making(&id);
+        self.reporter.note(&format!("image {} ({id}) is being made", printable(&self.plan.name)));
         let mut watch = Watch::new(&self.waiting);
         let mut given_up: Option<Instant> = None;
         loop {
@@ -167,7 +167,7 @@ impl Snapshot<'_> {
             let task = match now {
                 Ok(now) => now.task_state,
                 Err(ServerError::Api(error)) if error.status() == Some(StatusCode::NOT_FOUND) => {
-                    self.notices.warn(&format!("server {} is gone: somebody deleted it", server.shown()));
+                    self.reporter.warn(&format!("server {} is gone: somebody deleted it", server.shown()));
                     *restored = true;
                     None
                 }
@@ -177,7 +177,7 @@ impl Snapshot<'_> {
             let status = image.as_ref().map_or_else(|| "unknown".to_owned(), |image| image.status.clone());
             let bytes = image.as_ref().and_then(|image| image.size).filter(|bytes| *bytes > 0);
             watch.see(
-                self.notices,
+                self.reporter,
                 format!(
                     "image {}{}, server: {}",
                     printable(&status),
@@ -193,7 +193,7 @@ impl Snapshot<'_> {
             }
             // Nova's task is over: there is nothing that the server has to wait for
             if task.is_none() && !*restored {
-                bring_back(self.compute, found, &self.waiting, self.notices).await?;
+                bring_back(self.compute, found, &self.waiting, self.reporter).await?;
                 *restored = true;
             }
             match (status.as_str(), &task) {
@@ -228,10 +228,10 @@ impl Snapshot<'_> {
     async fn stop(&self, found: &mut FoundServer) -> Result<(), JobError> {
         let server = &self.plan.server;
         let started = Instant::now();
-        self.notices.note(&format!("stopping server {}", server.shown()));
+        self.reporter.note(&format!("stopping server {}", server.shown()));
         // written down before the request leaves: its answer may be lost
         found.stopped = true;
-        let _ = self.notices.holding(Some(found));
+        let _ = self.run.record().holding(Some(found));
         let asked = self.settle(async {
             let mut stumbles = 0;
             loop {
@@ -250,7 +250,7 @@ impl Snapshot<'_> {
             // refused: whatever state it is in now is not this run's doing
             if matches!(&error, ServerError::Api(api) if api.status() == Some(StatusCode::CONFLICT)) {
                 found.stopped = false;
-                let _ = self.notices.holding(Some(found));
+                let _ = self.run.record().holding(Some(found));
             }
             return Err(error.into());
         }
@@ -262,7 +262,7 @@ impl Snapshot<'_> {
                 Err(error) => return Err(error.into()),
             };
             let status = now.as_ref().map_or("unknown", |now| now.status.as_str());
-            watch.see(self.notices, format!("server {} is {}", server.shown(), printable(status)));
+            watch.see(self.reporter, format!("server {} is {}", server.shown(), printable(status)));
             if now.as_ref().is_some_and(|now| now.status == "SHUTOFF" && now.task_state.is_none()) {
                 break;
             }
@@ -292,7 +292,7 @@ impl Snapshot<'_> {
         }
         let allowed = self.shutdown_timeout().await;
         if started.elapsed() >= allowed {
-            self.notices.warn(&format!(
+            self.reporter.warn(&format!(
                 "the guest took {} s to stop, and Nova cuts one off after {} s: its file systems may not be clean. Shut it down from inside for an image that is",
                 started.elapsed().as_secs(),
                 allowed.as_secs()
@@ -311,15 +311,16 @@ impl Snapshot<'_> {
 
     /// Asks for the image. If the answer is lost, the image itself tells whether Nova heard.
     async fn create(&self) -> Result<String, JobError> {
-        let metadata = [(RUN, self.run)];
+        let run = self.run.text();
+        let metadata = [(RUN, run.as_str())];
         let ask = || self.compute.create_image(&self.plan.server.id, &self.plan.name, &metadata);
         match ask().await {
             Ok(id) => Ok(id),
             Err(ServerError::Api(error)) if error.is_retryable() => {
-                self.notices.note(&format!("the answer to createImage is missing ({}): looking for the image", causes(&error)));
+                self.reporter.note(&format!("the answer to createImage is missing ({}): looking for the image", causes(&error)));
                 for _ in 0..3 {
                     tokio::time::sleep(self.waiting.look_every).await;
-                    if let Some(image) = images_of_run(self.session, self.run).await?.into_iter().next() {
+                    if let Some(image) = images_of_run(self.session, &self.run.text()).await?.into_iter().next() {
                         return Ok(image.id);
                     }
                 }

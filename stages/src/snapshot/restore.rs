@@ -10,7 +10,7 @@ use crate::{
         marks::RUN,
         server::{Action, ServerError},
     },
-    reporter::Notices,
+    reporter::Reporter,
     retry::Patience,
     run::FoundServer,
     text::{causes, printable},
@@ -36,17 +36,17 @@ pub async fn restore(
     found: &FoundServer,
     run: &str,
     waiting: &Waiting,
-    notices: &dyn Notices,
+    reporter: &dyn Reporter,
 ) -> Result<(), JobError> {
     let remove = async || -> Result<(), JobError> {
         for image in images_of_run(session, run).await? {
             if image.status == "active" && image.property("image_type") == Some("snapshot") {
-                notices.note(&format!("image {} ({}) was finished before: it stays", image.shown(), image.shown_id()));
+                reporter.note(&format!("image {} ({}) was finished before: it stays", image.shown(), image.shown_id()));
             }
             // an active one is done, and may be wanted
             if matches!(image.status.as_str(), "queued" | "saving") && image.property("image_type") == Some("snapshot") {
                 session.delete_image(&image.id).await?;
-                notices.note(&format!("removed the unfinished image {}", image.shown_id()));
+                reporter.note(&format!("removed the unfinished image {}", image.shown_id()));
             }
         }
         Ok(())
@@ -57,13 +57,14 @@ pub async fn restore(
         let task = match compute.server(&found.id).await {
             Ok(now) => now.task_state,
             Err(ServerError::Api(error)) if error.status() == Some(StatusCode::NOT_FOUND) => {
-                notices.warn(&format!("server {} is gone: somebody deleted it", printable(&found.name)));
+                reporter.warn(&format!("server {} is gone: somebody deleted it", printable(&found.name)));
                 return Ok(());
             }
             Err(_) => Some("unknown".to_owned()),
         };
         let Some(task) = task else { break };
-        watch.see(notices, format!("waiting until server {} has no task any more: {}", printable(&found.name), printable(&task)));
+        watch
+            .see(reporter, format!("waiting until server {} has no task any more: {}", printable(&found.name), printable(&task)));
         if watch.started.elapsed() > waiting.task {
             return Err(JobError::Refused(format!(
                 "server {} is still busy ({}) after {} s, so it cannot be brought back to {} yet: {}",
@@ -78,7 +79,7 @@ pub async fn restore(
     }
     // an image whose request was still on its way when the run ended
     remove().await?;
-    bring_back(compute, found, waiting, notices).await
+    bring_back(compute, found, waiting, reporter).await
 }
 
 /// What does by hand what [`restore`] does.
@@ -95,7 +96,7 @@ pub(super) async fn bring_back(
     compute: &Compute,
     found: &FoundServer,
     waiting: &Waiting,
-    notices: &dyn Notices,
+    reporter: &dyn Reporter,
 ) -> Result<(), JobError> {
     if found.status != "ACTIVE" {
         return Ok(());
@@ -106,19 +107,19 @@ pub(super) async fn bring_back(
         let now = Patience::default().retried(CALL_TRIES, || compute.server(&found.id)).await?;
         if now.status == "ACTIVE" && now.task_state.is_none() {
             if asked {
-                notices.note(&format!("server {} is ACTIVE again", now.shown()));
+                reporter.note(&format!("server {} is ACTIVE again", now.shown()));
             }
             return Ok(());
         }
         let action = Action::back_from(&now.status).filter(|action| found.stopped || *action != Action::Start);
         if action.is_none() && now.status == "SHUTOFF" && now.task_state.is_none() {
-            notices.warn(&format!("server {} is SHUTOFF, which this run did not do: it stays so", now.shown()));
+            reporter.warn(&format!("server {} is SHUTOFF, which this run did not do: it stays so", now.shown()));
             return Ok(());
         }
         if let (Some(action), None) = (action, &now.task_state)
             && !asked
         {
-            notices.note(&format!("server {} is {}, and is {} again", now.shown(), now.status, action.done()));
+            reporter.note(&format!("server {} is {}, and is {} again", now.shown(), now.status, action.done()));
             match Patience::default().retried(CALL_TRIES, || compute.act(&found.id, action)).await {
                 Ok(()) => asked = true,
                 // somebody else is at it: the next look tells
@@ -134,7 +135,7 @@ pub(super) async fn bring_back(
                 }
             }
         }
-        watch.see(notices, format!("server {} is {}", now.shown(), printable(&now.status)));
+        watch.see(reporter, format!("server {} is {}", now.shown(), printable(&now.status)));
         if watch.started.elapsed() > waiting.start || now.status == "ERROR" {
             return Err(JobError::Refused(format!(
                 "server {} is {} and not {} as it was found: {}",

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::reporter::Notices;
+use crate::reporter::Reporter;
 
 /// How often a wait that changes nothing is spoken of.
 pub(super) const SPEAK_EVERY: Duration = Duration::from_secs(30);
@@ -65,9 +65,9 @@ impl Watch {
         self.started.elapsed().as_secs()
     }
 
-    pub(super) fn see(&mut self, notices: &dyn Notices, now: String) {
+    pub(super) fn see(&mut self, reporter: &dyn Reporter, now: String) {
         if now != self.last || self.spoke.elapsed() > SPEAK_EVERY {
-            notices.note(&format!("{now} ({} s)", self.seconds()));
+            reporter.note(&format!("{now} ({} s)", self.seconds()));
             self.spoke = Instant::now();
             self.last = now;
         }

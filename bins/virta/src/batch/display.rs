@@ -12,7 +12,7 @@ use serde_json::json;
 use stages::{
     batch::{Event, Outcome, Plan},
     progress::{Phase, Progress},
-    reporter::Notices,
+    reporter::Reporter,
     text::{printable, size},
 };
 

@@ -12,7 +12,7 @@ use stages::{
     batch::{Plan, Request},
     convert::After,
     error::JobError,
-    reporter::Notices,
+    reporter::Reporter,
     text::{printable, shell_word},
 };
 

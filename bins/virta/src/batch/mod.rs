@@ -30,7 +30,7 @@ use stages::{
     error::JobError,
     openstack::{Compute, Image, Session, config::Environment},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     text::{causes, counted, printable, size},
 };
 
@@ -163,7 +163,7 @@ fn parse_rate(text: &str) -> Result<u64, String> {
 
 impl BatchArgs {
     /// The options for all.
-    fn options(&self, run: &Run) -> Result<Options, String> {
+    fn options(&self) -> Result<Options, String> {
         let usual = job_options(&self.conversion)?;
         let (after, verify) = (self.source_after.after(), self.source_after.verify(self.conversion.verify));
         if after != After::Keep && verify == Verify::None {
@@ -174,7 +174,6 @@ impl BatchArgs {
             verify,
             force: self.force,
             copy_members: self.source_after.copy_members,
-            run: run.this(),
             take_over: self.take_over,
             ..usual
         })
@@ -267,7 +266,7 @@ pub async fn run(arguments: BatchArgs) -> ExitCode {
     }
     let only_shows = arguments.dry_run || arguments.plan.is_some();
     let run = if only_shows { Run::default() } else { Run::begin(&described(&arguments, &requests), &arguments.name_template) };
-    let options = match arguments.options(&run) {
+    let options = match arguments.options() {
         Ok(options) => options,
         Err(text) => return ended_early(&JobError::Usage(text), as_task),
     };
@@ -277,6 +276,7 @@ pub async fn run(arguments: BatchArgs) -> ExitCode {
     if !only_shows {
         warn_without_record(&run, &display);
     }
+    let options = Options { run: display.this_run(), ..options };
     let result = batch(&arguments, requests, options, &display, &run, &cancel).await;
     display.finish().await;
     match result {
@@ -347,7 +347,6 @@ async fn batch(
         options,
         limits: arguments.limits(),
         journal,
-        notices: Arc::new(display.clone()),
         listener: {
             let (shown, display) = (shown.clone(), display.clone());
             Arc::new(move |event: &Event<'_>| {

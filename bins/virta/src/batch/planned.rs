@@ -11,7 +11,7 @@ use stages::{
     hash::Hasher,
     openstack::{Image, Session},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     text::{counted, size, time},
 };
 

@@ -37,7 +37,7 @@ use stages::{
     error::JobError,
     openstack::{config::Environment, error::now_utc},
     progress::Progress,
-    reporter::Notices,
+    reporter::Reporter,
     text::{causes, printable, size},
     whole_file::write_whole,
 };
