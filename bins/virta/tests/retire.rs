@@ -140,8 +140,8 @@ async fn a_replacement_takes_name_and_visibility() {
     cloud.run(&["convert", "glance:snap", "glance:snap", "--replace", "--yes"]).await.ends(0, &["already done"]);
 }
 
-/// A conversion whose source goes, killed at each request of its way, before it was done and after: the same command ends it.
-async fn killed_at_every_request(command: impl Fn(&Cloud) -> Vec<String>, name: &str) {
+/// A conversion, killed at each request of its way, before it was done and after: the same command ends it. `gone`: the source goes.
+async fn killed_at_every_request(command: impl Fn(&Cloud) -> Vec<String>, name: &str, gone: bool) {
     let mut kills = 0;
     for at in 0.. {
         let mut over = false;
@@ -162,8 +162,8 @@ async fn killed_at_every_request(command: impl Fn(&Cloud) -> Vec<String>, name: 
             assert!(!cloud.is_gone(&cloud.snapshot) || cloud.others().iter().any(complete), "{told}: neither is there");
             let again = cloud.run(&arguments).await;
             assert_eq!(again.code, Some(0), "{told}: {}\n{}", again.stderr, again.stdout);
-            assert!(cloud.is_gone(&cloud.snapshot), "{told}");
-            let images = cloud.service.images();
+            assert_eq!(cloud.is_gone(&cloud.snapshot), gone, "{told}");
+            let images = cloud.others();
             assert_eq!(images.len(), 1, "{told}: {images:?}");
             let image = &images[0];
             assert_eq!((&image["name"], &image["protected"]), (&json!(name), &json!(false)), "{told}");
@@ -186,18 +186,23 @@ fn words(words: &[&str]) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replacement_under_its_own_name_that_is_killed_anywhere_is_finished_by_the_same_command() {
-    killed_at_every_request(|_| words(&["convert", "glance:snap", "glance:snap", "--replace", "--yes"]), "snap").await;
+    killed_at_every_request(|_| words(&["convert", "glance:snap", "glance:snap", "--replace", "--yes"]), "snap", true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replacement_by_id_that_is_killed_anywhere_is_finished_by_the_same_command() {
     let by_id = |cloud: &Cloud| words(&["convert", &format!("glance:{}", cloud.snapshot), "glance:new", "--replace", "--yes"]);
-    killed_at_every_request(by_id, "snap").await;
+    killed_at_every_request(by_id, "snap", true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conversion_that_is_killed_anywhere_is_made_by_the_same_command_and_leaves_nothing_else() {
+    killed_at_every_request(|_| words(&["convert", "glance:snap", "glance:new"]), "new", false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deletion_that_is_killed_anywhere_is_finished_by_the_same_command() {
-    killed_at_every_request(|_| words(&["convert", "glance:snap", "glance:new", "--delete-source", "--yes"]), "new").await;
+    killed_at_every_request(|_| words(&["convert", "glance:snap", "glance:new", "--delete-source", "--yes"]), "new", true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
