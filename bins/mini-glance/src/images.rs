@@ -397,8 +397,12 @@ impl Images {
                     Some(other) => other.to_string(),
                     None => String::new(),
                 };
-                match wanted.strip_prefix("in:") {
-                    Some(list) => list.split(',').any(|item| item.trim_matches('"') == value),
+                let has_operators = matches!(key.as_str(), "name" | "id" | "status" | "container_format" | "disk_format");
+                match wanted.split_once(':').filter(|_| has_operators) {
+                    Some(("in", list)) => list.split(',').any(|item| item.trim_matches('"') == value),
+                    Some(("eq", wanted)) => value.eq_ignore_ascii_case(wanted),
+                    // Glance answers 400
+                    Some(_) => false,
                     None => value.eq_ignore_ascii_case(wanted),
                 }
             })

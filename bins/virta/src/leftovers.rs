@@ -5,7 +5,10 @@ use stages::{
     batch::plan::finish_replacements,
     error::JobError,
     openstack::{Compute, Image, Session, marks::RUN},
-    ownership::leftover::{Leftover, leftovers},
+    ownership::{
+        leftover::{Leftover, leftovers},
+        proof_of,
+    },
     reporter::Reporter,
     run::{FoundServer, run_of},
     snapshot::{Waiting, restore},
@@ -67,6 +70,11 @@ pub async fn remove_leftovers(
         let (id, name) = (image.shown_id(), image.shown());
         let run = printable(image.property(RUN).map_or("unknown", run_of));
         if leftover.may_go() {
+            // the list may be old: this process may have slept since
+            let now = session.image_if_there(&image.id).await.map_err(JobError::from)?;
+            if now.is_none_or(|now| now.status != image.status || proof_of(&now, project).is_some()) {
+                continue;
+            }
             match session.delete_image(&image.id).await {
                 Ok(()) => reporter.note(&format!("removed image {name} ({id}, {}) of run {}", image.status, runs::short(&run))),
                 Err(error) => {

@@ -308,17 +308,27 @@ fn is_live(folder: &Path, run: &str) -> bool {
             // a file system without locks: nobody can tell, and nothing of it is touched
             Err(TryLockError::Error(_)) => true,
         },
-        // nor can anybody where it is there and cannot be opened
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
+        // nor can anybody where it is not there, or cannot be opened: what sweeps old files away took the lock of a run that may live
+        Err(_) => true,
     }
 }
 
+/// A record as it stands. A named pipe is none, nor is one that says it is another run's.
+fn record(folder: &Path, run: &str) -> Option<Record> {
+    let path = folder.join(format!("{run}.json"));
+    if !fs::metadata(&path).ok()?.is_file() {
+        return None;
+    }
+    let record: Record = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    (record.run == run).then_some(record)
+}
+
 fn read(folder: &Path, run: &str) -> Option<RecordedRun> {
-    let mut record: Record = serde_json::from_slice(&fs::read(folder.join(format!("{run}.json"))).ok()?).ok()?;
+    let mut record = record(folder, run)?;
     // of another machine's run nobody here can tell whether it lives
     if record.state == State::Running && record.host == host() && !is_live(folder, run) {
         // it may have ended between the two looks
-        record = serde_json::from_slice(&fs::read(folder.join(format!("{run}.json"))).ok()?).ok()?;
+        record = self::record(folder, run)?;
         if record.state == State::Running {
             record.state = State::Killed;
         }

@@ -262,17 +262,79 @@ async fn an_image_of_a_try_that_failed_is_removed_later_when_it_could_not_be_at_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unfinished_image_is_changed_by_nobody_else() {
+async fn a_conversion_of_other_bytes_under_the_same_ids_is_none_of_this_source() {
+    let cloud = Cloud::start_with(8, Config::default(), |_| {}).await;
+    cloud.convert(&[]).await.ends(0, &[]);
+    let made = cloud.assert_converted()["id"].as_str().unwrap().to_owned();
+    // one image id may be in two clouds, and mean two disks
+    cloud.service.set(&made, "virta_source_hash", json!("sha512:00"));
+    let deletes = ["--delete-source", "--yes"];
+    cloud.convert(&deletes).await.ends(2, &["an image called compact is there already"]);
+    cloud.run(&["batch", "snap", "--delete-source", "--yes"]).await.ends(0, &["1 converted"]);
+    assert!(cloud.image(&cloud.snapshot).is_none() && cloud.image(&made).is_some() && cloud.named("snap-qcow2").len() == 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_a_person_took_for_something_else_is_nobodys_leftover() {
+    let cloud = Cloud::start_with(8, Config::default(), |_| {}).await;
+    cloud.convert(&[]).await.ends(0, &[]);
+    let made = cloud.assert_converted()["id"].as_str().unwrap().to_owned();
+    cloud.service.set(&made, "name", json!("prod-web"));
+    for key in ["virta_verified", "virta_run", "virta_source_id"] {
+        cloud.service.set(&made, key, json!(""));
+    }
+    cloud.convert(&[]).await.ends(0, &[]);
+    assert!(cloud.image(&made).is_some());
+    assert_eq!((cloud.named("prod-web").len(), cloud.named("compact").len()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_with_a_colon_is_a_name() {
+    let cloud = Cloud::start_with(8, Config::default(), |_| {}).await;
+    for name in ["web:22.04", "in:a,b", "eq:a"] {
+        cloud.run(&["convert", "glance:snap", &format!("glance:{name}")]).await.ends(0, &[]);
+        cloud.run(&["image", "show", name]).await.ends(0, &[name]);
+        cloud.run(&["convert", &format!("glance:{name}"), "glance:x"]).await.ends(1, &["is qcow2 already"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_lock_was_swept_away_may_live() {
     let cloud = Cloud::start(|faults| faults.stuck_saving = true).await;
     let run = cloud.command(&["convert", "glance:snap", "glance:compact"]).spawn().unwrap();
+    seen(&cloud.service, "PUT ").await;
+    let runs = cloud.folder.path().join("state/virta/runs");
+    let locks = std::fs::read_dir(runs).unwrap().map(|entry| entry.unwrap().path());
+    let locks: Vec<_> = locks.filter(|path| path.extension().is_some_and(|end| end == "lock")).collect();
+    assert_eq!(locks.len(), 1);
+    std::fs::remove_file(&locks[0]).unwrap();
+    cloud.run(&["clean", "--os-cloud", "mini"]).await.ends(0, &["compact (unfinished)", "its run may be making it until"]);
+    assert_eq!(cloud.named("compact (unfinished)").len(), 1);
+    signal(&run, Signal::INT);
+    Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(130, &["interrupted"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unfinished_image_is_changed_by_nobody_else() {
+    let cloud = Cloud::start(|faults| faults.stuck_saving = true).await;
+    let mut run = cloud.command(&["convert", "glance:snap", "glance:compact"]).spawn().unwrap();
     seen(&cloud.service, "PUT ").await;
     let made = cloud.others()[0]["id"].as_str().unwrap().to_owned();
     assert_eq!(cloud.others()[0]["name"], "compact (unfinished)");
     cloud.run(&["image", "set", &made, "--name", "mine"]).await.ends(1, &["is unfinished: a run is making it"]);
     cloud.run(&["share", &made, "0123456789abcdef0123456789abcdef"]).await.ends(1, &["is unfinished"]);
+    let _ = run.start_kill();
+    let _ = run.wait().await;
+    // what was on its way when it died has come to its end
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    // nor is it anybody's source to delete, whatever it looks like
+    cloud.service.set(&made, "status", json!("active"));
+    cloud.service.set(&made, "disk_format", json!("raw"));
+    cloud.service.set(&made, "size", json!(8 << 20));
+    let from = format!("glance:{made}");
+    cloud.run(&["convert", &from, "glance:x", "--delete-source", "--yes"]).await.ends(1, &["is unfinished: a run is making it"]);
+    cloud.run(&["batch", &made, "--delete-source", "--yes"]).await.ends(0, &["is unfinished: a run is making it"]);
     cloud.run(&["image", "delete", "--yes", &made]).await.ends(0, &["a run may be making it until"]);
-    signal(&run, Signal::INT);
-    Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(130, &["interrupted"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -17,7 +17,7 @@ use crate::{
         Image, Session,
         marks::{REPLACES, REPLACES_NAME, SOURCE_ID},
     },
-    ownership::{Lookout, Member, Proof, look, proof_of},
+    ownership::{Lookout, Member, Proof, look, proof_of, refuse_unmarked},
     text::{counted, printable},
 };
 
@@ -442,6 +442,9 @@ impl<'a> Project<'a> {
         if image.size.unwrap_or(0) == 0 {
             return skip("it is empty");
         }
+        if let Err(unfinished) = refuse_unmarked(self.session, image) {
+            return skip(&unfinished.to_string());
+        }
         let goes = options.after != After::Keep;
         if image.property(REPLACES).is_some_and(|replaced| !self.by_id.contains_key(replaced)) && self.is_proven(image) {
             return Verdict::Done { made: image.id.clone() };
@@ -480,7 +483,8 @@ impl<'a> Project<'a> {
         Verdict::Convert
     }
 
-    /// The finished conversion that answers a request, and whether it is proven as strictly as asked: by the look that the conversion itself would begin with.
+    /// The finished conversion that answers a request, and whether nothing is left to do but what becomes of the source: it is proven as strictly as asked, and no
+    /// unfinished one stands below it. By the look that the conversion itself would begin with.
     fn made_earlier(&self, image: &Image, new_name: &str, options: &Options, any_name: bool) -> Option<(String, bool)> {
         let family = family_of(Some(image), self.session, new_name, options.force);
         let asked = match options.verify {
@@ -500,8 +504,8 @@ impl<'a> Project<'a> {
         let made: Vec<Image> = self.conversions(&image.id).cloned().collect();
         let of_source: &[Image] = if options.force { &[] } else { &made };
         let sighting = look(&lookout, &made, of_source);
-        match (sighting.highest(), sighting.other) {
-            (Some((generation, proof)), _) => Some((family.id(generation), proof >= asked)),
+        match (sighting.highest(), sighting.other.clone()) {
+            (Some((generation, proof)), _) => Some((family.id(generation), proof >= asked && sighting.lower().is_empty())),
             (None, Some((id, Member::Marked(proof)))) => Some((id, proof >= asked)),
             _ => None,
         }

@@ -253,15 +253,24 @@ impl<W: Work> Drive<'_, '_, W> {
                 self.maker.reporter.note(&format!("the source is gone: {}", causes(&error)));
                 Ok(Answer::SourceGone)
             }
+            // another run's mark overtook it, or a person deleted it: the next look tells
+            Err(error) if !self.maker.cancel.is_cancelled() && self.is_gone(self.maker.session, &id).await => {
+                self.maker.retries.say(format!("image {id} was deleted while it was made: {}", causes(&error)));
+                Ok(Answer::Useless)
+            }
             Err(error) => Err(error),
         }
     }
 
-    /// Is the source not there any more? What cannot be told is no.
+    /// Is an image not there any more? What cannot be told is no.
+    async fn is_gone(&self, session: &Session, id: &str) -> bool {
+        let looking = tokio::time::timeout(self.maker.patience.silence, session.image_if_there(id));
+        matches!(self.maker.guard(looking).await, Ok(Ok(Ok(None))))
+    }
+
     async fn is_source_gone(&self) -> bool {
         let Some((session, source)) = self.work.source() else { return false };
-        let looking = tokio::time::timeout(self.maker.patience.silence, session.image_if_there(&source.id));
-        matches!(self.maker.guard(looking).await, Ok(Ok(Ok(None))))
+        self.is_gone(session, &source.id).await
     }
 
     async fn prove(&mut self) -> Result<Answer<'static>, JobError> {
@@ -357,10 +366,13 @@ impl<W: Work> Drive<'_, '_, W> {
             ))),
             End::Full => {
                 let ids: Vec<&str> = self.maker.seen.iter().map(|image| image.id.as_str()).collect();
+                let way = match ids.as_slice() {
+                    [] => "Their ids are spent: choose another name".to_owned(),
+                    ids => format!("Delete what no run is making: virta image delete {}", ids.join(" ")),
+                };
                 Err(JobError::Refused(format!(
-                    "{} of this source were begun, and none is finished. Delete what no run is making: virta image delete {}",
+                    "{} of this source were begun, and none is finished. {way}",
                     counted(usize::from(GENERATIONS), "conversion"),
-                    ids.join(" ")
                 )))
             }
             End::SourceGone => Err(error.unwrap_or_else(|| {

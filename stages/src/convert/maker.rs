@@ -173,6 +173,8 @@ impl Maker<'_> {
         let found = self.guard(self.session.image_if_there(&id)).await??;
         Ok(match found {
             None => Answer::Missing,
+            // no list of this project's shows it, and it goes only when its own project lets it go
+            Some(image) if !self.session.owns(&image) => Answer::Missing,
             // what an earlier try of this run may have marked is not queued any more
             Some(image)
                 if image.status == "queued" && image.property(RUN) == Some(&self.run.text()) && !self.run.has_abandoned(&id) =>

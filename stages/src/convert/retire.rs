@@ -16,7 +16,7 @@ use crate::{
     error::JobError,
     glance::Remote,
     openstack::{Image, Session},
-    ownership::proof_of,
+    ownership::{proof_of, refuse_unmarked},
     store::Survey,
     text::{counted, printable, size},
 };
@@ -46,6 +46,7 @@ pub async fn check(job: &Job, force: bool) -> Result<(), JobError> {
                 .to_owned(),
         ));
     }
+    refuse_unmarked(session, image)?;
     let shown = format!("image {} ({})", image.shown(), image.shown_id());
     if image.protected == Some(true) {
         return Err(JobError::Refused(format!(

@@ -1,6 +1,6 @@
 //! Images as Glance keeps them: find, create, change, delete; and what a converted image takes over from its source.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use reqwest::{Method, StatusCode};
 use serde::Deserialize;
@@ -253,7 +253,9 @@ impl Session {
     /// [`ApiError`].
     pub async fn images_matching(&self, filters: &[(&str, &str)]) -> Result<Vec<Image>, ApiError> {
         let mut url = self.image_url(&["images"]);
-        url.query_pairs_mut().extend_pairs(filters);
+        for (key, value) in filters {
+            url.query_pairs_mut().append_pair(key, &filter(key, value));
+        }
         let mut images = Vec::new();
         let mut asked = std::collections::HashSet::new();
         loop {
@@ -380,6 +382,14 @@ impl Session {
         let total = &usage["usage"]["image_size_total"];
         let limit = total["limit"].as_u64()?; // -1 is no limit
         Some(limit.saturating_sub(total["usage"].as_u64()?).saturating_mul(1 << 20))
+    }
+}
+
+/// A filter's value as Glance takes it: what stands before the first colon of a name is an operator, if nobody says which one.
+fn filter<'a>(key: &str, value: &'a str) -> Cow<'a, str> {
+    match key == "name" && value.contains(':') {
+        true => Cow::Owned(format!("eq:{value}")),
+        false => Cow::Borrowed(value),
     }
 }
 

@@ -49,6 +49,12 @@ impl Family {
         self.random.is_some()
     }
 
+    /// The source's id.
+    #[must_use]
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// The name that the marked image has.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::{Family, Proof, claim, proof_of};
 use crate::openstack::{
     Image,
-    marks::{CLAIM_UNTIL, SOURCE_HASH},
+    marks::{CLAIM_UNTIL, SOURCE_HASH, SOURCE_ID},
 };
 
 /// One image, as a look shows it.
@@ -21,7 +21,7 @@ pub enum Member {
     Claimed(Timestamp),
     /// Unmarked, and its claim is over, or its run is known to be dead.
     Unclaimed,
-    /// Another project's, or unmarked and hidden by a person: it is passed by, and left alone.
+    /// Another project's, one of another source's bytes, unmarked and hidden by a person, or with neither mark nor claim: it is passed by, and left alone.
     Foreign,
 }
 
@@ -58,13 +58,24 @@ impl Lookout<'_> {
             return Member::Foreign;
         }
         match (proof_of(image, self.project), image.status.as_str()) {
+            // an id says which source; only a hash says which bytes (one image id may be in two clouds)
+            (Some(_), _) if !self.is_of_source(image) => Member::Foreign,
             (Some(proof), "active") => Member::Marked(proof),
             (Some(_), "deactivated") => Member::Deactivated,
             // only the list of visible images is one snapshot with the marks in it
             _ if image.os_hidden == Some(true) => Member::Foreign,
+            // whoever took its claim off made it something else
+            _ if !claim::is_claimed(image) => Member::Foreign,
             _ if (self.is_over)(image) => Member::Unclaimed,
             _ => claim::good_until(image, self.now).map_or(Member::Unclaimed, Member::Claimed),
         }
+    }
+
+    /// Does an image say that it was made of this source, with the hash that it has?
+    fn is_of_source(&self, image: &Image) -> bool {
+        self.family.is_alone()
+            || (image.property(SOURCE_ID) == Some(self.family.source())
+                && self.source_hash.is_none_or(|hash| image.property(SOURCE_HASH) == Some(hash)))
     }
 
     /// Does an image outside of the family answer the wish?
@@ -168,10 +179,17 @@ mod tests {
             image(&id(0), claim("3600", "r")),
             image(&id(1), claim("60", "r")),
             image(&id(2), claim("3600", "dead")),
-            image(&id(3), json!({ "virta_verified": "hash:sha512:ab" })),
-            image(&id(4), json!({ "virta_verified": "readback:sha512:ab", "status": "deactivated" })),
+            image(&id(3), json!({ "virta_verified": "hash:sha512:ab", "virta_source_hash": "sha512:cd" })),
+            image(
+                &id(4),
+                json!({ "virta_source_hash": "sha512:cd", "virta_verified": "readback:sha512:ab", "status": "deactivated" }),
+            ),
             image(&id(5), json!({ "owner": "q" })),
-            image(&id(6), json!({ "status": "saving", "os_hidden": true })),
+            image(&id(6), json!({ "status": "saving", "os_hidden": true, "virta_claim_s": "60" })),
+            // the same image id in another cloud, of other bytes; and an image that a person took for something else
+            image(&id(8), json!({ "virta_verified": "hash:sha512:ab", "virta_source_hash": "sha512:ee" })),
+            image(&id(9), json!({ "virta_verified": "hash:sha512:ab", "virta_source_id": "t" })),
+            image(&id(10), json!({})),
             image("of nobody", json!({})),
         ];
         let sighting = seen(None, &images, &[]);
@@ -183,13 +201,17 @@ mod tests {
             Member::Deactivated,
             Member::Foreign,
             Member::Foreign,
+            Member::Foreign,
+            Member::Foreign,
+            Member::Foreign,
         ];
-        assert_eq!(sighting.members.into_iter().collect::<Vec<_>>(), (0..).zip(expected).collect::<Vec<_>>());
+        let generations = (0..7).chain(8..);
+        assert_eq!(sighting.members.into_iter().collect::<Vec<_>>(), generations.zip(expected).collect::<Vec<_>>());
         let mut images = images.to_vec();
-        images.push(image(&id(7), json!({ "virta_verified": "sent:sha512:ab" })));
+        images.push(image(&id(7), json!({ "virta_verified": "sent:sha512:ab", "virta_source_hash": "sha512:cd" })));
         let sighting = seen(None, &images, &[]);
         assert_eq!(sighting.highest(), Some((7, Proof::Sent)));
-        assert_eq!(sighting.lower(), [0, 1, 2], "neither marked nor hidden ones, nor another project's");
+        assert_eq!(sighting.lower(), [0, 1, 2], "neither marked nor hidden ones, nor another project's, nor of other bytes");
         assert_eq!(sighting.marked().collect::<Vec<_>>(), [3, 7]);
         assert_eq!(seen(None, &images[..3], &[]).lower(), [] as [u8; 0], "nothing goes without a mark");
     }

@@ -6,7 +6,7 @@
 
 use crate::openstack::{
     Image, Session,
-    marks::{SOURCE_ID, VERIFIED},
+    marks::{SOURCE_HASH, SOURCE_ID, VERIFIED},
 };
 
 /// Characters of a property that Glance keeps.
@@ -82,6 +82,7 @@ pub fn is_conversion(session: &Session, made: &Image, source: &Image, at_least: 
     made.status == "active"
         && made.id != source.id
         && made.property(SOURCE_ID) == Some(&source.id)
+        && own_digest(source).is_none_or(|digest| made.property(SOURCE_HASH) == Some(&digest))
         && proof_of(made, project).is_some_and(|proof| proof >= at_least)
 }
 

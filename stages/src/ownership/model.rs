@@ -220,7 +220,7 @@ impl Model {
         let hash = (shown >= 3).then(|| format!("{at:02x}"));
         let mut image: Image = serde_json::from_value(json!({
             "id": self.family.id(generation), "status": status, "owner": "p", "os_hash_algo": "sha512", "os_hash_value": hash,
-            "virta_claim_s": "3600", "updated_at": "2026-01-01T00:00:00Z", "virta_run": "another",
+            "virta_claim_s": "3600", "updated_at": "2026-01-01T00:00:00Z", "virta_run": "another", "virta_source_id": self.family.source(),
         }))
         .unwrap();
         if shown == 4 {
