@@ -114,7 +114,7 @@ pub enum JobError {
     Verification(String),
     /// Another run converts this source just now.
     #[error(
-        "run {run} is converting this source (image {image}); its claim ends {until}. If that run is dead: the same command with --take-over"
+        "run {run} is converting this source to this name (image {image}); its claim ends {until}. If that run is dead: the same command with --take-over"
     )]
     Held {
         /// The image that it makes.

@@ -60,7 +60,8 @@ pub struct ConvertArgs {
     /// overwrites an image
     #[arg(long)]
     pub force: bool,
-    /// Begin although another run's claim on this source is still good: for who knows that it is dead. If it lives after all, there are two images
+    /// Begin although another run is making this source's image of this name, and its claim is still good: for who knows that it is dead. If it lives after
+    /// all, the first to be verified is the result
     #[arg(long)]
     pub take_over: bool,
     #[command(flatten)]
@@ -90,7 +91,7 @@ Examples:
 The cloud is chosen as with `openstack`: --os-cloud, OS_CLOUD, clouds.yaml, or a sourced openrc file.
 
 SIZE takes K M G T and KiB MiB GiB TiB (1024) or kB MB GB TB (1000); a bare number is bytes.
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 75 another run is converting this source, 130 interrupted.";
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 75 another run is converting this source to this name, 130 interrupted.";
 
 /// Runs the command.
 pub async fn run(mut arguments: ConvertArgs) -> ExitCode {

@@ -88,12 +88,14 @@ pub async fn remove_leftovers(
         left += 1;
         if tells {
             let since = image.property("updated_at").unwrap_or("?");
-            let claim = match leftover {
-                Leftover::Claimed(until) => format!("its run may be making it until {until}"),
-                _ => "no run claims it any more".to_owned(),
+            let way = format!("If no run is making it: virta image delete {id}");
+            let claim = match (image.property(RUN).and_then(|run| runs::process_of(run_of(run))), leftover) {
+                (Some(process), _) => format!("process {process} of this machine is making it: virta status"),
+                (None, Leftover::Claimed(until)) => format!("its run may be making it until {until}. {way}"),
+                (None, _) => format!("no run claims it any more. {way}"),
             };
             reporter.note(&format!(
-                "image {name} ({id}) is {} and unfinished since {}, of run {}: {claim}. If no run is making it: virta image delete {id}",
+                "image {name} ({id}) is {} and unfinished since {}, of run {}: {claim}",
                 image.status,
                 printable(since),
                 runs::short(&run)

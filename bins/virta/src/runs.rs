@@ -367,7 +367,12 @@ pub fn is_dead(run: &str) -> bool {
     found(run).is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
 }
 
-/// The same, of this boot of the machine, and did it make this image? What such a run has sent is answered, or lost.
+/// The process of a run that lives on this machine.
+pub fn process_of(run: &str) -> Option<u32> {
+    found(run).filter(|found| found.record.host == host() && found.record.state == State::Running).map(|found| found.record.pid)
+}
+
+/// The same as [`is_dead`], of this boot of the machine, and did it make this image? What such a run has sent is answered, or lost.
 pub fn died_here(run: &str, image_id: &str) -> bool {
     let of_this_boot = |record: &Record| record.boot_id.is_some() && record.boot_id == boot_id();
     is_dead(run)

@@ -308,7 +308,7 @@ async fn a_run_whose_lock_was_swept_away_may_live() {
     let locks: Vec<_> = locks.filter(|path| path.extension().is_some_and(|end| end == "lock")).collect();
     assert_eq!(locks.len(), 1);
     std::fs::remove_file(&locks[0]).unwrap();
-    cloud.run(&["clean", "--os-cloud", "mini"]).await.ends(0, &["compact (unfinished)", "its run may be making it until"]);
+    cloud.run(&["clean", "--os-cloud", "mini"]).await.ends(0, &["compact (unfinished)", "of this machine is making it"]);
     assert_eq!(cloud.named("compact (unfinished)").len(), 1);
     signal(&run, Signal::INT);
     Run::new(run.wait_with_output().await.unwrap(), Duration::ZERO).ends(130, &["interrupted"]);
@@ -382,7 +382,7 @@ async fn what_a_killed_run_left_is_cleaned_and_what_a_live_one_holds_is_not() {
     cloud
         .run(&["clean"])
         .await
-        .ends(0, &["removed image dead (unfinished)", "live (unfinished)", "its run may be making it until"]);
+        .ends(0, &["removed image dead (unfinished)", "live (unfinished)", "of this machine is making it"]);
     assert_eq!((cloud.named("dead").len(), cloud.named("dead (unfinished)").len()), (1, 0));
     assert_eq!(cloud.named("live (unfinished)").len(), 1, "a live run holds it");
     cloud.run(&["clean"]).await.ends(0, &["nothing to clean"]);

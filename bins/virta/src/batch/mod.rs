@@ -106,7 +106,8 @@ pub struct BatchArgs {
     /// Begin no more once so many have failed
     #[arg(long, value_name = "N", value_parser = count)]
     pub max_failures: Option<NonZeroUsize>,
-    /// Begin although other runs' claims are still good: for who knows that they are dead. If one lives after all, there are two images
+    /// Begin although other runs' claims are still good: for who knows that they are dead. If one lives after all, the first image to be
+    /// verified is the result
     #[arg(long)]
     pub take_over: bool,
     /// Do not wait for images that another run converts
@@ -148,8 +149,9 @@ Examples:
 
 What became of an image is in Glance (virta_source_id, virta_verified), so the same command on another machine, or without its journal, comes to \
 the same. Each begins with its new image, called \
-NAME (unfinished), which tells other runs for how long to leave the source to it: an hour at least, four times the predicted time for large ones. A run that \
-died holds nothing on its own machine, nor against another try of the same task; elsewhere --take-over passes it by.
+NAME (unfinished), which says how long other runs leave it alone (its claim): an hour at least, four times the predicted time for large ones. A run that \
+died holds nothing on its own machine, nor against another try of the same task; elsewhere --take-over passes it by. An image that another run holds is waited for, \
+but with --no-wait.
 Exit status: 0 all done, 1 failed, 2 wrong usage, 4 some are not done (a table says why, with the command for just those; of --dry-run: some cannot be done), 130 interrupted.
 With --task-from-env: 0 done, now or before, 75 try again, 64 wrong usage, 65 never worth another try.";
 
