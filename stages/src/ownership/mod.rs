@@ -11,10 +11,12 @@
 //! | [`look()`] | what two lists of the family's ids show. One answer for all of them: only a snapshot shows the highest mark |
 //! | claim | in the POST: how long others leave this image alone. Never renewed ([`claim`]) |
 //! | [`Mark`] | one PATCH: name, `virta_verified`, `protected`, `virta_replaces`; the claim goes. Until then the image is called `NAME (unfinished)` |
+//! | marked | active, with a mark that names this very image, of this source's id and hash |
+//! | unmarked | with a claim, over or not, and no mark. Of any other image under one of the ids nothing is known: it is passed by |
 //! | [`Proof`] | how the marked image was proven, written in the mark |
 //!
 //! # Rules
-//! - **R1** Until it is marked, an image is changed by its maker alone, by the mark alone.
+//! - **R1** Until it is marked, an image is changed by its maker alone, by the mark alone; it is nobody's source to delete.
 //! - **R2** A maker sends its image the mark or a DELETE, never both, whatever it hears afterwards.
 //! - **R3** A run looks first. Marked: done already, the highest mark is the result. Else it walks the generations upwards: claim good: another run has it.
 //!   Claim over, or id spent: the next one. Free: POST. A generation that is passed by is left alone.
