@@ -11,7 +11,7 @@ use crate::{
         Change, Image, Session,
         marks::{REPLACES, REPLACES_NAME, SOURCE_HASH, SOURCE_ID},
     },
-    ownership::{Content, Family, proof_of},
+    ownership::{Content, Family, claim::is_claimed, proof_of},
     text::{printable, shell_word},
 };
 
@@ -45,13 +45,16 @@ fn check_word(name: &str) -> Result<(), JobError> {
     Ok(())
 }
 
-/// Of the images of one name: the active ones that are in the way of a new one, which are not of its family, or of other bytes. A source that is to be replaced is
+/// Of the images of one name: the active ones that are in the way of a new one, which are not of its family, of other bytes, or neither marked nor claimed. A source that is to be replaced is
 /// not in the way.
 pub fn in_the_way<'a>(named: &'a [Image], family: &Family, source: Option<&Image>, after: After) -> Vec<&'a Image> {
     let ids: HashSet<String> = family.ids().into_iter().collect();
     let hash = source.and_then(Image::expected_hash).map(|hash| format!("{}:{}", hash.algorithm, hash.value));
-    let is_own =
-        |image: &Image| ids.contains(&image.id) && hash.as_deref().is_none_or(|hash| image.property(SOURCE_HASH) == Some(hash));
+    let is_own = |image: &Image| {
+        ids.contains(&image.id)
+            && hash.as_deref().is_none_or(|hash| image.property(SOURCE_HASH) == Some(hash))
+            && (proof_of(image, None).is_some() || is_claimed(image))
+    };
     let replaced = |image: &Image| after == After::Replace && source.is_some_and(|source| source.id == image.id);
     named.iter().filter(|image| image.status == "active" && !is_own(image) && !replaced(image)).collect()
 }
