@@ -156,6 +156,7 @@ pub async fn finish_rename(session: &Session, image: &Image) -> Result<bool, Job
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::openstack::marks;
 
     fn image(id: &str, status: &str, replaces: Option<&str>) -> Image {
         serde_json::from_value(json!({ "id": id, "status": status, "name": "n", REPLACES: replaces })).unwrap()
@@ -176,10 +177,18 @@ mod tests {
     #[test]
     fn a_name_is_taken_by_active_images_outside_of_the_family() {
         let family = Family::of_image("s", "p", "n", Content::Exact);
-        let named = [image("s", "active", None), image(&family.id(3), "active", None), image("half", "saving", None)];
+        let mut own = image(&family.id(3), "active", None);
+        own.properties.insert(marks::CLAIM_S.to_owned(), json!("3600"));
+        let named = [image("s", "active", None), own, image("half", "saving", None)];
         let ids =
             |after| in_the_way(&named, &family, Some(&named[0]), after).iter().map(|image| image.id.as_str()).collect::<Vec<_>>();
         assert_eq!(ids(After::Keep), ["s"]);
         assert!(ids(After::Replace).is_empty());
+        let stripped = [image(&family.id(3), "active", None)];
+        assert_eq!(
+            in_the_way(&stripped, &family, None, After::Keep).len(),
+            1,
+            "neither marked nor claimed: nobody knows what it is"
+        );
     }
 }
