@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use super::{Journal, Listing, Request};
 use crate::{
     convert::{
-        After, Options, Verify,
+        After, Options,
         names::{finish_rename, in_the_way},
         source::sole_source,
         to_glance::family_of,
@@ -17,7 +17,7 @@ use crate::{
         Image, Session,
         marks::{REPLACES, REPLACES_NAME, SOURCE_ID},
     },
-    ownership::{Lookout, Member, Proof, look, proof_of, refuse_unmarked},
+    ownership::{Lookout, Member, look, proof_of, refuse_unmarked},
     text::{counted, printable},
 };
 
@@ -487,12 +487,8 @@ impl<'a> Project<'a> {
     /// unfinished one stands below it. By the look that the conversion itself would begin with.
     fn made_earlier(&self, image: &Image, new_name: &str, options: &Options, any_name: bool) -> Option<(String, bool)> {
         let family = family_of(Some(image), self.session, new_name, options.force);
-        let asked = match options.verify {
-            Verify::None => Proof::Sent,
-            Verify::Hash => Proof::Hash,
-            Verify::Readback => Proof::Readback,
-        };
-        let hash = image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
+        let asked = options.verify.proof();
+        let hash = image.hash_text();
         let lookout = Lookout {
             family: &family,
             project: self.session.whoami().project_id.as_deref(),

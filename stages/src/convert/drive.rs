@@ -227,12 +227,17 @@ impl<W: Work> Drive<'_, '_, W> {
         self.result.as_ref().ok_or_else(|| JobError::bug("there is no result"))
     }
 
+    /// The id of a result, or of an image of the family.
+    fn id_of(&self, generation: u8) -> String {
+        match (&self.sighting.other, generation) {
+            (Some((id, _)), OTHER) => id.clone(),
+            _ => self.maker.id(generation),
+        }
+    }
+
     /// The result's record, as the look had it.
     fn take(&mut self, result: u8) -> Result<(), JobError> {
-        let id = match (&self.sighting.other, result) {
-            (Some((id, _)), OTHER) => id.clone(),
-            _ => self.maker.id(result),
-        };
+        let id = self.id_of(result);
         let seen = self.maker.seen(&id).cloned();
         self.result = Some(seen.ok_or_else(|| JobError::bug("a result that was not listed"))?);
         Ok(())
@@ -325,12 +330,8 @@ impl<W: Work> Drive<'_, '_, W> {
         Ok(Answer::Unheard)
     }
 
-    async fn conclude(self, end: End) -> Result<Finished, JobError> {
-        let name = |generation: u8| match (&self.sighting.other, generation) {
-            (Some((id, _)), OTHER) => id.clone(),
-            _ => self.maker.id(generation),
-        };
-        let error = self.error;
+    async fn conclude(mut self, end: End) -> Result<Finished, JobError> {
+        let error = self.error.take();
         if end != End::Failed {
             for (id, why) in &self.left {
                 let why = why.as_ref().map_or_else(|| "not in time".to_owned(), |error| causes(error));
@@ -354,7 +355,7 @@ impl<W: Work> Drive<'_, '_, W> {
                 Ok(if self.own == Some(result) { Finished::Made(image) } else { Finished::Earlier(image) })
             }
             End::Held(generation) => {
-                let id = name(generation);
+                let id = self.id_of(generation);
                 let image = self.maker.seen(&id);
                 let run = image.and_then(|image| image.property(RUN)).map_or("unknown", run_of).to_owned();
                 let until = image.and_then(claim::end).map_or_else(String::new, |until| until.to_string());
@@ -362,7 +363,7 @@ impl<W: Work> Drive<'_, '_, W> {
             }
             End::Deactivated(generation) => Err(JobError::Refused(format!(
                 "image {} is this source's finished conversion, and is deactivated: an administrator knows why",
-                name(generation)
+                self.id_of(generation)
             ))),
             End::Full => {
                 let ids: Vec<&str> = self.maker.seen.iter().map(|image| image.id.as_str()).collect();
@@ -394,7 +395,7 @@ impl<W: Work> Drive<'_, '_, W> {
                 })
             }
             End::Unconfirmed(generation) => Err(JobError::Unconfirmed {
-                image: name(generation),
+                image: self.id_of(generation),
                 error: Box::new(error.unwrap_or_else(JobError::interrupted)),
             }),
             End::Kept(_) => {

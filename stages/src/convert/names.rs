@@ -45,11 +45,11 @@ fn check_word(name: &str) -> Result<(), JobError> {
     Ok(())
 }
 
-/// Of the images of one name: the active ones that are in the way of a new one, which are not of its family, of other bytes, or neither marked nor claimed. A source that is to be replaced is
-/// not in the way.
+/// Of the images of one name: the active ones that are in the way of a new one, which are not of its family, of other bytes, or neither marked nor claimed. A
+/// source that is to be replaced is not in the way.
 pub fn in_the_way<'a>(named: &'a [Image], family: &Family, source: Option<&Image>, after: After) -> Vec<&'a Image> {
     let ids: HashSet<String> = family.ids().into_iter().collect();
-    let hash = source.and_then(Image::expected_hash).map(|hash| format!("{}:{}", hash.algorithm, hash.value));
+    let hash = source.and_then(Image::hash_text);
     let is_own = |image: &Image| {
         ids.contains(&image.id)
             && hash.as_deref().is_none_or(|hash| image.property(SOURCE_HASH) == Some(hash))

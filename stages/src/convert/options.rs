@@ -2,7 +2,9 @@
 
 use std::{num::NonZeroUsize, path::PathBuf};
 
-use crate::{compress::Compression, disk::IoMode, retry::Patience, run::ThisRun, store::FreeList, units::ClusterBits};
+use crate::{
+    compress::Compression, disk::IoMode, ownership::Proof, retry::Patience, run::ThisRun, store::FreeList, units::ClusterBits,
+};
 
 /// How sure one wants to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -14,6 +16,18 @@ pub enum Verify {
     Hash,
     /// That, and the new image is read back, decoded, and compared cluster by cluster with what was read of the source.
     Readback,
+}
+
+impl Verify {
+    /// How strictly a conversion that is asked for so has to be proven.
+    #[must_use]
+    pub const fn proof(self) -> Proof {
+        match self {
+            Self::None => Proof::Sent,
+            Self::Hash => Proof::Hash,
+            Self::Readback => Proof::Readback,
+        }
+    }
 }
 
 /// What becomes of a source in Glance once the new image is proven.

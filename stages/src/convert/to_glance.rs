@@ -96,11 +96,7 @@ pub async fn to_glance_knowing(job: &Job, session: &Session, name: &str, known: 
     if source.is_some_and(|source| source.os_hidden == Some(true)) {
         job.reporter.note("the source is hidden; the new image is visible");
     }
-    let proof = match job.options.verify {
-        Verify::None => Proof::Sent,
-        Verify::Hash => Proof::Hash,
-        Verify::Readback => Proof::Readback,
-    };
+    let proof = job.options.verify.proof();
     let deletes_source = job.options.after != After::Keep && source.is_some();
     let goal = Goal { proof, deletes_source, own_proof: deletes_source && job.source.expected_hash().is_none() };
     let mut work =
@@ -193,7 +189,6 @@ fn maker<'a>(job: &'a Job, session: &'a Session, name: &str) -> Result<Maker<'a>
         rate_limit: session.rate_bytes_per_s(),
         jobs: u64::try_from(options.jobs.get()).unwrap_or(u64::MAX),
     };
-    let hash = |image: &Image| image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value));
     Ok(Maker {
         session,
         family: family_of(source, session, name, options.force),
@@ -201,12 +196,8 @@ fn maker<'a>(job: &'a Job, session: &'a Session, name: &str) -> Result<Maker<'a>
         record,
         droppable,
         claim: moves.claim(),
-        source: source.map(|image| (image.id.clone(), hash(image))),
-        any_name: (options.any_name && options.after != After::Replace).then_some(match options.verify {
-            Verify::None => Proof::Sent,
-            Verify::Hash => Proof::Hash,
-            Verify::Readback => Proof::Readback,
-        }),
+        source: source.map(|image| (image.id.clone(), image.hash_text())),
+        any_name: (options.any_name && options.after != After::Replace).then_some(options.verify.proof()),
         replaces: options.after == After::Replace,
         protected: source.is_some_and(|image| image.protected == Some(true)),
         take_over: options.take_over,

@@ -116,7 +116,7 @@ impl Download {
         Mark {
             image: self.image.id.clone(),
             bytes: self.bytes(),
-            hash: self.image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value)),
+            hash: self.image.hash_text(),
             created_at: self.image.created_at.clone(),
             whole_bytes: 0,
         }

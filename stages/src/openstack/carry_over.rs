@@ -120,8 +120,8 @@ pub fn converted_record(
             }
         }
         record.insert(SOURCE_ID.to_owned(), json!(source.id));
-        if let Some(hash) = source.expected_hash() {
-            record.insert(SOURCE_HASH.to_owned(), json!(format!("{}:{}", hash.algorithm, hash.value)));
+        if let Some(hash) = source.hash_text() {
+            record.insert(SOURCE_HASH.to_owned(), json!(hash));
         }
     }
     for (key, value) in properties {
@@ -133,20 +133,7 @@ pub fn converted_record(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn snapshot() -> Image {
-        serde_json::from_value(json!({
-            "id": "s", "status": "active", "name": "snap", "size": 85899345920_u64, "disk_format": "raw", "checksum": null,
-            "os_hash_algo": "sha512", "os_hash_value": "ab", "min_disk": 80, "min_ram": 2048, "tags": ["a"], "protected": true,
-            "owner": "o", "visibility": "shared", "file": "/v2/images/s/file", "schema": "/v2/schemas/image", "self": "/v2/images/s",
-            "updated_at": "x", "created_at": "y", "virtual_size": null,
-            "hw_disk_bus": "virtio", "os_distro": "ubuntu", "instance_uuid": "i", "image_type": "snapshot", "base_image_ref": "b",
-            "image_location": "snapshot", "image_state": "available", "kernel_id": "", "ramdisk_id": null, "owner_id": "o", "user_id": "u",
-            "img_signature": "x", "img_signature_key_type": "y", "cinder_encryption_key_id": "z", "os_glance_importing_to_stores": "",
-            "owner_specified.openstack.md5": "m", "virta_verified": "old", "stores": "file"
-        }))
-        .unwrap()
-    }
+    use crate::openstack::image::tests::snapshot;
 
     #[test]
     fn a_converted_image_takes_over_what_describes_the_machine_and_nothing_that_describes_the_bytes() {

@@ -143,6 +143,12 @@ impl Image {
         Some(ExpectedHash { algorithm: "md5".to_owned(), value: filled(&self.checksum)? })
     }
 
+    /// [`Self::expected_hash`] as it is written in properties: `ALGORITHM:DIGEST`.
+    #[must_use]
+    pub fn hash_text(&self) -> Option<String> {
+        self.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value))
+    }
+
     /// What tells that `now` is not this image any more: its data, in short. `updated_at` moves with every tag.
     #[must_use]
     pub fn differs_from(&self, now: &Self) -> Option<&'static str> {
@@ -394,10 +400,10 @@ fn filter<'a>(key: &str, value: &'a str) -> Cow<'a, str> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn snapshot() -> Image {
+    pub(in crate::openstack) fn snapshot() -> Image {
         serde_json::from_value(json!({
             "id": "s", "status": "active", "name": "snap", "size": 85899345920_u64, "disk_format": "raw", "checksum": null,
             "os_hash_algo": "sha512", "os_hash_value": "ab", "min_disk": 80, "min_ram": 2048, "tags": ["a"], "protected": true,

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 
-use super::{Family, Proof, claim, proof_of};
+use super::{Family, Proof, claim, mark::is_made_of, proof_of};
 use crate::openstack::{
     Image,
-    marks::{CLAIM_UNTIL, SOURCE_HASH, SOURCE_ID},
+    marks::{CLAIM_UNTIL, SOURCE_HASH},
 };
 
 /// One image, as a look shows it.
@@ -58,7 +58,6 @@ impl Lookout<'_> {
             return Member::Foreign;
         }
         match (proof_of(image, self.project), image.status.as_str()) {
-            // an id says which source; only a hash says which bytes (one image id may be in two clouds)
             (Some(_), _) if !self.is_of_source(image) => Member::Foreign,
             (Some(proof), "active") => Member::Marked(proof),
             (Some(_), "deactivated") => Member::Deactivated,
@@ -71,11 +70,8 @@ impl Lookout<'_> {
         }
     }
 
-    /// Does an image say that it was made of this source, with the hash that it has?
     fn is_of_source(&self, image: &Image) -> bool {
-        self.family.is_alone()
-            || (image.property(SOURCE_ID) == Some(self.family.source())
-                && self.source_hash.is_none_or(|hash| image.property(SOURCE_HASH) == Some(hash)))
+        self.family.is_alone() || is_made_of(image, self.family.source(), self.source_hash)
     }
 
     /// Does an image outside of the family answer the wish?

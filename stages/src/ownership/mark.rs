@@ -46,7 +46,7 @@ impl Mark {
     /// The mark of `image`, proven so. Where Glance records no hash, nothing but reading back proves.
     #[must_use]
     pub fn of(image: &Image, proof: Proof) -> Self {
-        let proof = match (proof, own_digest(image)) {
+        let proof = match (proof, image.hash_text()) {
             (Proof::Hash, None) => Proof::Sent,
             (proof, _) => proof,
         };
@@ -54,12 +54,8 @@ impl Mark {
     }
 }
 
-fn own_digest(image: &Image) -> Option<String> {
-    image.expected_hash().map(|hash| format!("{}:{}", hash.algorithm, hash.value))
-}
-
 fn value(image: &Image, proof: Proof) -> String {
-    let of = own_digest(image).unwrap_or_else(|| format!("id:{}", image.id));
+    let of = image.hash_text().unwrap_or_else(|| format!("id:{}", image.id));
     format!("{}:{of}", proof.word()).chars().take(PROPERTY_CHARS).collect()
 }
 
@@ -68,11 +64,16 @@ fn value(image: &Image, proof: Proof) -> String {
 pub fn proof_of(image: &Image, project: Option<&str>) -> Option<Proof> {
     let own = project.is_none() || image.owner.as_deref() == project;
     let marked = image.property(VERIFIED).filter(|_| own)?;
-    let hashed = own_digest(image).is_some();
+    let hashed = image.hash_text().is_some();
     [Proof::Sent, Proof::Hash, Proof::Readback]
         .into_iter()
         .find(|proof| value(image, *proof) == marked)
         .filter(|proof| hashed || *proof != Proof::Hash)
+}
+
+/// Does `made` say that it was made of this source, and of these bytes where a hash tells? One image id may be in two clouds, and mean two disks.
+pub(super) fn is_made_of(made: &Image, source: &str, hash: Option<&str>) -> bool {
+    made.property(SOURCE_ID) == Some(source) && hash.is_none_or(|hash| made.property(SOURCE_HASH) == Some(hash))
 }
 
 /// Is `made` an active conversion of `source`, proven at least so?
@@ -81,8 +82,7 @@ pub fn is_conversion(session: &Session, made: &Image, source: &Image, at_least: 
     let project = session.whoami().project_id.as_deref();
     made.status == "active"
         && made.id != source.id
-        && made.property(SOURCE_ID) == Some(&source.id)
-        && own_digest(source).is_none_or(|digest| made.property(SOURCE_HASH) == Some(&digest))
+        && is_made_of(made, &source.id, source.hash_text().as_deref())
         && proof_of(made, project).is_some_and(|proof| proof >= at_least)
 }
 
