@@ -291,6 +291,11 @@ impl RecordedRun {
         self.change(|record| record.server = None)
     }
 
+    /// Is it of this machine, and over?
+    fn is_dead_here(&self) -> bool {
+        self.record.host == host() && self.record.state != State::Running
+    }
+
     /// Reads the record again.
     pub fn again(&self) -> Option<Self> {
         read(&self.folder, &self.record.run)
@@ -352,8 +357,7 @@ fn records(folder: &Path) -> Vec<RecordedRun> {
 
 /// Runs of this machine that are over and may have left images that are of no use, or a server in another state.
 pub fn dead() -> Vec<RecordedRun> {
-    let over = |found: &RecordedRun| found.record.state != State::Running && found.record.host == host();
-    all().into_iter().filter(|found| over(found) && found.record.left_anything()).collect()
+    all().into_iter().filter(|found| found.is_dead_here() && found.record.left_anything()).collect()
 }
 
 /// What is written down here of a run.
@@ -364,7 +368,7 @@ fn found(run: &str) -> Option<RecordedRun> {
 
 /// Is this a run of this machine that is over? `false` for one that lives, and for one of which nothing is known here.
 pub fn is_dead(run: &str) -> bool {
-    found(run).is_some_and(|found| found.record.host == host() && found.record.state != State::Running)
+    found(run).is_some_and(|found| found.is_dead_here())
 }
 
 /// The process of a run that lives on this machine.
@@ -375,8 +379,9 @@ pub fn process_of(run: &str) -> Option<u32> {
 /// The same as [`is_dead`], of this boot of the machine, and did it make this image? What such a run has sent is answered, or lost.
 pub fn died_here(run: &str, image_id: &str) -> bool {
     let of_this_boot = |record: &Record| record.boot_id.is_some() && record.boot_id == boot_id();
-    is_dead(run)
-        && found(run).is_some_and(|found| of_this_boot(&found.record) && found.record.images.iter().any(|id| id == image_id))
+    found(run).is_some_and(|found| {
+        found.is_dead_here() && of_this_boot(&found.record) && found.record.images.iter().any(|id| id == image_id)
+    })
 }
 
 /// Ids of images that runs of this machine from `source` to `destination` made, or worked on, in the project of `session`, the latest first.

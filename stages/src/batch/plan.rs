@@ -17,7 +17,7 @@ use crate::{
         Image, Session,
         marks::{REPLACES, REPLACES_NAME, SOURCE_ID},
     },
-    ownership::{Lookout, Member, look, proof_of, refuse_unmarked},
+    ownership::{Lookout, Member, is_marked, look, refuse_unmarked},
     text::{counted, printable},
 };
 
@@ -102,7 +102,7 @@ pub struct Plan {
 /// [`JobError`].
 pub async fn finish_replacements(session: &Session, images: &[Image]) -> Result<bool, JobError> {
     let project = session.whoami().project_id.as_deref();
-    let done = |image: &&Image| image.status == "active" && proof_of(image, project).is_some();
+    let done = |image: &&Image| is_marked(image, project);
     let mut any = false;
     for image in images.iter().filter(done).filter(|image| image.property(REPLACES_NAME).is_some()) {
         let replaced = image.property(REPLACES).or(image.property(SOURCE_ID)).unwrap_or_default();
@@ -376,7 +376,7 @@ impl<'a> Project<'a> {
 
     /// Is it active, with a valid mark?
     fn is_proven(&self, image: &Image) -> bool {
-        image.status == "active" && proof_of(image, self.session.whoami().project_id.as_deref()).is_some()
+        is_marked(image, self.session.whoami().project_id.as_deref())
     }
 
     fn is_converted(&self, source: &Image) -> bool {

@@ -11,7 +11,7 @@ use crate::{
         Change, Image, Session,
         marks::{REPLACES, REPLACES_NAME, SOURCE_HASH, SOURCE_ID},
     },
-    ownership::{Content, Family, claim::is_claimed, proof_of},
+    ownership::{Content, Family, claim::is_claimed, is_marked, proof_of},
     text::{printable, shell_word},
 };
 
@@ -78,8 +78,7 @@ pub fn taken(name: &str, others: &[&Image], source: Option<&Image>) -> JobError 
 /// [`JobError::Api`].
 pub async fn has_replaced(session: &Session, image: &Image) -> Result<bool, JobError> {
     let Some(replaced) = image.property(REPLACES) else { return Ok(false) };
-    let finished = image.status == "active" && proof_of(image, session.whoami().project_id.as_deref()).is_some();
-    Ok(finished && session.image_if_there(replaced).await?.is_none())
+    Ok(is_marked(image, session.whoami().project_id.as_deref()) && session.image_if_there(replaced).await?.is_none())
 }
 
 /// A source that is not there: did an earlier run convert and delete it? `name_or_id`: the source, as it was written; `made`: ids of images that earlier runs of
@@ -98,18 +97,17 @@ pub async fn conversion_of_gone(
 ) -> Result<Option<Image>, JobError> {
     let name_or_id = name_or_id.strip_prefix("glance:").unwrap_or(name_or_id);
     let project = session.whoami().project_id.as_deref();
-    let is_done = |image: &Image| image.status == "active" && proof_of(image, project).is_some();
     let is_called = |image: &Image| new_name.is_none_or(|name| image.name.as_deref() == Some(name));
     let mut candidates = Vec::new();
     for key in [REPLACES, REPLACES_NAME, SOURCE_ID] {
         let mut found = session.images_and_hidden(&[(key, name_or_id)]).await?;
-        found.retain(|image| image.property(key) == Some(name_or_id) && is_done(image) && is_called(image));
+        found.retain(|image| image.property(key) == Some(name_or_id) && is_marked(image, project) && is_called(image));
         candidates.extend(sole_result(found, project));
     }
     // what was deleted tells its name to nobody any more
     let ids: Vec<&str> = made.iter().map(String::as_str).collect();
     let mut found = session.images_of_ids(&ids).await?;
-    found.retain(|image| is_done(image) && is_called(image));
+    found.retain(|image| is_marked(image, project) && is_called(image));
     candidates.extend(sole_result(found, project));
     for image in candidates {
         // it may only be called otherwise by now

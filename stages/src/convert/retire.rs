@@ -16,7 +16,7 @@ use crate::{
     error::JobError,
     glance::Remote,
     openstack::{Image, Session},
-    ownership::{proof_of, refuse_unmarked},
+    ownership::{is_marked, refuse_unmarked},
     store::Survey,
     text::{counted, printable, size},
 };
@@ -179,7 +179,7 @@ pub(super) async fn look_at_both(job: &Job, session: &Session, result: &Image, c
         // the one that remains comes last
         let Some(now) = session.image_if_there(&result.id).await? else { return Ok(Both::ResultGone) };
         let project = session.whoami().project_id.as_deref();
-        if now.status != "active" || result.differs_from(&now).is_some() || proof_of(&now, project).is_none() {
+        if !is_marked(&now, project) || result.differs_from(&now).is_some() {
             return Err(JobError::Refused(format!(
                 "the new image {} is {} and not as it was verified any more",
                 now.shown_id(),

@@ -71,6 +71,12 @@ pub fn proof_of(image: &Image, project: Option<&str>) -> Option<Proof> {
         .filter(|proof| hashed || *proof != Proof::Hash)
 }
 
+/// Is it an active image of the own project with a valid mark?
+#[must_use]
+pub fn is_marked(image: &Image, project: Option<&str>) -> bool {
+    image.status == "active" && proof_of(image, project).is_some()
+}
+
 /// Does `made` say that it was made of this source, and of these bytes where a hash tells? One image id may be in two clouds, and mean two disks.
 pub(super) fn is_made_of(made: &Image, source: &str, hash: Option<&str>) -> bool {
     made.property(SOURCE_ID) == Some(source) && hash.is_none_or(|hash| made.property(SOURCE_HASH) == Some(hash))

@@ -70,7 +70,7 @@ use crate::{
 
 pub use family::{Content, Family, GENERATIONS, UNFINISHED};
 pub use look::{Lookout, Member, Sighting, look};
-pub use mark::{Mark, Proof, is_conversion, proof_of};
+pub use mark::{Mark, Proof, is_conversion, is_marked, proof_of};
 pub use step::{Action, Answer, End, Goal, OTHER, State, Step, next_step};
 
 /// R1: an image that a run may be making is changed by nobody else.
